@@ -1,0 +1,1 @@
+"""Inference networks that load published checkpoints under their own parameter names."""

@@ -1,0 +1,423 @@
+"""The EDM2 network: magnitude-preserving U-Net and its preconditioning.
+
+Written from Karras et al. 2024, "Analyzing and Improving the Training Dynamics of
+Diffusion Models" (arXiv 2312.02696), figure 21 and the equations named below. The
+parameter names are those of the published checkpoints, so that their state dicts load.
+
+What differs from a plain transcription is speed at inference: the *effective* weight of a
+layer (normalized, scaled by its gain) is a constant once training is over, so it is computed
+once and kept (`MPConv`), and attention runs through `scaled_dot_product_attention`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Flavor = Literal["enc", "dec"]
+Resampling = Literal["keep", "up", "down"]
+
+
+def normalize(x: Tensor, dim: Sequence[int] | int | None = None, eps: float = 1e-4) -> Tensor:
+    """Scale `x` to unit root-mean-square over `dim` (eq. 66): x / (eps + ||x|| / sqrt(n)).
+
+    `dim` defaults to every dimension but the first; n counts the elements a norm runs over.
+    The norm is taken in float32 at least, the result has the dtype of `x`.
+    """
+    if dim is None:
+        dim = tuple(range(1, x.ndim))
+    norm = torch.linalg.vector_norm(
+        x, dim=dim, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
+    )
+    # sqrt(norms / elements) turns the Euclidean norm into a root mean square.
+    norm = eps + norm * math.sqrt(norm.numel() / x.numel())
+    return x / norm.to(x.dtype)
+
+
+def mp_silu(x: Tensor) -> Tensor:
+    """Magnitude-preserving SiLU (eq. 81)."""
+    return F.silu(x) / 0.596
+
+
+def mp_sum(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
+    """Magnitude-preserving weighted sum (eq. 88)."""
+    return a.lerp(b, t) / math.sqrt((1 - t) ** 2 + t**2)
+
+
+def mp_cat(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
+    """Magnitude-preserving concatenation over channels (eq. 103)."""
+    na, nb = a.shape[1], b.shape[1]
+    scale = math.sqrt((na + nb) / ((1 - t) ** 2 + t**2))
+    return torch.cat([a * (scale * (1 - t) / math.sqrt(na)), b * (scale * t / math.sqrt(nb))], 1)
+
+
+def resample(x: Tensor, f: Sequence[float] = (1, 1), mode: Resampling = "keep") -> Tensor:
+    """Halve or double the resolution of `x` [N, C, H, W] with the separable filter `f`."""
+    if mode == "keep":
+        return x
+    taps = torch.as_tensor(f, dtype=torch.float32)
+    kernel = torch.outer(taps, taps)
+    # Doubling spreads each pixel over four, so the kernel must sum to four to keep magnitudes.
+    kernel = kernel / kernel.sum() * (4 if mode == "up" else 1)
+    channels, pad = x.shape[1], (len(taps) - 1) // 2
+    weight = kernel.to(x).expand(channels, 1, -1, -1)
+    if mode == "down":
+        return F.conv2d(x, weight, stride=2, padding=pad, groups=channels)
+    return F.conv_transpose2d(x, weight, stride=2, padding=pad, groups=channels)
+
+
+class MPFourier(nn.Module):
+    """Fourier features of a scalar, sqrt(2) cos(x freqs + phases) (eq. 75)."""
+
+    freqs: Tensor
+    phases: Tensor
+
+    def __init__(self, channels: int, bandwidth: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("freqs", 2 * math.pi * torch.randn(channels) * bandwidth)
+        self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N] to [N, channels] in float32."""
+        angles = torch.outer(x.float(), self.freqs.float()) + self.phases.float()
+        return angles.cos() * math.sqrt(2)
+
+
+class _CachedWeight:
+    """An effective weight together with what it was computed from."""
+
+    __slots__ = ("key", "value")
+
+    def __init__(self, key: tuple[Any, ...], value: Tensor) -> None:
+        self.key = key
+        self.value = value
+
+
+class MPConv(nn.Module):
+    """Magnitude-preserving convolution or linear layer (eq. 47, 66); no bias.
+
+    The stored `weight` [cout, cin, *kernel] enters through its *effective* value,
+    ``normalize(weight) * gain / sqrt(fan_in)``. In training mode the stored weight is first
+    overwritten by its normalized self (forced weight normalization).
+
+    In evaluation mode, when no gradient of the weight is wanted, the effective weight is
+    computed once and reused. What it was computed from is compared at every call (the
+    parameters' identity, storage and version counter, the dtype asked for), so loading,
+    moving, casting or editing in place all lead to a new one. The one edit that PyTorch lets
+    nobody see is an in-place write through ``weight.data``: call ``train()`` or ``eval()``
+    after that.
+    """
+
+    def __init__(self, cin: int, cout: int, kernel: Sequence[int]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(cout, cin, *kernel))
+        self._cached: _CachedWeight | None = None
+
+    def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+        w = self.effective_weight(x.dtype, gain)
+        if w.ndim == 2:
+            return x @ w.t()
+        return F.conv2d(x, w, padding=w.shape[-1] // 2)
+
+    def effective_weight(self, dtype: torch.dtype, gain: Tensor | float = 1.0) -> Tensor:
+        """The weight that is convolved with, in `dtype`."""
+        if self.training:
+            with torch.no_grad():
+                self.weight.copy_(normalize(self.weight))
+            return self._compute(dtype, gain)
+        sources = [self.weight, gain] if isinstance(gain, Tensor) else [self.weight]
+        wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in sources)
+        # Tensors born in inference mode carry no version counter, so an edit would go unseen.
+        if wants_grad or any(t.is_inference() for t in sources) or torch.compiler.is_compiling():
+            return self._compute(dtype, gain)
+        key = (
+            dtype,
+            gain if not isinstance(gain, Tensor) else None,
+            *((id(t), t.data_ptr(), t._version, t.dtype) for t in sources),
+        )
+        if self._cached is None or self._cached.key != key:
+            # A normal tensor even inside inference_mode: it may serve a backward pass later.
+            with torch.inference_mode(False), torch.no_grad():
+                self._cached = _CachedWeight(key, self._compute(dtype, gain))
+        return self._cached.value
+
+    def _compute(self, dtype: torch.dtype, gain: Tensor | float) -> Tensor:
+        # The quotient is a scalar in the gain's own dtype: published files store float16
+        # gains, and their programs round it to float16.
+        scale = gain / math.sqrt(self.weight[0].numel())
+        return (normalize(self.weight.float()) * scale).to(dtype)
+
+    def train(self, mode: bool = True) -> MPConv:
+        self._cached = None
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MPConv:
+        # Moving and casting may reuse a freed address, which the key could not tell apart.
+        self._cached = None
+        super()._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": None}  # copies and pickles start without
+
+
+def attention(qkv: Tensor, heads: int) -> Tensor:
+    """Cosine attention over pixels (eq. 40): [N, 3 C, H, W] to [N, C, H, W].
+
+    The channel axis factors as (head, channel in head, q|k|v); each vector is normalized
+    before the product.
+    """
+    n, c3, height, width = qkv.shape
+    parts = normalize(qkv.reshape(n, heads, -1, 3, height * width), dim=2)
+    q, k, v = (part.transpose(-1, -2) for part in parts.unbind(3))
+    y = F.scaled_dot_product_attention(q, k, v)
+    return y.transpose(-1, -2).reshape(n, c3 // 3, height, width)
+
+
+class Block(nn.Module):
+    """Residual block with optional resampling and attention (figure 21)."""
+
+    def __init__(
+        self,
+        cin: int,
+        cout: int,
+        emb: int,
+        flavor: Flavor = "enc",
+        resample_mode: Resampling = "keep",
+        resample_filter: Sequence[float] = (1, 1),
+        attention: bool = False,
+        channels_per_head: int = 64,
+        dropout: float = 0.0,
+        res_balance: float = 0.3,
+        attn_balance: float = 0.3,
+        clip_act: float | None = 256,
+    ) -> None:
+        super().__init__()
+        self.flavor = flavor
+        self.resample_mode: Resampling = resample_mode
+        self.resample_filter = tuple(resample_filter)
+        self.heads = cout // channels_per_head if attention else 0
+        if attention and cout % channels_per_head:
+            raise ValueError(
+                f"channels_per_head {channels_per_head} does not divide the {cout} channels "
+                "of an attention block"
+            )
+        self.dropout = dropout
+        self.res_balance = res_balance
+        self.attn_balance = attn_balance
+        self.clip_act = clip_act
+        self.emb_gain = nn.Parameter(torch.zeros([]))
+        self.conv_res0 = MPConv(cout if flavor == "enc" else cin, cout, [3, 3])
+        self.emb_linear = MPConv(emb, cout, [])
+        self.conv_res1 = MPConv(cout, cout, [3, 3])
+        self.conv_skip = MPConv(cin, cout, [1, 1]) if cin != cout else None
+        self.attn_qkv = MPConv(cout, cout * 3, [1, 1]) if attention else None
+        self.attn_proj = MPConv(cout, cout, [1, 1]) if attention else None
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        x = resample(x, self.resample_filter, self.resample_mode)
+        if self.flavor == "enc":
+            if self.conv_skip is not None:
+                x = self.conv_skip(x)
+            x = normalize(x, dim=1)
+
+        y = self.conv_res0(mp_silu(x))
+        c = self.emb_linear(emb, gain=self.emb_gain) + 1
+        y = mp_silu(y * c[:, :, None, None].to(y.dtype))
+        if self.training and self.dropout:
+            y = F.dropout(y, self.dropout)
+        y = self.conv_res1(y)
+
+        if self.flavor == "dec" and self.conv_skip is not None:
+            x = self.conv_skip(x)
+        x = mp_sum(x, y, t=self.res_balance)
+
+        if self.attn_qkv is not None and self.attn_proj is not None:
+            y = self.attn_proj(attention(self.attn_qkv(x), self.heads))
+            x = mp_sum(x, y, t=self.attn_balance)
+        if self.clip_act is not None:
+            x = x.clamp(-self.clip_act, self.clip_act)
+        return x
+
+
+class BlockOptions(TypedDict, total=False):
+    """The settings every block of a U-Net shares."""
+
+    resample_filter: Sequence[float]
+    channels_per_head: int
+    dropout: float
+    res_balance: float
+    attn_balance: float
+    clip_act: float | None
+
+
+class UNet(nn.Module):
+    """The U-Net F of figure 21; `forward` maps (x, c_noise, labels) to an image like x."""
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int,
+        model_channels: int = 192,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        channel_mult_noise: int | None = None,
+        channel_mult_emb: int | None = None,
+        num_blocks: int = 3,
+        attn_resolutions: Sequence[int] = (16, 8),
+        label_balance: float = 0.5,
+        concat_balance: float = 0.5,
+        **block_options: Any,
+    ) -> None:
+        super().__init__()
+        unknown = set(block_options) - set(BlockOptions.__annotations__)
+        if unknown:
+            raise TypeError(f"EDM2 network has no option {', '.join(sorted(unknown))}")
+        widths = [model_channels * mult for mult in channel_mult]
+        cnoise = model_channels * channel_mult_noise if channel_mult_noise else widths[0]
+        cemb = model_channels * channel_mult_emb if channel_mult_emb else max(widths)
+        self.label_dim = label_dim
+        self.label_balance = label_balance
+        self.concat_balance = concat_balance
+        self.out_gain = nn.Parameter(torch.zeros([]))
+        self.emb_fourier = MPFourier(cnoise)
+        self.emb_noise = MPConv(cnoise, cemb, [])
+        self.emb_label = MPConv(label_dim, cemb, []) if label_dim else None
+
+        def block(cin: int, cout: int, flavor: Flavor, **special: Any) -> Block:
+            return Block(cin, cout, cemb, flavor, **special, **block_options)
+
+        # Encoder. `skips` lists the width of each output: the decoder takes them back in turn.
+        self.enc = nn.ModuleDict()
+        width = img_channels + 1
+        skips: list[int] = []
+        for level, cout in enumerate(widths):
+            res = img_resolution >> level
+            if level == 0:
+                self.enc[f"{res}x{res}_conv"] = MPConv(width, cout, [3, 3])
+                width = cout
+            else:
+                self.enc[f"{res}x{res}_down"] = block(width, width, "enc", resample_mode="down")
+            skips.append(width)
+            for index in range(num_blocks):
+                self.enc[f"{res}x{res}_block{index}"] = block(
+                    width, cout, "enc", attention=res in attn_resolutions
+                )
+                width = cout
+                skips.append(width)
+
+        self.dec = nn.ModuleDict()
+        for level in reversed(range(len(widths))):
+            res, cout = img_resolution >> level, widths[level]
+            if level == len(widths) - 1:
+                self.dec[f"{res}x{res}_in0"] = block(width, width, "dec", attention=True)
+                self.dec[f"{res}x{res}_in1"] = block(width, width, "dec")
+            else:
+                self.dec[f"{res}x{res}_up"] = block(width, width, "dec", resample_mode="up")
+            for index in range(num_blocks + 1):
+                self.dec[f"{res}x{res}_block{index}"] = block(
+                    width + skips.pop(), cout, "dec", attention=res in attn_resolutions
+                )
+                width = cout
+        self.out_conv = MPConv(width, img_channels, [3, 3])
+
+    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
+        emb = self.emb_noise(self.emb_fourier(c_noise))
+        if self.emb_label is not None and labels is not None:
+            label = self.emb_label(labels * math.sqrt(self.label_dim))
+            # lerp wants equal shapes only up to broadcasting: one sigma may serve all labels.
+            emb = mp_sum(emb, label, t=self.label_balance)
+        emb = mp_silu(emb).to(x.dtype)
+
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        skips: list[Tensor] = []
+        for name, layer in self.enc.items():
+            x = layer(x) if name.endswith("_conv") else layer(x, emb)
+            skips.append(x)
+        for name, layer in self.dec.items():
+            if "_block" in name:
+                x = mp_cat(x, skips.pop(), t=self.concat_balance)
+            x = layer(x, emb)
+        return self.out_conv(x, gain=self.out_gain)
+
+
+class Precond(nn.Module):
+    """The denoiser D(x; sigma) around the U-Net (Karras et al. 2022, table 1, "EDM").
+
+    Parameters that are not named here go to `UNet` (and from there to `Block`).
+
+    Attributes:
+        config: the constructor's arguments, JSON-compatible; ``Precond(**net.config)`` has
+            the same shape.
+    """
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int,
+        use_fp16: bool = True,
+        sigma_data: float = 0.5,
+        logvar_channels: int = 128,
+        **unet_options: Any,
+    ) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "img_resolution": img_resolution,
+            "img_channels": img_channels,
+            "label_dim": label_dim,
+            "use_fp16": use_fp16,
+            "sigma_data": sigma_data,
+            "logvar_channels": logvar_channels,
+            **{k: list(v) if isinstance(v, tuple) else v for k, v in unet_options.items()},
+        }
+        self.img_resolution = img_resolution
+        self.img_channels = img_channels
+        self.label_dim = label_dim
+        self.use_fp16 = use_fp16
+        self.sigma_data = sigma_data
+        self.unet = UNet(img_resolution, img_channels, label_dim, **unet_options)
+        self.logvar_fourier = MPFourier(logvar_channels)
+        self.logvar_linear = MPConv(logvar_channels, 1, [])
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        class_labels: Tensor | None = None,
+        force_fp32: bool = False,
+        return_logvar: bool = False,
+    ) -> Any:
+        """Denoise `x` [N, C, H, W] at noise level `sigma` (a scalar or [N]).
+
+        `class_labels` are one-hot rows [N, label_dim]; None means unconditional (a zero
+        vector for a conditional network). Computes in float32, inside in float16 on CUDA when
+        `use_fp16` holds and `force_fp32` does not. Returns float32 like x; with
+        `return_logvar` also u(sigma) (arXiv 2312.02696, eq. 21), shaped [N, 1, 1, 1] or
+        [1, 1, 1, 1].
+        """
+        x = x.to(torch.float32)
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
+        labels: Tensor | None = None
+        if self.label_dim:
+            if class_labels is None:
+                labels = torch.zeros([1, self.label_dim], device=x.device)
+            else:
+                labels = class_labels.to(x.device, torch.float32).reshape(-1, self.label_dim)
+        half = self.use_fp16 and not force_fp32 and x.device.type == "cuda"
+
+        total = sigma**2 + self.sigma_data**2
+        c_noise = sigma.flatten().log() / 4
+        x_in = (x / total.sqrt()).to(torch.float16 if half else torch.float32)
+        out = self.unet(x_in, c_noise, labels).to(torch.float32)
+        denoised = (self.sigma_data**2 / total) * x
+        denoised = denoised + (sigma * self.sigma_data / total.sqrt()) * out
+        if not return_logvar:
+            return denoised
+        return denoised, self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)
