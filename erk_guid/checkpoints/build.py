@@ -1,0 +1,134 @@
+"""From what a file says (class, settings, weights) to a network and an encoder of ours."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from erk_guid.encoders import ENCODERS, Encoder
+from erk_guid.errors import CheckpointError, ErkGuidError
+from erk_guid.networks.edm2 import Precond
+
+NETWORKS: dict[str, type[nn.Module]] = {"Precond": Precond}
+"""Class names in files, and our own class of that name."""
+
+MAX_SIDE = 1 << 16
+"""Bound on every whole number in a network's settings: resolution, channels, labels."""
+
+
+def build_network(class_name: str, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Any:
+    """Our own network of that class, with these weights in their stored dtypes, for inference.
+
+    Raises:
+        CheckpointError: an unknown class, settings it does not take, or weights that do not fit
+            them or are not finite.
+    """
+    if class_name not in NETWORKS:
+        known = ", ".join(sorted(NETWORKS))
+        raise CheckpointError(
+            f"its network is a {class_name[:80]!r}, not one of ours ({known}); if you trust its "
+            "author, --trust-pickle (trust=True) runs the code inside the file instead"
+        )
+    _check_settings(config, len(state))
+    try:
+        # On the meta device a network takes no memory, however large its settings make it:
+        # it grows only as far as the file has weights for it.
+        with torch.device("meta"):
+            net = NETWORKS[class_name](**config)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, IndexError) as error:
+        raise CheckpointError(f"its settings do not make a {class_name}: {error}") from error
+    _check_weights(net.state_dict(), state)
+    net.load_state_dict(dict(state), assign=True)
+    return net.eval().requires_grad_(False)
+
+
+def build_encoder(class_name: str, config: Mapping[str, Any]) -> Encoder:
+    """The encoder of that class.
+
+    Raises:
+        CheckpointError: an unknown class, or settings it does not take.
+    """
+    if class_name not in ENCODERS:
+        raise CheckpointError(f"its encoder is a {class_name[:80]!r}, not one of ours")
+    cls = ENCODERS[class_name]
+    try:
+        return cls(**config)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise CheckpointError(f"its settings do not make a {class_name}: {error}") from error
+
+
+def bind(cls: type, args: list[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Constructor arguments by name."""
+    names = [p for p in inspect.signature(cls).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
+    if len(args) > len(names):
+        raise CheckpointError(f"{cls.__name__} takes {len(names)} settings by place, not {len(args)}")
+    return {**{p.name: v for p, v in zip(names, args, strict=False)}, **kwargs}
+
+
+def _check_settings(config: Mapping[str, Any], tensors: int) -> None:
+    for name, value in config.items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if len(values) > 32:
+            raise CheckpointError(f"its setting {name[:40]} has {len(values)} entries")
+        for v in values:
+            if isinstance(v, (int, float)) and not isinstance(v, bool):
+                whole = isinstance(v, int)
+                if not math.isfinite(v) or v < 0 or (whole and v > MAX_SIDE):
+                    raise CheckpointError(f"its setting {name[:40]} is {v}")
+    # Every block has weights, so there cannot be more blocks than the file has tensors.
+    blocks = config.get("num_blocks", 0)
+    if isinstance(blocks, int) and blocks > max(tensors, 1):
+        raise CheckpointError(f"num_blocks is {blocks}, but the file has {tensors} tensors")
+
+
+def _check_weights(wanted: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> None:
+    missing = sorted(wanted.keys() - have.keys())
+    extra = sorted(have.keys() - wanted.keys())
+    if missing:
+        raise CheckpointError(f"it lacks {_some(missing)}")
+    if extra:
+        raise CheckpointError(f"it has weights its network has no place for: {_some(extra)}")
+    for name, tensor in have.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise CheckpointError(f"{name} is {kind}, not floating-point weights")
+        if tensor.shape != wanted[name].shape:
+            raise CheckpointError(
+                f"{name} is {list(tensor.shape)}, its settings want {list(wanted[name].shape)}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{name} has values that are not finite (NaN or infinity)")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(name[:80] for name in names[:3]) + more
+
+
+def describe_encoder(encoder: Encoder) -> dict[str, Any]:
+    """Class name and settings, as files carry them."""
+    return _describe(encoder, ENCODERS)
+
+
+def describe_network(net: nn.Module) -> dict[str, Any]:
+    """Class name and settings, as files carry them.
+
+    Raises:
+        ErkGuidError: the network is not one of ours.
+    """
+    return _describe(net, NETWORKS)
+
+
+def _describe(thing: Any, known: Mapping[str, type]) -> dict[str, Any]:
+    for name, cls in known.items():
+        if type(thing) is cls:
+            return {"class": name, "config": thing.config}
+    raise ErkGuidError(
+        f"{type(thing).__name__} is not one of our classes ({', '.join(known)}), so a file "
+        "cannot describe it without code"
+    )

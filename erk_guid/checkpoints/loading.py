@@ -1,0 +1,161 @@
+"""One way to open a network, whatever it lies in."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from functools import cached_property
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from erk_guid.checkpoints.download import download, is_url
+from erk_guid.checkpoints.native import read_native, save_network
+from erk_guid.checkpoints.presets import PRESETS, SHIPPED, Preset
+from erk_guid.checkpoints.snapshot import read_snapshot
+from erk_guid.checkpoints.trusted import read_trusted
+from erk_guid.encoders import Encoder, StandardRGBEncoder
+from erk_guid.errors import CheckpointError, ErkGuidError
+from erk_guid.files import sha256_of
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A network and what is known about its file.
+
+    Attributes:
+        net: the network, in evaluation mode, asking for no gradients; called as
+            ``net(x, sigma, class_labels)``, with `img_resolution`, `img_channels`, `label_dim`.
+        encoder: turns what the network makes into pixels.
+        source: what was asked for: a preset's name, a path or a URL.
+        path: the local file.
+        format: "safetensors", "pkl", or "pkl (trusted)".
+        metadata: further text from the header, such as how the network was trained.
+        preset: the preset of that name, if `source` is one: it also names the guiding network.
+    """
+
+    net: Any
+    encoder: Encoder
+    source: str
+    path: Path
+    format: str
+    metadata: dict[str, str] = field(default_factory=dict)
+    preset: Preset | None = None
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hexadecimal SHA-256 of the file (reads all of it)."""
+        return sha256_of(self.path)
+
+
+def load(
+    name_or_path_or_url: str | Path,
+    device: torch.device | str | None = None,
+    trust: bool = False,
+) -> Loaded:
+    """Open a network: a preset's name, a `.pkl` or `.safetensors` file, or a URL of either.
+
+    Args:
+        name_or_path_or_url: for a preset, its main network is opened.
+        device: where to put it; None leaves it on the CPU.
+        trust: run the code inside a `.pkl`, for networks whose class is not ours. Only for files
+            from authors you trust.
+
+    Raises:
+        CheckpointError: the file is damaged, unsafe or of an unknown kind.
+        ErkGuidError: there is no such preset or file, or it cannot be downloaded.
+    """
+    source = str(name_or_path_or_url)
+    preset = PRESETS.get(source)
+    path = locate(preset.net if preset else source)
+    try:
+        loaded = _read(path, source, trust)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{source}: cannot read it: {error}") from error
+    loaded.net.to(device or "cpu")
+    return replace(loaded, preset=preset)
+
+
+def locate(source: str) -> Path:
+    """The local file behind a path, a URL or a shipped file's name.
+
+    Raises:
+        ErkGuidError: there is none; close preset names are suggested.
+    """
+    if source.startswith(SHIPPED):
+        with as_file(files("erk_guid") / "data" / source.removeprefix(SHIPPED)) as path:
+            return path
+    if is_url(source):
+        return download(source)
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise ErkGuidError(f"{source} is a folder; name the .pkl or .safetensors file in it")
+    close = get_close_matches(source, PRESETS, n=3)
+    hint = f"; did you mean {' or '.join(close)}?" if close else " ('erk-guid presets' lists them)"
+    raise ErkGuidError(f"{source!r} is no file, no URL and no preset{hint}")
+
+
+def _read(path: Path, source: str, trust: bool) -> Loaded:
+    with open(path, "rb") as file:
+        start = file.read(16)
+    # By content, not by suffix: cached downloads and renamed files keep working. A safetensors
+    # file begins with the length of its JSON header and a brace.
+    if start[8:9] == b"{" or path.suffix == ".safetensors":
+        net, encoder, metadata = read_native(path)
+        return Loaded(net, encoder, source, path, "safetensors", metadata)
+    if start.lstrip()[:1] == b"<":
+        raise CheckpointError("it is a web page, not a checkpoint; download the file itself")
+    if start[:4] == b"PK\x03\x04":
+        raise CheckpointError("it is a zip archive (perhaps a torch.save file), not a snapshot")
+    if not trust:
+        net, encoder = read_snapshot(path)
+        return Loaded(net, encoder, source, path, "pkl")
+
+    print(f"Running the code inside {path}, as asked by --trust-pickle", file=sys.stderr)
+    data = read_trusted(path)
+    net = data["ema"].eval().requires_grad_(False)
+    encoder = data.get("encoder") or StandardRGBEncoder()
+    return Loaded(net, _adapted(encoder), source, path, "pkl (trusted)")
+
+
+class _ForeignEncoder:
+    """An encoder from a trusted file, which spells decode and encode as EDM2 does."""
+
+    def __init__(self, encoder: Any) -> None:
+        self._encoder = encoder
+        self.config: dict[str, Any] = {}
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        pixels: torch.Tensor = self._encoder.decode(latents)
+        return pixels
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        latents: torch.Tensor = self._encoder.encode(pixels)
+        return latents
+
+
+def _adapted(encoder: Any) -> Encoder:
+    return encoder if isinstance(encoder, StandardRGBEncoder) else _ForeignEncoder(encoder)
+
+
+def convert(source: str | Path, dest: str | Path) -> Loaded:
+    """Write the network behind `source` (anything `load` takes, unless trusted) as safetensors.
+
+    The weights keep their dtypes, so both files compute the same, bit for bit.
+
+    Raises:
+        ErkGuidError: as `load`; or the file cannot be written.
+    """
+    loaded = load(source)
+    try:
+        save_network(dest, loaded.net, loaded.encoder, {"source": loaded.source, **loaded.metadata})
+    except OSError as error:
+        raise ErkGuidError(f"cannot write {dest}: {error}") from error
+    return loaded

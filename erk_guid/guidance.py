@@ -1,0 +1,219 @@
+"""ERK-Guid: what an embedded pair of solutions says about stiffness, and the correction.
+
+Kong, Lee, Hong, Kim, "Error as Signal: Stiffness-Aware Diffusion Sampling via Embedded
+Runge-Kutta Guidance", ICLR 2026 (arXiv 2603.03692). Two solutions of different order at one
+noise level, x_high and x_low, differ along the direction in which the step erred; the drifts
+there, f_high and f_low, differ by the Jacobian applied to that. So
+
+    rho = |f_high - f_low| / |x_high - x_low|      estimates the dominant |eigenvalue|,
+    v   = (f_high - f_low) / |f_high - f_low|      its eigenvector,
+
+and the step is corrected along v where rho exceeds a threshold.
+
+Everything here is per sample, over all dimensions but the first, for tensors of any shape
+[N, ...]. Norms accumulate in float32 at least, whatever the dtype of x.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+EPS = 1e-8
+"""Added to norms before dividing by them, as in the published program."""
+
+PAPER_SETTINGS = {8: (0.5, 0.1), 16: (0.75, 0.3), 32: (1.0, 0.5)}
+"""Steps to (w_stiff, w_con) of the paper's EDM2-S runs (tables 2 and 3)."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Settings of ERK guidance.
+
+    Args:
+        w_stiff: strength; 0 switches the correction off. 1/sqrt(6) = 0.408 cancels Heun's
+            leading error on a linear mode, the paper uses 0.5 (8 steps) to 2.5 (32 steps).
+        w_con: the correction acts where the stiffness exceeds this. Its unit is 1/sigma, so
+            0.5 acts mainly below sigma = 2 in EDM's units.
+
+    Raises:
+        ValueError: a value is not a finite number, or negative; the message names it.
+    """
+
+    w_stiff: float = 0.0
+    w_con: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("w_stiff", "w_con"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r}")
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, got {value!r}")
+
+    @property
+    def active(self) -> bool:
+        """Whether there is anything to correct."""
+        return self.w_stiff > 0
+
+    @classmethod
+    def paper(cls, num_steps: int) -> Guidance:
+        """The paper's settings for the nearest step count it reports (the smaller on a tie)."""
+        return cls(*PAPER_SETTINGS[nearest_paper_steps(num_steps)])
+
+
+def nearest_paper_steps(num_steps: int) -> int:
+    """The step count of `PAPER_SETTINGS` nearest to `num_steps`."""
+    return min(PAPER_SETTINGS, key=lambda steps: (abs(steps - num_steps), steps))
+
+
+class Pair(NamedTuple):
+    """An embedded pair: two solutions, the drifts there, and the step to be corrected.
+
+    ``correction(*pair, guidance)`` is what guidance adds.
+    """
+
+    x_high: Tensor
+    x_low: Tensor
+    f_high: Tensor
+    f_low: Tensor
+    h: Tensor | float
+
+
+class Measurement(NamedTuple):
+    """What a pair says, per sample, each [N] in float32 or better."""
+
+    stiffness: Tensor
+    """rho, in units of 1/sigma."""
+    gate: Tensor
+    """bool: whether rho exceeds w_con."""
+    coefficient: Tensor
+    """The correction is this times (f_high - f_low)."""
+    size: Tensor
+    """Euclidean norm of the correction."""
+
+
+def stiffness(x_high: Tensor, x_low: Tensor, f_high: Tensor, f_low: Tensor) -> Tensor:
+    """Estimate of the dominant |eigenvalue| of the drift's Jacobian (arXiv 2603.03692).
+
+    Args:
+        x_high, x_low: solutions of different order, [N, ...].
+        f_high, f_low: the drifts dx/dsigma there, like x.
+
+    Returns:
+        [N], in float32 or better, unit 1/sigma; 0 where the two solutions and drifts agree.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    _check_shapes(x_high, x_low, f_high, f_low)
+    return _norm(f_high - f_low) / (_norm(x_high - x_low) + EPS)
+
+
+def dominant_eigenvector(f_high: Tensor, f_low: Tensor) -> Tensor:
+    """Estimate of the dominant eigenvector: the normalized difference of the drifts.
+
+    Args:
+        f_high, f_low: drifts at the two solutions, [N, ...].
+
+    Returns:
+        Like f; of length 1 per sample, or 0 where the drifts agree. Its sign is arbitrary.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    _check_shapes(f_high, f_low)
+    df = f_high - f_low
+    return df / _per_sample(_norm(df) + EPS, df)
+
+
+def correction(
+    x_high: Tensor,
+    x_low: Tensor,
+    f_high: Tensor,
+    f_low: Tensor,
+    h: Tensor | float,
+    guidance: Guidance,
+) -> Tensor:
+    """What guidance ADDS to the high-order solution of a Heun or DPM-Solver-2 step.
+
+    ``-h [rho > w_con] (w_stiff h rho)^2 <v, f_high> v``: the paper's minus sign is inside.
+
+    Args:
+        x_high, x_low: solutions of different order, [N, ...].
+        f_high, f_low: the drifts there; `f_high` is also the one whose projection is removed.
+        h: length of the step that is corrected, sigma - sigma_next > 0: a number or [N].
+        guidance: the settings.
+
+    Returns:
+        Like x; exactly 0 where the gate is shut or the pair agrees.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    _check_shapes(x_high, x_low, f_high, f_low)
+    if isinstance(h, Tensor) and h.ndim and h.shape != x_high.shape[:1]:
+        raise ValueError(f"h must be a number or [{len(x_high)}], got shape {list(h.shape)}")
+    df = f_high - f_low
+    measured = measure(Pair(x_high, x_low, f_high, f_low, h), guidance, df)
+    return df * _per_sample(measured.coefficient, df)
+
+
+def measure(pair: Pair, guidance: Guidance, df: Tensor | None = None) -> Measurement:
+    """Stiffness, gate and size of the correction for `pair` (`df`: its drift difference)."""
+    x_high, x_low, f_high, f_low, h = pair
+    if df is None:
+        df = f_high - f_low
+    f_norm = _norm(df)
+    rho = f_norm / (_norm(x_high - x_low) + EPS)
+    gate = rho > guidance.w_con
+    if isinstance(h, Tensor):
+        h = h.to(rho)
+    # <v, f> v = <df, f> df / (|df| + eps)^2, divided twice so that tiny norms do not underflow.
+    along = _inner(df, f_high) / (f_norm + EPS) / (f_norm + EPS)
+    # where, not a product: a shut gate gives 0 even if the other factor overflowed.
+    coefficient = torch.where(
+        gate, -h * (guidance.w_stiff * h * rho) ** 2 * along, torch.zeros_like(rho)
+    )
+    return Measurement(rho, gate, coefficient, coefficient.abs() * f_norm)
+
+
+def guide(x: Tensor, pair: Pair, guidance: Guidance) -> tuple[Tensor, Measurement]:
+    """The guided step ``x + correction(*pair, guidance)``, and what was measured on the way."""
+    df = pair.f_high - pair.f_low
+    measured = measure(pair, guidance, df)
+    return torch.addcmul(x, _per_sample(measured.coefficient, df), df), measured
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Euclidean norm per sample, [N], accumulated in float32 at least."""
+    return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=_accumulator(x))
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product per sample, [N], accumulated in float32 at least."""
+    dtype = _accumulator(a)
+    return torch.linalg.vecdot(a.flatten(1).to(dtype), b.flatten(1).to(dtype))
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """[N] values shaped to multiply `like` [N, ...], in its dtype."""
+    return values.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _check_shapes(*tensors: Tensor) -> None:
+    shapes = [list(t.shape) for t in tensors]
+    if any(shape != shapes[0] for shape in shapes) or len(shapes[0]) < 2:
+        raise ValueError(
+            "the solutions and drifts of a pair must share one shape [N, ...], got "
+            + ", ".join(map(str, shapes))
+        )

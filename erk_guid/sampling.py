@@ -1,0 +1,226 @@
+"""The sampling loop: noise levels x step x guidance; and EDM2's sampler as a front to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from erk_guid.denoisers import Denoiser, ModelGuidance
+from erk_guid.guidance import Guidance, guide, measure
+from erk_guid.schedules import karras_sigmas
+from erk_guid.steps import SOLVERS, EulerStep, Step
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a callback is told after each step. Tensors are the sampler's own: do not edit.
+
+    Attributes:
+        step: number of the step, from 0.
+        num_steps: how many there are.
+        sigma, sigma_next: noise levels the step went from and to.
+        x_before: x at sigma.
+        x: x at sigma_next, guidance included.
+        denoised: D(x_before; sigma).
+        stiffness: rho per sample, [N], unit 1/sigma; None at steps without an embedded pair.
+        gate: per sample, [N] bool, whether rho exceeds w_con; None likewise.
+        correction_size: Euclidean norm of the correction per sample, [N]; None likewise.
+        evaluations: calls of the denoiser so far, this step's included.
+    """
+
+    step: int
+    num_steps: int
+    sigma: float
+    sigma_next: float
+    x_before: Tensor
+    x: Tensor
+    denoised: Tensor
+    stiffness: Tensor | None
+    gate: Tensor | None
+    correction_size: Tensor | None
+    evaluations: int
+
+
+Callback = Callable[[StepInfo], None]
+
+
+def sample(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    solver: str | Step = "heun",
+    guidance: Guidance | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Integrate the probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma.
+
+    Args:
+        denoiser: called as ``denoiser(x, sigma)``, see `Denoiser`.
+        x: where to start, [N, ...] of any floating dtype, already scaled: a draw from the
+            prior is ``sigmas[0] * torch.randn(...)``. The loop runs in its dtype and on its
+            device.
+        sigmas: noise levels, [M >= 2], strictly decreasing. A trailing 0 is reached by an
+            Euler step; without one the sampler stops at the last level.
+        solver: "heun" (order 2) or "euler", or a step object (`erk_guid.Step`).
+        guidance: ERK guidance, or None for the plain solver. With ``w_stiff=0`` the result is
+            that of the plain solver, bit for bit. Costs no evaluation of the denoiser.
+        callback: called with a `StepInfo` after each step.
+
+    Returns:
+        x at ``sigmas[-1]``. A Heun run over N levels and a trailing 0 takes 2 N - 1 evaluations.
+
+    Gradients are recorded as usual: wrap the call in ``torch.no_grad()`` unless they are wanted
+    (networks from `erk_guid.load` do not ask for any).
+
+    Raises:
+        ValueError: unusable sigmas, an unknown solver, guidance for a solver without a pair, a
+            denoiser whose answer has another shape.
+        TypeError: `guidance` is not a `Guidance`.
+    """
+    if guidance is not None and not isinstance(guidance, Guidance):
+        raise TypeError(
+            f"guidance must be an erk_guid.Guidance, e.g. Guidance(w_stiff=0.5), got "
+            f"{guidance!r}; for classifier-free guidance or autoguidance with a strength, wrap "
+            "the denoisers: ModelGuidance(main, guide, strength)"
+        )
+    if isinstance(solver, str):
+        if solver not in SOLVERS:
+            raise ValueError(f"unknown solver {solver!r}; known: {', '.join(sorted(SOLVERS))}")
+        solver = SOLVERS[solver]
+    if guidance is not None and guidance.active and not solver.has_pair:
+        guided = ", ".join(name for name, step in sorted(SOLVERS.items()) if step.has_pair)
+        raise ValueError(
+            f"{type(solver).__name__} has no embedded pair to guide with (w_stiff "
+            f"{guidance.w_stiff}); solvers that have one: {guided}"
+        )
+    if not x.is_floating_point() or x.ndim < 2:
+        raise ValueError(f"x must be a floating tensor [N, ...], got {x.dtype} {list(x.shape)}")
+    # One look at the noise levels from the host; after this the loop never waits for the device.
+    levels = _check_levels(sigmas)
+    sigmas = sigmas.to(device=x.device, dtype=x.dtype)
+    guidance = guidance or Guidance()
+
+    state: Any = None
+    evaluations = 0
+    for i, (level, level_next) in enumerate(pairwise(levels)):
+        step = solver if level_next > 0 else EulerStep()
+        result, state = step(denoiser, x, sigmas[i], sigmas[i + 1], state)
+        evaluations += result.evaluations
+        x_before, x, measured = x, result.x, None
+        if result.pair is not None and guidance.active:
+            x, measured = guide(x, result.pair, guidance)
+        if callback is not None:
+            if result.pair is not None and measured is None:
+                measured = measure(result.pair, guidance)
+            callback(
+                StepInfo(
+                    step=i,
+                    num_steps=len(levels) - 1,
+                    sigma=level,
+                    sigma_next=level_next,
+                    x_before=x_before,
+                    x=x,
+                    denoised=result.denoised,
+                    stiffness=measured.stiffness if measured else None,
+                    gate=measured.gate if measured else None,
+                    correction_size=measured.size if measured else None,
+                    evaluations=evaluations,
+                )
+            )
+    return x
+
+
+def _check_levels(sigmas: Tensor) -> list[float]:
+    if not isinstance(sigmas, Tensor) or sigmas.ndim != 1 or len(sigmas) < 2:
+        shape = list(sigmas.shape) if isinstance(sigmas, Tensor) else type(sigmas).__name__
+        raise ValueError(f"sigmas must be a 1-D tensor of at least two noise levels, got {shape}")
+    levels: list[float] = sigmas.tolist()
+    for i, level in enumerate(levels):
+        if not math.isfinite(level) or level < 0:
+            raise ValueError(f"sigmas[{i}] is {level}; noise levels are finite and not negative")
+        if i and level >= levels[i - 1]:
+            raise ValueError(
+                f"sigmas must fall strictly, but sigmas[{i}] = {level} follows {levels[i - 1]}"
+            )
+    return levels
+
+
+def edm_sampler(
+    net: Callable[..., Tensor],
+    noise: Tensor,
+    labels: Tensor | None = None,
+    gnet: Callable[..., Tensor] | None = None,
+    num_steps: int = 32,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80,
+    rho: float = 7,
+    guidance: float = 1,
+    S_churn: float = 0,
+    S_min: float = 0,
+    S_max: float = float("inf"),
+    S_noise: float = 1,
+    dtype: torch.dtype = torch.float32,
+    randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
+    w_stiff: float = 0.0,
+    w_con: float = 0.5,
+    *,
+    solver: str | Step = "heun",
+    callback: Callback | None = None,
+) -> Tensor:
+    """EDM2's sampler with ERK guidance, under EDM2's own signature.
+
+    Drops into an EDM2 checkout as its ``sampler_fn``. A thin front to `sample`: the last two,
+    keyword-only arguments are the only ones EDM2 does not know besides `w_stiff` and `w_con`.
+
+    Args:
+        net: called as ``net(x, sigma, labels)``.
+        noise: unit-variance noise [N, C, H, W].
+        labels: one-hot rows [N, label_dim], or None.
+        gnet: guiding network, called likewise; needed when `guidance` is not 1.
+        num_steps, sigma_min, sigma_max, rho: see `karras_sigmas`.
+        guidance: strength of *model* guidance (CFG, autoguidance), see `ModelGuidance`; with 1
+            the guiding network is not run.
+        S_churn: must be 0: added noise would put the two solutions of the embedded pair at
+            different noise levels. S_min, S_max, S_noise and randn_like belong to it and are
+            accepted for the signature's sake.
+        dtype: the loop runs in it; the networks' output is cast to it.
+        w_stiff, w_con: see `Guidance`.
+
+    Returns:
+        The samples, like noise, in `dtype`.
+
+    Raises:
+        ValueError: a value out of range, or model guidance without `gnet`.
+    """
+    del S_min, S_max, S_noise, randn_like
+    if S_churn != 0:
+        raise ValueError(
+            f"S_churn must be 0, got {S_churn}: ERK guidance compares two solutions at one noise "
+            "level, and churn moves one of them to another; this sampler is deterministic"
+        )
+    if guidance != 1 and gnet is None:
+        raise ValueError(f"model guidance of {guidance} needs a guiding network (gnet)")
+
+    def main(x: Tensor, sigma: Tensor) -> Tensor:
+        return net(x, sigma, labels)
+
+    def guiding(x: Tensor, sigma: Tensor) -> Tensor:
+        assert gnet is not None  # checked above, and not called at guidance = 1
+        return gnet(x, sigma, labels)
+
+    sigmas = karras_sigmas(num_steps, sigma_min, sigma_max, rho)
+    return sample(
+        main if guidance == 1 else ModelGuidance(main, guiding, guidance),
+        noise.to(dtype) * sigmas[0].to(device=noise.device, dtype=dtype),
+        sigmas,
+        solver=solver,
+        guidance=Guidance(w_stiff, w_con),
+        callback=callback,
+    )

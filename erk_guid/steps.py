@@ -1,0 +1,140 @@
+"""One step of a solver: small objects without state of their own.
+
+``step(denoiser, x, sigma, sigma_next, state) -> (result, state)``. What a step wants to
+remember for the next one is in `state`, which it returns and never changes; begin with None.
+The result carries the new x *without* guidance and, where the solver has one, the embedded pair
+from which guidance is computed. `erk_guid.sample` is the loop around this; a loop of your own is
+
+    step, state = erk_guid.HeunStep(), None
+    for sigma, sigma_next in zip(sigmas[:-2], sigmas[1:-1]):
+        result, state = step(denoiser, x, sigma, sigma_next, state)
+        x = result.x
+        if result.pair is not None:
+            x = x + erk_guid.correction(*result.pair, guidance)
+    x = denoiser(x, sigmas[-2])  # Euler to sigma = 0
+
+Steps take the denoiser, not the drift, because solvers in data-prediction form and the trace
+want the denoised x itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from erk_guid.denoisers import Denoiser
+from erk_guid.guidance import Pair
+
+
+class Evaluation(NamedTuple):
+    """One call of the denoiser."""
+
+    denoised: Tensor
+    """D(x; sigma), in the dtype of x."""
+    drift: Tensor
+    """dx/dsigma = (x - D) / sigma."""
+
+
+def evaluate(denoiser: Denoiser, x: Tensor, sigma: Tensor) -> Evaluation:
+    """Call the denoiser at (x, sigma > 0) and turn its answer into the drift.
+
+    Raises:
+        ValueError: the answer is not shaped like x.
+    """
+    denoised = denoiser(x, sigma)
+    if denoised.shape != x.shape:
+        raise ValueError(
+            f"the denoiser returned {list(denoised.shape)} for an x of {list(x.shape)}"
+        )
+    denoised = denoised.to(x.dtype)
+    return Evaluation(denoised, (x - denoised) / sigma)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step found.
+
+    Attributes:
+        x: the solution at sigma_next, without guidance, like the x that came in.
+        denoised: D(x; sigma) at the beginning of the step.
+        drift: dx/dsigma there.
+        evaluations: calls of the denoiser spent.
+        pair: the embedded pair guidance is computed from, or None (no pair at this step).
+    """
+
+    x: Tensor
+    denoised: Tensor
+    drift: Tensor
+    evaluations: int
+    pair: Pair | None = None
+
+
+class Step(Protocol):
+    """The protocol of a step; see the module's text."""
+
+    @property
+    def has_pair(self) -> bool:
+        """Whether results (from the second step on, at least) carry an embedded pair."""
+
+    def __call__(
+        self, denoiser: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, state: Any
+    ) -> tuple[StepResult, Any]: ...
+
+
+@dataclass(frozen=True)
+class EulerStep:
+    """Order 1, one evaluation, no embedded pair. The only step that may end at sigma = 0."""
+
+    has_pair = False
+
+    def __call__(
+        self, denoiser: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, state: None = None
+    ) -> tuple[StepResult, None]:
+        denoised, drift = evaluate(denoiser, x, sigma)
+        return StepResult(x + (sigma_next - sigma) * drift, denoised, drift, 1), None
+
+
+class Companion(NamedTuple):
+    """Heun's state: the Euler solution of the step before, and the drift there."""
+
+    x_low: Tensor
+    f_low: Tensor
+
+
+@dataclass(frozen=True)
+class HeunStep:
+    """Order 2 (Karras et al. 2022, algorithm 1), two evaluations, Euler embedded.
+
+    The Euler solution and its drift at sigma_next, which Heun computes anyway, wait there for
+    the next step's first evaluation: the two drifts at one noise level are the embedded pair.
+    """
+
+    has_pair = True
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        sigma: Tensor,
+        sigma_next: Tensor,
+        state: Companion | None = None,
+    ) -> tuple[StepResult, Companion]:
+        if sigma_next.device.type == "cpu" and not sigma_next > 0:
+            raise ValueError(
+                f"Heun evaluates the drift at sigma_next, which must be above 0, got "
+                f"{sigma_next.item()}; take EulerStep (or the denoised x) for the step to 0"
+            )
+        denoised, f = evaluate(denoiser, x, sigma)
+        x_low = x + (sigma_next - sigma) * f
+        f_low = evaluate(denoiser, x_low, sigma_next).drift
+        x_high = x + (sigma_next - sigma) * (0.5 * f + 0.5 * f_low)
+        pair = None
+        if state is not None:
+            pair = Pair(x, state.x_low, f, state.f_low, sigma - sigma_next)
+        return StepResult(x_high, denoised, f, 2, pair), Companion(x_low, f_low)
+
+
+SOLVERS: dict[str, Step] = {"euler": EulerStep(), "heun": HeunStep()}
+"""The steps `erk_guid.sample` knows by name."""
