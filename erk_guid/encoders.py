@@ -82,7 +82,9 @@ class StabilityVAEEncoder:
             try:
                 from diffusers import AutoencoderKL
             except ImportError as error:
-                raise MissingExtraError("diffusers", "diffusers", "decoding with the VAE") from error
+                raise MissingExtraError(
+                    "diffusers", "diffusers", "decoding with the VAE"
+                ) from error
             try:
                 vae = AutoencoderKL.from_pretrained(self.vae_name)
             except (OSError, ValueError) as error:

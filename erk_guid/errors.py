@@ -15,6 +15,4 @@ class MissingExtraError(ErkGuidError, ImportError):
     """An optional dependency is not installed."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(
-            f"{purpose} needs the package {package}: pip install 'erk-guid[{extra}]'"
-        )
+        super().__init__(f"{purpose} needs the package {package}: pip install 'erk-guid[{extra}]'")

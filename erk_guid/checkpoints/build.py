@@ -64,9 +64,13 @@ def build_encoder(class_name: str, config: Mapping[str, Any]) -> Encoder:
 
 def bind(cls: type, args: list[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Constructor arguments by name."""
-    names = [p for p in inspect.signature(cls).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
+    names = [
+        p for p in inspect.signature(cls).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD
+    ]
     if len(args) > len(names):
-        raise CheckpointError(f"{cls.__name__} takes {len(names)} settings by place, not {len(args)}")
+        raise CheckpointError(
+            f"{cls.__name__} takes {len(names)} settings by place, not {len(args)}"
+        )
     return {**{p.name: v for p, v in zip(names, args, strict=False)}, **kwargs}
 
 

@@ -81,7 +81,9 @@ def download(url: str, *, sha256: str | None = None, cache: Path | None = None) 
             elif sha256:
                 _verify(target, url, sha256)
     except OSError as error:
-        raise DownloadError(f"cannot write to the cache {folder}: {error} (set {CACHE_VARIABLE})") from error
+        raise DownloadError(
+            f"cannot write to the cache {folder}: {error} (set {CACHE_VARIABLE})"
+        ) from error
     return target
 
 
@@ -104,7 +106,7 @@ def _verify(path: Path, url: str, sha256: str) -> None:
         )
 
 
-class _Interrupted(Exception):
+class _InterruptedError(Exception):
     """The transfer stopped early; what arrived is kept."""
 
 
@@ -116,10 +118,12 @@ def _fetch(url: str, partial: Path) -> None:
             return
         except urllib.error.HTTPError as error:
             if error.code < 500 or attempt == ATTEMPTS:
-                raise DownloadError(f"{url}: the server answered {error.code} {error.reason}") from error
+                raise DownloadError(
+                    f"{url}: the server answered {error.code} {error.reason}"
+                ) from error
         except (
             urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError,
-            _Interrupted,
+            _InterruptedError,
         ) as error:  # fmt: skip
             if attempt == ATTEMPTS:
                 reason = getattr(error, "reason", error)
@@ -145,7 +149,7 @@ def _transfer(url: str, partial: Path) -> None:
     except urllib.error.HTTPError as error:
         if error.code == 416:  # the partial file is longer than the real one: begin anew
             partial.unlink(missing_ok=True)
-            raise _Interrupted("range refused") from error
+            raise _InterruptedError("range refused") from error
         raise
     with response:
         if response.headers.get_content_type() == "text/html":
@@ -154,14 +158,23 @@ def _transfer(url: str, partial: Path) -> None:
         if response.status != 206:
             have = 0
         total = have + int(length) if length and length.isdigit() else None
-        tag_file.write_text(response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
-        with open(partial, "ab" if have else "wb") as file, tqdm(
-            total=total, initial=have, unit="B", unit_scale=True, desc=partial.name.split("-", 1)[-1]
-        ) as bar:
+        tag_file.write_text(
+            response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+        )
+        with (
+            open(partial, "ab" if have else "wb") as file,
+            tqdm(
+                total=total,
+                initial=have,
+                unit="B",
+                unit_scale=True,
+                desc=partial.name.split("-", 1)[-1],
+            ) as bar,
+        ):
             while chunk := response.read(CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))
     size = partial.stat().st_size
     if total is not None and size != total:
-        raise _Interrupted(f"{size} of {total} bytes arrived")
+        raise _InterruptedError(f"{size} of {total} bytes arrived")
     tag_file.unlink(missing_ok=True)

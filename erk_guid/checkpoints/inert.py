@@ -411,7 +411,9 @@ def _array_from(state: tuple[Any, ...]) -> np.ndarray:
         raise CheckpointError("a NumPy array whose shape is no such thing")
     count = math.prod(shape)
     if not isinstance(data, bytes) or len(data) != count * record.dtype.itemsize:
-        raise CheckpointError(f"a NumPy array of shape {list(shape)[:8]} with other bytes than that")
+        raise CheckpointError(
+            f"a NumPy array of shape {list(shape)[:8]} with other bytes than that"
+        )
     flat = np.frombuffer(data, record.dtype) if count else np.empty(0, record.dtype)
     return flat.reshape(shape, order="F" if fortran else "C").copy()
 

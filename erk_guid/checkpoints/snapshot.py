@@ -86,7 +86,7 @@ def _state_dict(root: Persistent) -> dict[str, Tensor]:
 
 
 def _check_sharing(state: dict[str, Tensor]) -> None:
-    """Refuse a small file whose tensors, all views of one storage, would unfold to a huge network."""
+    """Refuse a small file whose tensors, views of one storage, unfold to a huge network."""
     stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state.values()}
     wanted = sum(t.numel() * t.itemsize for t in state.values())
     if wanted > 2 * sum(stored.values()) + 4096:

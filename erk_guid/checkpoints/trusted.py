@@ -47,7 +47,7 @@ def read_trusted(path: Path) -> dict[str, Any]:
     with _stand_ins() as sources, open(path, "rb") as file:
         try:
             data = _Unpickler(file, sources).load()
-        except Exception as error:  # noqa: BLE001 - the file's own code may raise anything
+        except Exception as error:  # the file's own code may raise anything
             reason = f"{type(error).__name__}: {error}"
             raise CheckpointError(f"running the code inside it failed ({reason[:200]})") from error
     if not isinstance(data, dict) or not isinstance(data.get("ema"), torch.nn.Module):
@@ -79,7 +79,9 @@ class _Sources:
             module = types.ModuleType(name)
             # Classes look their module up by name, dataclasses among them.
             sys.modules[name] = module
-            exec(compile(source, f"<{meta['class_name']} in the snapshot>", "exec"), module.__dict__)
+            exec(
+                compile(source, f"<{meta['class_name']} in the snapshot>", "exec"), module.__dict__
+            )
             self._modules[source] = module
         cls = getattr(self._modules[source], meta["class_name"])
         obj = cls.__new__(cls)
@@ -150,7 +152,9 @@ def _constant(
     return (made if shape is None else made.expand(shape)).contiguous(memory_format=memory_format)
 
 
-def _const_like(ref: torch.Tensor, value: Any, shape: Any = None, dtype: Any = None) -> torch.Tensor:
+def _const_like(
+    ref: torch.Tensor, value: Any, shape: Any = None, dtype: Any = None
+) -> torch.Tensor:
     return _constant(value, shape=shape, dtype=dtype or ref.dtype, device=ref.device)
 
 

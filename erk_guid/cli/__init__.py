@@ -1,0 +1,23 @@
+"""Command lines: ``erk-guid`` (also ``python -m erk_guid``) and the scripts' entry points."""
+
+from __future__ import annotations
+
+import click
+
+from erk_guid._version import __version__
+from erk_guid.cli.convert import convert_command
+from erk_guid.cli.demo import demo_command
+from erk_guid.cli.generate import generate_command
+from erk_guid.cli.presets import presets_command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="erk-guid")
+def main() -> None:
+    """ERK-Guid: better diffusion samples for no extra network evaluation."""
+
+
+main.add_command(generate_command, "generate")
+main.add_command(convert_command, "convert")
+main.add_command(presets_command, "presets")
+main.add_command(demo_command, "demo")

@@ -1,0 +1,30 @@
+"""``erk-guid convert``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from erk_guid.checkpoints import convert
+from erk_guid.cli.common import reporting_errors
+
+
+@click.command()
+@click.argument("source")
+@click.argument("dest", type=click.Path(dir_okay=False, path_type=Path))
+@reporting_errors
+def convert_command(source: str, dest: Path) -> None:
+    """Turn SOURCE (.pkl file, URL or preset) into the safetensors file DEST.
+
+    The new file carries the network's settings and its encoder, runs nothing when it is opened,
+    is memory-mapped, and computes the same as the old one, bit for bit.
+
+    \b
+    Example: erk-guid convert edm2-img512-xs-fid edm2-xs.safetensors
+    """
+    if dest.suffix != ".safetensors":
+        raise click.BadParameter(f"{dest} must end in .safetensors", param_hint="DEST")
+    loaded = convert(source, dest)
+    count = sum(p.numel() for p in loaded.net.parameters())
+    click.echo(f"{dest}: {type(loaded.net).__name__}, {count / 1e6:.1f} M parameters")

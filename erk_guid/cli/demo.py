@@ -1,0 +1,25 @@
+"""``erk-guid demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from erk_guid.cli.common import reporting_errors
+
+
+@click.command()
+@click.option(
+    "--outdir",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("output/demo"),
+    show_default=True,
+)
+@click.option("--device", help="cuda, mps or cpu.  [default: the best present]")
+@reporting_errors
+def demo_command(outdir: Path, device: str | None) -> None:
+    """Sample the shipped model with and without ERK guidance, and draw both."""
+    from erk_guid.demo import run_demo
+
+    run_demo(outdir, device)

@@ -1,0 +1,323 @@
+"""A generation job: many images into a folder, by one process or many, resumable.
+
+The folder tells how it was made: `run.json` records what was asked. A killed job leaves whole
+images only, and is continued with `resume`, which refuses to mix settings.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from erk_guid._version import __version__
+from erk_guid.checkpoints import PRESETS, Loaded, load
+from erk_guid.checkpoints.loading import locate
+from erk_guid.encoders import Encoder, StabilityVAEEncoder
+from erk_guid.errors import ErkGuidError
+from erk_guid.files import PARTIAL, write_bytes
+from erk_guid.generation import Batch, check_networks, generate
+from erk_guid.pictures import is_whole_png, save_picture, save_png, tile
+from erk_guid.runtime import ProcessGroup, choose_device, process_group
+from erk_guid.trace import Trace, check_trace_path, write_trace
+
+RUN_FILE = "run.json"
+MAX_GRID = 400
+"""Images on a contact sheet, at most."""
+
+
+@dataclass(frozen=True)
+class GenerationJob:
+    """What to generate, and where to put it. Field names are those of generate_images.py."""
+
+    net: str
+    outdir: Path
+    seeds: Sequence[int]
+    gnet: str | None = None
+    guidance: float = 1.0
+    subdirs: bool = False
+    class_idx: int | None = None
+    batch: int = 32
+    num_steps: int = 32
+    sigma_min: float = 0.002
+    sigma_max: float = 80
+    rho: float = 7
+    w_stiff: float = 0.0
+    w_con: float = 0.5
+    solver: str = "heun"
+    dtype: str = "float32"
+    device: str | None = None
+    resume: bool = False
+    encoder_batch: int | None = None
+    vae: str | None = None
+    trace: Path | None = None
+    grid: Path | None = None
+    trust_pickle: bool = False
+
+    @property
+    def sampler_options(self) -> dict[str, Any]:
+        """Keyword arguments of `edm_sampler`."""
+        return {
+            "num_steps": self.num_steps,
+            "sigma_min": self.sigma_min,
+            "sigma_max": self.sigma_max,
+            "rho": self.rho,
+            "guidance": self.guidance,
+            "w_stiff": self.w_stiff,
+            "w_con": self.w_con,
+            "solver": self.solver,
+            "dtype": getattr(torch, self.dtype),
+        }
+
+    def describe(self) -> str:
+        """One line that says what was used, as the images carry it."""
+        parts = [
+            f"model {self.net}", f"solver {self.solver}", f"steps {self.num_steps}",
+            f"w_stiff {self.w_stiff:g}", f"w_con {self.w_con:g}", f"guidance {self.guidance:g}",
+        ]  # fmt: skip
+        if self.gnet and self.guidance != 1:
+            parts.append(f"guiding model {self.gnet}")
+        return ", ".join([*parts, f"erk_guid {__version__}"])
+
+
+def image_path(outdir: Path, seed: int, subdirs: bool) -> Path:
+    """Where the image of `seed` lies: a folder per 1000 seeds with `subdirs`."""
+    folder = outdir / f"{seed // 1000 * 1000:06d}" if subdirs else outdir
+    return folder / f"{seed:06d}.png"
+
+
+def run_job(job: GenerationJob) -> int:
+    """Generate the images of `job`; under torchrun, this process's share of them.
+
+    Returns:
+        How many images were made, by all processes together (on the other ranks: 0).
+
+    Raises:
+        ErkGuidError: anything the user can put right.
+    """
+    device = choose_device(job.device)
+    if job.dtype == "float64" and device.type == "mps":
+        raise ErkGuidError("float64 is not to be had on mps; use --dtype float32")
+    if job.trace is not None:
+        check_trace_path(job.trace)
+    with process_group(device) as group:
+        # Rank 0 fetches first; the others then find the files in the cache.
+        group.agree(lambda: _fetch(job))
+        loaded = _load(job, job.net, device)
+        guide = _load(job, job.gnet, device) if job.gnet and job.guidance != 1 else None
+        try:
+            check_networks(loaded.net, guide and guide.net, job.class_idx)
+        except ValueError as error:
+            raise ErkGuidError(str(error)) from error
+        todo = group.agree(lambda: _prepare(job, loaded, guide, device))
+        trace = Trace() if job.trace else None
+        done = _generate(job, loaded, guide, device, group, todo, trace)
+        # The only meeting point, after the work: rank 0 has something to put together.
+        totals = group.gather(done)
+        traces = group.gather(trace.rows() if trace else None)
+        if group.rank == 0:
+            if job.trace:
+                write_trace(
+                    job.trace, np.concatenate([rows for rows in traces if rows is not None])
+                )
+            if job.grid:
+                _write_grid(job)
+        return sum(totals)
+
+
+def _fetch(job: GenerationJob) -> None:
+    for source in (job.net, job.gnet if job.guidance != 1 else None):
+        if source:
+            locate(PRESETS[source].net if source in PRESETS else source)
+
+
+def _load(job: GenerationJob, source: str, device: torch.device) -> Loaded:
+    return load(source, device=device, trust=job.trust_pickle)
+
+
+def _encoder(job: GenerationJob, loaded: Loaded) -> Encoder:
+    """The file's encoder, with the job's wishes about the VAE."""
+    encoder = loaded.encoder
+    if not isinstance(encoder, StabilityVAEEncoder):
+        return encoder
+    changes: dict[str, Any] = {}
+    if job.encoder_batch is not None:
+        changes["batch_size"] = job.encoder_batch
+    if job.vae is not None:
+        changes["vae_name"] = job.vae
+    return StabilityVAEEncoder(**{**encoder.config, **changes})
+
+
+def _settings(
+    job: GenerationJob, loaded: Loaded, guide: Loaded | None, device: torch.device
+) -> dict[str, Any]:
+    """What the images depend on: two runs into one folder must agree in all of this."""
+    options = job.sampler_options
+    return {
+        "net_sha256": loaded.sha256,
+        "gnet_sha256": guide.sha256 if guide else None,
+        **{k: options[k] for k in options if k != "dtype"},
+        "dtype": job.dtype,
+        "class": job.class_idx,
+        "subdirs": job.subdirs,
+        "encoder": _encoder(job, loaded).config.get("vae_name", "rgb"),
+        "device": device.type,  # each kind of device has random numbers of its own
+    }
+
+
+def _prepare(
+    job: GenerationJob, loaded: Loaded, guide: Loaded | None, device: torch.device
+) -> list[int]:
+    """Set the folder up, and say which seeds are still to be made. Runs on rank 0."""
+    settings = _settings(job, loaded, guide, device)
+    path = job.outdir / RUN_FILE
+    seeds = list(dict.fromkeys(job.seeds))
+    todo = seeds
+    recorded: list[int] = []
+    if job.resume:
+        before = _read_run(path)
+        if before is None and any(job.outdir.rglob("*.png")):
+            raise ErkGuidError(
+                f"cannot resume: {job.outdir} holds images but no {RUN_FILE}, so nothing says how "
+                "they were made; choose another --outdir, or leave out --resume to overwrite"
+            )
+        if before is not None:
+            _refuse_mixture(job.outdir, before["settings"], settings)
+            recorded = before["seeds"]
+        for stale in job.outdir.rglob(f".*{PARTIAL}*"):
+            stale.unlink(missing_ok=True)
+        todo = [s for s in seeds if not is_whole_png(image_path(job.outdir, s, job.subdirs))]
+    run = {
+        "settings": settings,
+        "net": job.net,
+        "gnet": job.gnet if guide else None,
+        "seeds": sorted({*recorded, *seeds}),
+        "versions": {
+            "erk_guid": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    try:
+        write_bytes(path, (json.dumps(run, indent=1) + "\n").encode())
+    except OSError as error:
+        reason = error.strerror or error
+        raise ErkGuidError(f"cannot write to --outdir {job.outdir}: {reason}") from error
+    return todo
+
+
+def _read_run(path: Path) -> dict[str, Any] | None:
+    try:
+        run = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ErkGuidError(f"cannot resume: {path} is not readable ({error})") from error
+    if not isinstance(run, dict) or not isinstance(run.get("settings"), dict) or not isinstance(
+        run.get("seeds"), list
+    ):  # fmt: skip
+        raise ErkGuidError(f"cannot resume: {path} does not describe a run")
+    return run
+
+
+def _refuse_mixture(outdir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    # Through JSON, so that 1 and 1.0 and infinities compare as they were written.
+    now = json.loads(json.dumps(now))
+    changed = [k for k in {**before, **now} if before.get(k) != now.get(k)]
+    if changed:
+        what = "; ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in changed)
+        raise ErkGuidError(
+            f"cannot resume {outdir} with other settings: {what}. Repeat the first run's settings, "
+            "or choose another --outdir"
+        )
+
+
+def _generate(
+    job: GenerationJob,
+    loaded: Loaded,
+    guide: Loaded | None,
+    device: torch.device,
+    group: ProcessGroup,
+    todo: list[int],
+    trace: Trace | None,
+) -> int:
+    """This process's share; images are written while the next batch is computed."""
+    batches = generate(
+        loaded.net,
+        todo,
+        encoder=_encoder(job, loaded),
+        gnet=guide.net if guide else None,
+        class_idx=job.class_idx,
+        batch_size=job.batch,
+        device=device,
+        rank=group.rank,
+        world_size=group.world_size,
+        callback=trace.callback if trace else None,
+        **job.sampler_options,
+    )
+    share = sum(len(part) for part in batches.shares)
+    label = "images" if group.world_size == 1 else f"images of rank 0 of {group.world_size}"
+    line = job.describe()
+    pending: list[Future[None]] = []
+    bar = tqdm(total=share, desc=label, unit="image", disable=group.rank != 0)
+    with bar, ThreadPoolExecutor(max_workers=4) as pool:
+        for batch in batches:
+            _finish(job, pending)
+            pending = _save(job, batch, line, pool)
+            if trace:
+                trace.end_batch(batch.seeds)
+            bar.update(len(batch.seeds))
+        _finish(job, pending)
+    return share
+
+
+def _save(
+    job: GenerationJob, batch: Batch, line: str, pool: ThreadPoolExecutor
+) -> list[Future[None]]:
+    pixels = batch.images.cpu().numpy()
+    classes = [None] * len(pixels) if batch.labels is None else batch.labels.argmax(1).tolist()
+    futures = []
+    for seed, image, number in zip(batch.seeds, pixels, classes, strict=True):
+        about = f"seed {seed}, {line}" if number is None else f"seed {seed}, class {number}, {line}"
+        path = image_path(job.outdir, seed, job.subdirs)
+        futures.append(pool.submit(save_png, path, image, about))
+    return futures
+
+
+def _finish(job: GenerationJob, pending: list[Future[None]]) -> None:
+    for future in pending:
+        try:
+            future.result()
+        except OSError as error:
+            raise ErkGuidError(f"cannot write an image to {job.outdir}: {error}") from error
+
+
+def _write_grid(job: GenerationJob) -> None:
+    assert job.grid is not None
+    seeds = list(dict.fromkeys(job.seeds))[:MAX_GRID]
+    images = []
+    for seed in seeds:
+        with Image.open(image_path(job.outdir, seed, job.subdirs)) as image:
+            images.append(image.convert("RGB"))
+    columns = int(np.ceil(np.sqrt(len(images))))
+    # Small images are enlarged, so that a sheet of digits can be looked at.
+    scale = max(1, 96 // images[0].width)
+    try:
+        save_picture(job.grid, tile(images, columns, scale))
+    except (OSError, ValueError) as error:
+        raise ErkGuidError(f"cannot write the contact sheet {job.grid}: {error}") from error
+
+
+def launched_rank() -> int:
+    """The rank torchrun gave this process, 0 for a lone one."""
+    return int(os.environ.get("RANK", "0"))
