@@ -93,7 +93,7 @@ def _from_files(root: Path, names: list[str], read: Callable[[str], bytes]) -> I
         number = {parent: k for k, parent in enumerate(sorted(set(parents)))}
         labels = [number[parent] for parent in parents]
 
-    arrays = []
+    arrays: list[np.ndarray] = []
     for name in files:
         try:
             with Image.open(io.BytesIO(read(name))) as image:

@@ -79,7 +79,7 @@ class ProcessGroup:
             raise failure
         if answer[1] is not None:
             raise OtherRankError(answer[1])
-        return answer[0]  # type: ignore[no-any-return]
+        return answer[0]
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on rank 0; an empty list on the others."""

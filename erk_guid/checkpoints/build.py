@@ -128,7 +128,7 @@ def describe_network(net: nn.Module) -> dict[str, Any]:
     return _describe(net, NETWORKS)
 
 
-def _describe(thing: Any, known: Mapping[str, type]) -> dict[str, Any]:
+def _describe(thing: Any, known: Mapping[str, Any]) -> dict[str, Any]:
     for name, cls in known.items():
         if type(thing) is cls:
             return {"class": name, "config": thing.config}

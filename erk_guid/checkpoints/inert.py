@@ -157,6 +157,7 @@ class _Machine:
             self.instructions += 1
             if self.instructions > MAX_INSTRUCTIONS:
                 raise UnsafePickleError(f"more than {MAX_INSTRUCTIONS:,} instructions")
+            number = arg if isinstance(arg, int) else -1
             match opcode.name:
                 case "PROTO" | "FRAME":
                     pass
@@ -216,11 +217,11 @@ class _Machine:
                 case "MEMOIZE":
                     memo[len(memo)] = stack[-1] if stack else None
                 case "PUT" | "BINPUT" | "LONG_BINPUT":
-                    memo[int(arg)] = stack[-1] if stack else None
+                    memo[number] = stack[-1] if stack else None
                 case "GET" | "BINGET" | "LONG_BINGET":
-                    if int(arg) not in memo:
+                    if number not in memo:
                         raise CheckpointError("damaged pickle: it recalls what it never stored")
-                    stack.append(memo[int(arg)])
+                    stack.append(memo[number])
                 case "GLOBAL":
                     stack.append(_allowed(*str(arg).split(" ", 1)))
                 case "STACK_GLOBAL":
@@ -255,7 +256,7 @@ def read_pickle(source: Path | bytes) -> Any:
             raise CheckpointError("the file is empty")
         # A memory map reads no more than the file has, whatever length an instruction claims.
         with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as m:
-            return _Machine().run(m)  # type: ignore[arg-type]
+            return _Machine().run(m)
     except CheckpointError:
         raise
     except (ValueError, IndexError, TypeError, ArithmeticError, EOFError, RuntimeError) as error:

@@ -39,14 +39,19 @@ def normalize(x: Tensor, dim: Sequence[int] | int | None = None, eps: float = 1e
     return x / norm.to(x.dtype)
 
 
+SILU_SCALE = 1 / 0.596
+"""Makes SiLU magnitude-preserving (eq. 81): mp_silu(x) = SILU_SCALE silu(x)."""
+
+
 def mp_silu(x: Tensor) -> Tensor:
     """Magnitude-preserving SiLU (eq. 81)."""
-    return F.silu(x) / 0.596
+    return F.silu(x) * SILU_SCALE
 
 
-def mp_sum(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
-    """Magnitude-preserving weighted sum (eq. 88)."""
-    return a.lerp(b, t) / math.sqrt((1 - t) ** 2 + t**2)
+def sum_weights(t: float) -> tuple[float, float]:
+    """Weights of a and b in the magnitude-preserving sum mp_sum(a, b, t) (eq. 88)."""
+    norm = math.sqrt((1 - t) ** 2 + t**2)
+    return (1 - t) / norm, t / norm
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
@@ -118,39 +123,43 @@ class MPConv(nn.Module):
         self.weight = nn.Parameter(torch.randn(cout, cin, *kernel))
         self._cached: _CachedWeight | None = None
 
-    def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-        w = self.effective_weight(x.dtype, gain)
+    def forward(self, x: Tensor, gain: Tensor | float = 1.0, scale: float = 1.0) -> Tensor:
+        """Convolve [N, cin, H, W], or map [N, cin]; the result is multiplied by `scale`."""
+        w = self.effective_weight(x.dtype, gain, scale)
         if w.ndim == 2:
             return x @ w.t()
         return F.conv2d(x, w, padding=w.shape[-1] // 2)
 
-    def effective_weight(self, dtype: torch.dtype, gain: Tensor | float = 1.0) -> Tensor:
+    def effective_weight(
+        self, dtype: torch.dtype, gain: Tensor | float = 1.0, scale: float = 1.0
+    ) -> Tensor:
         """The weight that is convolved with, in `dtype`."""
         if self.training:
             with torch.no_grad():
                 self.weight.copy_(normalize(self.weight))
-            return self._compute(dtype, gain)
+            return self._compute(dtype, gain, scale)
         sources = [self.weight, gain] if isinstance(gain, Tensor) else [self.weight]
         wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in sources)
         # Tensors born in inference mode carry no version counter, so an edit would go unseen.
         if wants_grad or any(t.is_inference() for t in sources) or torch.compiler.is_compiling():
-            return self._compute(dtype, gain)
+            return self._compute(dtype, gain, scale)
         key = (
             dtype,
+            scale,
             gain if not isinstance(gain, Tensor) else None,
             *((id(t), t.data_ptr(), t._version, t.dtype) for t in sources),
         )
         if self._cached is None or self._cached.key != key:
             # A normal tensor even inside inference_mode: it may serve a backward pass later.
             with torch.inference_mode(False), torch.no_grad():
-                self._cached = _CachedWeight(key, self._compute(dtype, gain))
+                self._cached = _CachedWeight(key, self._compute(dtype, gain, scale))
         return self._cached.value
 
-    def _compute(self, dtype: torch.dtype, gain: Tensor | float) -> Tensor:
+    def _compute(self, dtype: torch.dtype, gain: Tensor | float, scale: float) -> Tensor:
         # The quotient is a scalar in the gain's own dtype: published files store float16
         # gains, and their programs round it to float16.
-        scale = gain / math.sqrt(self.weight[0].numel())
-        return (normalize(self.weight.float()) * scale).to(dtype)
+        factor = gain / math.sqrt(self.weight[0].numel())
+        return (normalize(self.weight.float()) * (factor * scale)).to(dtype)
 
     def train(self, mode: bool = True) -> MPConv:
         self._cached = None
@@ -174,8 +183,10 @@ def attention(qkv: Tensor, heads: int) -> Tensor:
     before the product.
     """
     n, c3, height, width = qkv.shape
-    parts = normalize(qkv.reshape(n, heads, -1, 3, height * width), dim=2)
-    q, k, v = (part.transpose(-1, -2) for part in parts.unbind(3))
+    # One copy to [3, N, heads, pixels, channels]: with channels last, both the norm and the
+    # fused attention kernels run over contiguous memory.
+    parts = qkv.reshape(n, heads, -1, 3, height * width).permute(3, 0, 1, 4, 2).contiguous()
+    q, k, v = normalize(parts, dim=-1).unbind(0)
     y = F.scaled_dot_product_attention(q, k, v)
     return y.transpose(-1, -2).reshape(n, c3 // 3, height, width)
 
@@ -227,20 +238,26 @@ class Block(nn.Module):
                 x = self.conv_skip(x)
             x = normalize(x, dim=1)
 
-        y = self.conv_res0(mp_silu(x))
+        # Constant factors (of mp_silu and mp_sum) are folded into the weights that follow or
+        # precede them, which saves a pass over the activations each.
+        y = self.conv_res0(F.silu(x), scale=SILU_SCALE)
         c = self.emb_linear(emb, gain=self.emb_gain) + 1
-        y = mp_silu(y * c[:, :, None, None].to(y.dtype))
+        y = F.silu(y * c[:, :, None, None].to(y.dtype))
         if self.training and self.dropout:
             y = F.dropout(y, self.dropout)
-        y = self.conv_res1(y)
+        keep, add = sum_weights(self.res_balance)
+        y = self.conv_res1(y, scale=SILU_SCALE * add)
 
         if self.flavor == "dec" and self.conv_skip is not None:
-            x = self.conv_skip(x)
-        x = mp_sum(x, y, t=self.res_balance)
+            x = self.conv_skip(x, scale=keep)
+            x = x + y
+        else:
+            x = torch.add(y, x, alpha=keep)
 
         if self.attn_qkv is not None and self.attn_proj is not None:
-            y = self.attn_proj(attention(self.attn_qkv(x), self.heads))
-            x = mp_sum(x, y, t=self.attn_balance)
+            keep, add = sum_weights(self.attn_balance)
+            y = self.attn_proj(attention(self.attn_qkv(x), self.heads), scale=add)
+            x = torch.add(y, x, alpha=keep)
         if self.clip_act is not None:
             x = x.clamp(-self.clip_act, self.clip_act)
         return x
@@ -330,9 +347,8 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
         emb = self.emb_noise(self.emb_fourier(c_noise))
         if self.emb_label is not None and labels is not None:
-            label = self.emb_label(labels * math.sqrt(self.label_dim))
-            # lerp wants equal shapes only up to broadcasting: one sigma may serve all labels.
-            emb = mp_sum(emb, label, t=self.label_balance)
+            keep, add = sum_weights(self.label_balance)
+            emb = emb * keep + self.emb_label(labels * math.sqrt(self.label_dim), scale=add)
         emb = mp_silu(emb).to(x.dtype)
 
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)

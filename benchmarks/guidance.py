@@ -1,0 +1,88 @@
+#!/usr/bin/env python3
+"""What ERK guidance costs: sampling with and without it, and the correction alone.
+
+    python benchmarks/guidance.py
+
+Guided and unguided sampling of EDM2-XS are timed in turn and their peak memory is compared, each
+in a process of its own; then the correction alone is timed against one solver step.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import click
+import torch
+from common import edm2_xs, in_turn, machine, report_ratio
+
+import erk_guid
+
+
+def peak_bytes(device: str) -> int:
+    """Peak memory so far: of the GPU's allocator, or of this process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@click.command(help=__doc__)
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--steps", default=3, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--peak-of", type=float, hidden=True, help="Sample once, print the peak memory.")
+@torch.no_grad()
+def main(rounds: int, steps: int, device: str, peak_of: float | None) -> None:
+    net = edm2_xs(device)
+    noise = torch.randn(1, 4, 64, 64, device=device)
+    labels = torch.eye(1000, device=device)[:1]
+
+    def sampled(w_stiff: float) -> torch.Tensor:
+        return erk_guid.edm_sampler(net, noise, labels, num_steps=steps, w_stiff=w_stiff, w_con=0)
+
+    if peak_of is not None:
+        sampled(peak_of)
+        print(peak_bytes(device))
+        return
+
+    print(f"EDM2-XS, batch 1, {steps} steps, float32; {machine()}")
+    report_ratio(
+        ("guided sampling (gate open)", "unguided sampling"),
+        in_turn(lambda: sampled(0.5), lambda: sampled(0.0), rounds),
+    )
+    peaks = {}
+    for w_stiff in (0.5, 0.0):
+        command = [sys.executable, __file__, "--steps", str(steps), "--device", device]
+        out = subprocess.run(
+            [*command, "--peak-of", str(w_stiff)], check=True, capture_output=True, text=True
+        )
+        peaks[w_stiff] = int(out.stdout)
+    print(
+        f"  peak memory: guided {peaks[0.5] / 2**20:.0f} MiB, "
+        f"unguided {peaks[0.0] / 2**20:.0f} MiB, "
+        f"ratio {peaks[0.5] / peaks[0.0]:.3f}"
+    )
+
+    # The correction alone, over what one solver step (two evaluations) takes.
+    x_high, x_low, f_high, f_low = (torch.randn_like(noise) for _ in range(4))
+    guidance = erk_guid.Guidance(0.5, 0.0)
+    h = torch.tensor(0.5, device=device)
+    begun = time.perf_counter()
+    repeats = 200
+    for _ in range(repeats):
+        erk_guid.correction(x_high, x_low, f_high, f_low, h, guidance)
+    alone = (time.perf_counter() - begun) / repeats
+    calls = in_turn(lambda: net(noise, 1.0, labels), lambda: None, rounds)[0]
+    step = 2 * statistics.median(calls)
+    print(
+        f"  the correction alone {alone * 1e6:.0f} us, one step {step * 1e3:.0f} ms: "
+        f"{alone / step:.3%} of a step"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,349 @@
+"""The loop, its steps, and EDM2's front to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import Counting, golden, relative
+from torch import Tensor
+
+import erk_guid
+from erk_guid import Guidance
+from erk_guid.networks.edm2 import Precond
+
+
+def gaussian(x: Tensor, sigma: Tensor) -> Tensor:
+    """The exact denoiser of normal data with standard deviation 0.5."""
+    return x * 0.25 / (0.25 + sigma**2)
+
+
+def nonlinear(x: Tensor, sigma: Tensor) -> Tensor:
+    """The denoiser whose ODE is dx/dsigma = x^2 cos(sigma), solved by 1 / (c - sin sigma)."""
+    return x - sigma * x**2 * torch.cos(sigma)
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+def test_order_of_convergence(solver: str, order: int) -> None:
+    # Catches: Heun's average taken at one end (order 1), a step from the wrong level.
+    c = torch.tensor([[1.9, 2.4, -3.0]], dtype=torch.float64)
+    begin, end = 2.0, 0.5
+    exact = 1 / (c - math.sin(end))
+    errors = []
+    counts = [40, 80, 160]
+    for n in counts:
+        sigmas = torch.linspace(begin, end, n + 1, dtype=torch.float64)
+        x = erk_guid.sample(nonlinear, 1 / (c - math.sin(begin)), sigmas, solver=solver)
+        errors.append(float((x - exact).abs().max()))
+    slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    assert slopes[-1] == pytest.approx(order, abs=0.15)
+
+
+def test_the_gaussian_is_solved() -> None:
+    # An outside check of the ODE itself: |x| scales as the standard deviation of the noisy data.
+    sigmas = erk_guid.karras_sigmas(256)[:-1]
+    x = torch.randn(4, 3, dtype=torch.float64) * 80
+    end = erk_guid.sample(gaussian, x, sigmas)
+    factor = math.sqrt((0.25 + 0.002**2) / (0.25 + 80**2))
+    torch.testing.assert_close(end, x * factor, rtol=1e-3, atol=0)
+
+
+def plain_heun(denoiser: Any, x: Tensor, sigmas: Tensor) -> Tensor:
+    """EDM's deterministic sampler, written out."""
+    for i in range(len(sigmas) - 1):
+        s, t = sigmas[i], sigmas[i + 1]
+        d = (x - denoiser(x, s)) / s
+        x_next = x + (t - s) * d
+        if i < len(sigmas) - 2:
+            d_prime = (x_next - denoiser(x_next, t)) / t
+            x_next = x + (t - s) * (0.5 * d + 0.5 * d_prime)
+        x = x_next
+    return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("guidance", [None, Guidance(0.0, 0.0)])
+def test_without_guidance_bitwise_plain_heun(
+    cond: Precond, dtype: torch.dtype, guidance: Guidance | None
+) -> None:
+    sigmas = erk_guid.karras_sigmas(6).to(dtype)
+    x = torch.randn(2, 3, 16, 16, dtype=dtype) * sigmas[0]
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        return cond(x, sigma).to(dtype)
+
+    ours = erk_guid.sample(denoiser, x, sigmas, guidance=guidance)
+    assert torch.equal(ours, plain_heun(denoiser, x, sigmas))
+
+
+@pytest.mark.parametrize("case", range(8))
+@pytest.mark.parametrize("precision", ["f64", "f32"])
+def test_golden_sampler(cond: Precond, guide: Precond, case: int, precision: str) -> None:
+    # Catches: the order of guidance and step, the pair of the wrong step, a gated last step,
+    # model guidance that blends the wrong way, a wrong default.
+    data = golden("edm2_sampler")
+    expected = data[f"case{case}_{precision}"]
+    ours = erk_guid.edm_sampler(
+        cond, data["noise"], data["labels"], guide, dtype=expected.dtype, **data["cases"][case]
+    )
+    assert ours.dtype == expected.dtype
+    assert relative(ours, expected) < 1e-4
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+@pytest.mark.parametrize("w_stiff", [0.0, 0.5])
+def test_evaluations_are_2n_minus_1(num_steps: int, w_stiff: float) -> None:
+    denoiser = Counting(gaussian)
+    infos: list[erk_guid.StepInfo] = []
+    sigmas = erk_guid.karras_sigmas(num_steps)
+    erk_guid.sample(
+        denoiser,
+        torch.randn(2, 4) * 80,
+        sigmas,
+        guidance=Guidance(w_stiff, 0.0),
+        callback=infos.append,
+    )
+    assert len(denoiser.sigmas) == 2 * num_steps - 1 == infos[-1].evaluations
+    assert len(infos) == num_steps
+    # Never at sigma = 0, where the drift has no value.
+    assert min(denoiser.sigmas) > 0
+
+
+def test_guidance_acts_from_the_second_step_and_never_on_the_last() -> None:
+    infos: list[erk_guid.StepInfo] = []
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, dtype=torch.float64) * 80
+    erk_guid.sample(
+        gaussian, x, erk_guid.karras_sigmas(6), guidance=Guidance(0.5, 0.0), callback=infos.append
+    )
+    with_pair = [info.stiffness is not None for info in infos]
+    assert with_pair == [False, True, True, True, True, False]
+    for info in infos[1:-1]:
+        # One mode: the Jacobian of the drift is sigma / (0.25 + sigma^2) exactly.
+        lam = info.sigma / (0.25 + info.sigma**2)
+        torch.testing.assert_close(
+            info.stiffness, torch.full([3], lam, dtype=torch.float64), rtol=1e-5, atol=0
+        )
+        assert info.correction_size is not None
+        assert (info.correction_size > 0).all()
+
+
+def test_correction_size_is_the_distance_guidance_moves() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, dtype=torch.float64) * 80
+    sigmas = erk_guid.karras_sigmas(6)[:3]
+    infos: list[erk_guid.StepInfo] = []
+    guided = erk_guid.sample(
+        gaussian, x, sigmas, guidance=Guidance(0.9, 0.0), callback=infos.append
+    )
+    plain = erk_guid.sample(gaussian, x, sigmas)
+    moved = (guided - plain).norm(dim=1)
+    torch.testing.assert_close(infos[-1].correction_size, moved, rtol=1e-9, atol=1e-12)
+
+
+def test_step_info_is_frozen_and_chained() -> None:
+    infos: list[erk_guid.StepInfo] = []
+    x = torch.randn(2, 4) * 80
+    end = erk_guid.sample(gaussian, x, erk_guid.karras_sigmas(3), callback=infos.append)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        infos[0].step = 7  # type: ignore[misc]
+    assert torch.equal(infos[0].x_before, x)
+    assert torch.equal(infos[-1].x, end)
+    assert torch.equal(infos[0].x, infos[1].x_before)
+    assert [i.sigma_next for i in infos] == [*[i.sigma for i in infos[1:]], 0.0]
+
+
+def test_a_callback_changes_nothing() -> None:
+    x = torch.randn(2, 4) * 80
+    for guidance in (None, Guidance(0.5, 0.1)):
+        watched = erk_guid.sample(
+            gaussian, x, erk_guid.karras_sigmas(5), guidance=guidance, callback=lambda info: None
+        )
+        alone = erk_guid.sample(gaussian, x, erk_guid.karras_sigmas(5), guidance=guidance)
+        assert torch.equal(watched, alone)
+
+
+def test_step_and_guidance_by_hand_equal_sample() -> None:
+    # The loop of the documentation.
+    guidance = Guidance(0.5, 0.0)
+    sigmas = erk_guid.karras_sigmas(7)
+    x = start = torch.randn(3, 4, dtype=torch.float64) * sigmas[0]
+    step, state = erk_guid.HeunStep(), None
+    for sigma, sigma_next in zip(sigmas[:-2], sigmas[1:-1], strict=True):
+        result, state = step(gaussian, x, sigma, sigma_next, state)
+        x = result.x
+        if result.pair is not None:
+            x = x + erk_guid.correction(*result.pair, guidance)
+    x = gaussian(x, sigmas[-2])
+    whole = erk_guid.sample(gaussian, start, sigmas, guidance=guidance)
+    torch.testing.assert_close(x, whole, rtol=1e-12, atol=1e-14)
+
+
+def test_a_step_object_in_place_of_a_name() -> None:
+    x = torch.randn(2, 4) * 80
+    sigmas = erk_guid.karras_sigmas(4)
+    by_name = erk_guid.sample(gaussian, x, sigmas, solver="euler")
+    assert torch.equal(by_name, erk_guid.sample(gaussian, x, sigmas, solver=erk_guid.EulerStep()))
+
+
+@pytest.mark.parametrize("shape", [(8, 2), (8, 3, 4, 4), (8, 2, 3, 4, 4)])
+def test_a_batch_equals_its_parts(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, dtype=torch.float64) * 80
+    sigmas = erk_guid.karras_sigmas(6)
+    guidance = Guidance(0.8, 0.05)
+    whole = erk_guid.sample(gaussian, x, sigmas, guidance=guidance)
+    parts = [erk_guid.sample(gaussian, part, sigmas, guidance=guidance) for part in x.split(4)]
+    torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-12, atol=0)
+
+
+def test_a_schedule_that_ends_above_zero_has_no_euler_step() -> None:
+    denoiser = Counting(gaussian)
+    sigmas = torch.tensor([4.0, 2.0, 1.0])
+    erk_guid.sample(denoiser, torch.randn(1, 2), sigmas)
+    assert denoiser.sigmas == [4, 2, 2, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_runs_in_its_own_dtype(dtype: torch.dtype) -> None:
+    x = (torch.randn(2, 8) * 80).to(dtype)
+    end = erk_guid.sample(gaussian, x, erk_guid.karras_sigmas(6), guidance=Guidance(0.5, 0.1))
+    assert end.dtype == dtype
+    assert torch.isfinite(end).all()
+
+
+def test_model_guidance_leads_away_from_the_guide() -> None:
+    calls: list[str] = []
+
+    def main(x: Tensor, sigma: Tensor) -> Tensor:
+        calls.append("main")
+        return x * 0 + 3
+
+    def guide(x: Tensor, sigma: Tensor) -> Tensor:
+        calls.append("guide")
+        return x * 0 + 1
+
+    x, sigma = torch.zeros(1, 2), torch.tensor(1.0)
+    assert erk_guid.ModelGuidance(main, guide, 1.5)(x, sigma).tolist() == [[4.0, 4.0]]
+    calls.clear()
+    assert erk_guid.ModelGuidance(main, guide, 1)(x, sigma).tolist() == [[3.0, 3.0]]
+    assert calls == ["main"]
+
+
+def test_guidance_one_does_not_run_the_guiding_network(cond: Precond) -> None:
+    def forbidden(*args: Any) -> Tensor:
+        raise AssertionError("the guiding network was run")
+
+    noise = torch.randn(1, 3, 16, 16)
+    erk_guid.edm_sampler(cond, noise, None, forbidden, num_steps=2, guidance=1)
+
+
+def test_a_number_as_guidance_names_the_wrapper() -> None:
+    with pytest.raises(TypeError, match="ModelGuidance"):
+        erk_guid.sample(gaussian, torch.zeros(1, 2), erk_guid.karras_sigmas(2), guidance=1.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "message"),
+    [
+        ([1.0], "at least two"),
+        ([1.0, 2.0], r"sigmas\[1\] = 2.0 follows 1.0"),
+        ([1.0, 1.0, 0.0], r"sigmas\[1\] = 1.0 follows 1.0"),
+        ([1.0, float("nan")], r"sigmas\[1\] is nan"),
+        ([float("inf"), 1.0], r"sigmas\[0\] is inf"),
+        ([1.0, -1.0], r"sigmas\[1\] is -1.0"),
+    ],
+)
+def test_unusable_sigmas(sigmas: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        erk_guid.sample(gaussian, torch.zeros(1, 2), torch.tensor(sigmas))
+
+
+def test_other_errors_name_what_is_wrong() -> None:
+    x, sigmas = torch.zeros(1, 2), erk_guid.karras_sigmas(2)
+    with pytest.raises(ValueError, match="unknown solver 'rk45'; known: euler, heun"):
+        erk_guid.sample(gaussian, x, sigmas, solver="rk45")
+    with pytest.raises(ValueError, match="EulerStep has no embedded pair.*0.5.*heun"):
+        erk_guid.sample(gaussian, x, sigmas, solver="euler", guidance=Guidance(0.5))
+    erk_guid.sample(gaussian, x, sigmas, solver="euler", guidance=Guidance(0.0))
+    with pytest.raises(ValueError, match=r"returned \[1, 3\] for an x of \[1, 2\]"):
+        erk_guid.sample(lambda x, sigma: torch.zeros(1, 3), x, sigmas)
+    with pytest.raises(ValueError, match="floating tensor"):
+        erk_guid.sample(gaussian, torch.zeros(1, 2, dtype=torch.int64), sigmas)
+    with pytest.raises(ValueError, match="EulerStep"):
+        erk_guid.HeunStep()(gaussian, x, torch.tensor(1.0), torch.tensor(0.0))
+
+
+def test_edm_sampler_refuses_what_the_method_does_not_support() -> None:
+    noise = torch.zeros(1, 3, 4, 4)
+    with pytest.raises(ValueError, match="S_churn must be 0, got 40"):
+        erk_guid.edm_sampler(gaussian, noise, S_churn=40)
+    with pytest.raises(ValueError, match="guidance of 2 needs a guiding network"):
+        erk_guid.edm_sampler(gaussian, noise, guidance=2)
+
+
+def test_edm_samplers_signature_is_edm2s() -> None:
+    # A promise to everyone who passes it as sampler_fn; the order counts, too.
+    parameters = inspect.signature(erk_guid.edm_sampler).parameters.values()
+    positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert [(p.name, p.default) for p in positional] == [
+        ("net", inspect.Parameter.empty),
+        ("noise", inspect.Parameter.empty),
+        ("labels", None),
+        ("gnet", None),
+        ("num_steps", 32),
+        ("sigma_min", 0.002),
+        ("sigma_max", 80),
+        ("rho", 7),
+        ("guidance", 1),
+        ("S_churn", 0),
+        ("S_min", 0),
+        ("S_max", float("inf")),
+        ("S_noise", 1),
+        ("dtype", torch.float32),
+        ("randn_like", torch.randn_like),
+        ("w_stiff", 0.0),
+        ("w_con", 0.5),
+    ]
+
+
+def test_karras_sigmas() -> None:
+    sigmas = erk_guid.karras_sigmas(32)
+    assert sigmas.dtype == torch.float64
+    assert len(sigmas) == 33
+    assert (sigmas[0], sigmas[-2], sigmas[-1]) == (80, 0.002, 0)
+    k = 13
+    by_hand = (80 ** (1 / 7) + k / 31 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    assert float(sigmas[k]) == pytest.approx(by_hand, rel=1e-13)
+    assert erk_guid.karras_sigmas(1).tolist() == [80, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_steps": 0}, "num_steps must be a whole number of at least 1, got 0"),
+        ({"num_steps": 2.5}, "got 2.5"),
+        ({"num_steps": 4, "sigma_min": 0}, "sigma_min must be a positive, finite number, got 0"),
+        ({"num_steps": 4, "sigma_max": float("inf")}, "sigma_max must be a positive, finite"),
+        ({"num_steps": 4, "rho": -1}, "rho must be a positive, finite number, got -1"),
+        ({"num_steps": 4, "sigma_min": 90}, "sigma_min 90 must be below sigma_max 80"),
+    ],
+)
+def test_karras_sigmas_names_bad_values(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        erk_guid.karras_sigmas(**arguments)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_as_on_the_cpu(cond: Precond) -> None:
+    import copy
+
+    noise = torch.randn(2, 3, 16, 16)
+    on_cpu = erk_guid.edm_sampler(cond, noise, num_steps=6, w_stiff=0.5, w_con=0.1)
+    net = copy.deepcopy(cond).cuda()
+    net.use_fp16 = False
+    on_gpu = erk_guid.edm_sampler(net, noise.cuda(), num_steps=6, w_stiff=0.5, w_con=0.1)
+    assert relative(on_gpu.cpu(), on_cpu) < 1e-3
