@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from erk_guid._version import __version__
-from erk_guid.checkpoints import PRESETS, Loaded, load
+from erk_guid.checkpoints import Loaded, load
 from erk_guid.checkpoints.loading import locate
 from erk_guid.encoders import Encoder, StabilityVAEEncoder
 from erk_guid.errors import ErkGuidError
@@ -138,7 +138,7 @@ def run_job(job: GenerationJob) -> int:
 def _fetch(job: GenerationJob) -> None:
     for source in (job.net, job.gnet if job.guidance != 1 else None):
         if source:
-            locate(PRESETS[source].net if source in PRESETS else source)
+            locate(source)
 
 
 def _load(job: GenerationJob, source: str, device: torch.device) -> Loaded:
@@ -164,8 +164,8 @@ def _settings(
     """What the images depend on: two runs into one folder must agree in all of this."""
     options = job.sampler_options
     return {
-        "net_sha256": loaded.sha256,
-        "gnet_sha256": guide.sha256 if guide else None,
+        "net_sha256": loaded.fingerprint,
+        "gnet_sha256": guide.fingerprint if guide else None,
         **{k: options[k] for k in options if k != "dtype"},
         "dtype": job.dtype,
         "class": job.class_idx,

@@ -20,6 +20,10 @@ from erk_guid.checkpoints.trusted import read_trusted
 from erk_guid.encoders import Encoder, StandardRGBEncoder
 from erk_guid.errors import CheckpointError, ErkGuidError
 from erk_guid.files import sha256_of
+from erk_guid.networks import Unconditional
+
+UNCONDITIONAL = "uncond:"
+"""Prefix of a source whose class-conditional network is to run without classes."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Loaded:
         format: "safetensors", "pkl", or "pkl (trusted)".
         metadata: further text from the header, such as how the network was trained.
         preset: the preset of that name, if `source` is one: it also names the guiding network.
+        unconditional: whether `net` was wrapped to ignore class labels ("uncond:" sources).
     """
 
     net: Any
@@ -44,11 +49,17 @@ class Loaded:
     format: str
     metadata: dict[str, str] = field(default_factory=dict)
     preset: Preset | None = None
+    unconditional: bool = False
 
     @cached_property
     def sha256(self) -> str:
         """Hexadecimal SHA-256 of the file (reads all of it)."""
         return sha256_of(self.path)
+
+    @property
+    def fingerprint(self) -> str:
+        """What the network computes depends on: the file's hash, and how it is used."""
+        return (UNCONDITIONAL if self.unconditional else "") + self.sha256
 
 
 def load(
@@ -59,7 +70,8 @@ def load(
     """Open a network: a preset's name, a `.pkl` or `.safetensors` file, or a URL of either.
 
     Args:
-        name_or_path_or_url: for a preset, its main network is opened.
+        name_or_path_or_url: for a preset, its main network is opened. With "uncond:" in front,
+            the network ignores class labels (for classifier-free guidance, as `gnet`).
         device: where to put it; None leaves it on the CPU.
         trust: run the code inside a `.pkl`, for networks whose class is not ours. Only for files
             from authors you trust.
@@ -69,8 +81,10 @@ def load(
         ErkGuidError: there is no such preset or file, or it cannot be downloaded.
     """
     source = str(name_or_path_or_url)
-    preset = PRESETS.get(source)
-    path = locate(preset.net if preset else source)
+    if source.startswith(UNCONDITIONAL):
+        loaded = load(source.removeprefix(UNCONDITIONAL), device, trust)
+        return replace(loaded, net=Unconditional(loaded.net), source=source, unconditional=True)
+    path = locate(source)
     try:
         loaded = _read(path, source, trust)
     except CheckpointError as error:
@@ -78,15 +92,18 @@ def load(
     except OSError as error:
         raise CheckpointError(f"{source}: cannot read it: {error}") from error
     loaded.net.to(device or "cpu")
-    return replace(loaded, preset=preset)
+    return replace(loaded, preset=PRESETS.get(source))
 
 
 def locate(source: str) -> Path:
-    """The local file behind a path, a URL or a shipped file's name.
+    """The local file behind anything `load` takes, downloaded if need be.
 
     Raises:
         ErkGuidError: there is none; close preset names are suggested.
     """
+    source = source.removeprefix(UNCONDITIONAL)
+    if source in PRESETS:
+        source = PRESETS[source].net
     if source.startswith(SHIPPED):
         with as_file(files("erk_guid") / "data" / source.removeprefix(SHIPPED)) as path:
             return path
@@ -155,7 +172,9 @@ def convert(source: str | Path, dest: str | Path) -> Loaded:
     """
     loaded = load(source)
     try:
-        save_network(dest, loaded.net, loaded.encoder, {"source": loaded.source, **loaded.metadata})
+        # The file's name only: where it lay is nobody else's business.
+        origin = loaded.source if is_url(loaded.source) or loaded.preset else loaded.path.name
+        save_network(dest, loaded.net, loaded.encoder, {"source": origin, **loaded.metadata})
     except OSError as error:
         raise ErkGuidError(f"cannot write {dest}: {error}") from error
     return loaded

@@ -44,6 +44,10 @@ def _edm2(table: str) -> dict[str, Preset]:
 
 PRESETS: dict[str, Preset] = {
     "digits": Preset(SHIPPED + "digits.safetensors"),
+    "digits-guid": Preset(SHIPPED + "digits.safetensors", "uncond:digits", 1.5),
+    "digits-autog": Preset(
+        SHIPPED + "digits.safetensors", SHIPPED + "digits-weak.safetensors", 1.5
+    ),
     **_edm2("""
 ~xs-fid               ~xs-2147483-0.135           -                           -    FID 3.53
 ~xs-dino              ~xs-2147483-0.200           -                           -    FD-DINOv2 103.39
