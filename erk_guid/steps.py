@@ -6,7 +6,7 @@ The result carries the new x *without* guidance and, where the solver has one, t
 from which guidance is computed. `erk_guid.sample` is the loop around this; a loop of your own is
 
     step, state = erk_guid.HeunStep(), None
-    for sigma, sigma_next in zip(sigmas[:-2], sigmas[1:-1]):
+    for sigma, sigma_next in itertools.pairwise(sigmas[:-1]):
         result, state = step(denoiser, x, sigma, sigma_next, state)
         x = result.x
         if result.pair is not None:

@@ -107,9 +107,7 @@ def test_strength_cancels_heuns_leading_error() -> None:
             add = erk_guid.correction(x, x_low, lam * x, lam * x_low, h, Guidance(w, 0.0))
             exact = x * math.exp(-z)
             errors[w].append(float((x_high + add - exact).abs().max()))
-    plain, guided = (
-        math.log(e[0] / e[-1]) / math.log(zs[0] / zs[-1]) for e in errors.values()
-    )
+    plain, guided = (math.log(e[0] / e[-1]) / math.log(zs[0] / zs[-1]) for e in errors.values())
     assert plain == pytest.approx(3, abs=0.1)
     assert guided == pytest.approx(4, abs=0.1)
 

@@ -1,0 +1,226 @@
+"""The EDM2 network: golden outputs, and effective weights that are never stale."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import golden, network_of, relative
+from torch import Tensor
+
+from erk_guid.networks import Unconditional
+from erk_guid.networks.edm2 import MPConv, Precond, normalize
+
+
+@pytest.mark.parametrize("name", ["edm2_net_cond", "edm2_net_guide"])
+def test_golden_networks(name: str) -> None:
+    data, net = golden(name), network_of(name)
+    labels = data["labels"] if net.label_dim else None
+    denoised, logvar = net(data["x"], data["sigma"], labels, return_logvar=True)
+    assert relative(denoised, data["denoised"]) < 1e-5
+    assert relative(logvar, data["logvar"]) < 1e-5
+    assert logvar.shape == data["logvar"].shape
+    assert relative(net(data["x"], data["sigma"]), data["denoised_no_labels"]) < 1e-5
+    scalar = net(data["x"], 0.7, labels)
+    assert relative(scalar, data["denoised_scalar_sigma_0p7"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["edm2_seeded_wide", "edm2_seeded_plain"])
+def test_golden_seeded_networks(name: str) -> None:
+    # What the small files do not pin: several heads, three levels, clipping, wide filters.
+    data = golden(name)
+    net = Precond(**data["config"]).eval().requires_grad_(False)
+    state = net.state_dict()
+    for i, key in enumerate(sorted(state)):
+        generator = torch.Generator().manual_seed(int(data["seed"]) + i)
+        state[key] = torch.randn(state[key].shape, generator=generator)
+    net.load_state_dict(state)
+    labels = data["labels"] if net.label_dim else None
+    assert relative(net(data["x"], data["sigma"], labels), data["denoised"]) < 1e-5
+    assert relative(net(data["x"], data["sigma"]), data["denoised_no_labels"]) < 1e-5
+    assert relative(net(data["x"], 0.3, labels), data["denoised_scalar_sigma_0p3"]) < 1e-5
+
+
+def fresh() -> Precond:
+    """A small network that does not multiply itself away (all gains start at 0)."""
+    torch.manual_seed(3)
+    net = Precond(
+        8, 2, 3, model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4],
+        channels_per_head=8, logvar_channels=8,
+    )  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if name.endswith("gain"):
+                parameter.fill_(0.8)
+    return net.eval()
+
+
+X = torch.linspace(-1, 1, 2 * 2 * 8 * 8).reshape(2, 2, 8, 8)
+
+
+def output(net: Precond) -> Tensor:
+    with torch.no_grad():
+        return net(X, 0.9)
+
+
+def without_cache(net: Precond) -> Tensor:
+    """What the network computes from its weights as they are now."""
+    twin = Precond(**net.config).eval()
+    twin.load_state_dict(net.state_dict())
+    return output(twin)
+
+
+def load_other(net: Precond) -> None:
+    other = {k: v + 0.1 * torch.ones_like(v) for k, v in net.state_dict().items()}
+    net.load_state_dict(other)
+
+
+def assign_other(net: Precond) -> None:
+    other = {k: v + 0.1 * torch.ones_like(v) for k, v in net.state_dict().items()}
+    net.load_state_dict(other, assign=True)
+
+
+def edit_in_place(net: Precond) -> None:
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1)
+
+
+def edit_a_gain(net: Precond) -> None:
+    with torch.no_grad():
+        net.unet.out_gain.mul_(2)
+
+
+def optimizer_step(net: Precond) -> None:
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-2)
+    net(X, 0.9).square().mean().backward()
+    optimizer.step()
+
+
+def train_and_back(net: Precond) -> None:
+    net.train()
+    net(X, 0.9)  # forced weight normalization overwrites the stored weights
+    net.eval()
+
+
+def there_and_back(net: Precond) -> None:
+    net.half().float()  # rounds the weights; the allocator may hand out the old addresses
+
+
+def data_then_eval(net: Precond) -> None:
+    for parameter in net.parameters():
+        parameter.data.mul_(0.5).add_(0.1)
+    net.eval()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        load_other, assign_other, edit_in_place, edit_a_gain, optimizer_step, train_and_back,
+        there_and_back, data_then_eval,
+    ],
+)  # fmt: skip
+def test_no_stale_weights(change: Callable[[Precond], Any]) -> None:
+    # Catches: a cache that outlives what it was computed from. Each change was seen to fail
+    # with the cache's key replaced by a constant.
+    net = fresh()
+    before = output(net)
+    change(net)
+    after = output(net)
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, without_cache(net), rtol=1e-6, atol=1e-7)
+
+
+def test_copies_and_pickles_carry_no_cache_and_go_their_own_way() -> None:
+    net = fresh()
+    before = output(net)
+    twin = copy.deepcopy(net)
+    assert all(m._cached is None for m in twin.modules() if isinstance(m, MPConv))
+    edit_in_place(twin)
+    assert torch.equal(output(net), before)
+    assert not torch.equal(output(twin), before)
+    buffer = io.BytesIO()
+    torch.save(net, buffer)
+    buffer.seek(0)
+    again = torch.load(buffer, weights_only=False)
+    assert torch.equal(output(again), before)
+
+
+def test_weights_are_computed_once() -> None:
+    net = fresh()
+    output(net)
+    conv = net.unet.out_conv
+    first = conv._cached
+    output(net)
+    assert conv._cached is first
+    assert first is not None
+
+
+def test_gradients_reach_the_weights_in_both_modes() -> None:
+    for mode in (True, False):
+        net = fresh().train(mode)
+        net(X, 0.9, torch.eye(3)[:2]).square().mean().backward()
+        missing = [n for n, p in net.named_parameters() if p.grad is None]
+        assert missing == ["logvar_linear.weight"]
+
+
+def test_frozen_weights_still_pass_gradients_to_the_input() -> None:
+    net = fresh().requires_grad_(False)
+    with torch.inference_mode():
+        net(X, 0.9)  # fills the cache; what is in it must be usable outside
+    x = X.clone().requires_grad_(True)
+    net(x, 0.9).sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+
+
+def test_weights_made_in_inference_mode_are_not_cached() -> None:
+    with torch.inference_mode():
+        net = fresh()
+        before = net(X, 0.9)
+        for parameter in net.parameters():
+            parameter.add_(0.1)
+        assert not torch.equal(net(X, 0.9), before)
+
+
+def test_training_normalizes_the_stored_weights() -> None:
+    net = fresh().train()
+    net(X, 0.9, return_logvar=True)
+    for module in net.modules():
+        if isinstance(module, MPConv):
+            rms = module.weight.detach().flatten(1).square().mean(1).sqrt()
+            torch.testing.assert_close(rms, torch.ones_like(rms), rtol=1e-3, atol=0)
+
+
+def test_normalize_keeps_the_dtype_and_takes_the_norm_in_float32() -> None:
+    x = torch.full([2, 4, 200, 200], 300.0, dtype=torch.float16)  # squares overflow float16
+    y = normalize(x)
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y, torch.ones_like(y), rtol=1e-2, atol=0)
+
+
+def test_unconditional_ignores_labels(cond: Precond) -> None:
+    x = torch.randn(2, 3, 16, 16)
+    net = Unconditional(cond)
+    assert net.label_dim == 0
+    assert torch.equal(net(x, 0.9, torch.eye(5)[:2]), cond(x, 0.9))
+
+
+def test_a_misspelt_option_is_an_error() -> None:
+    with pytest.raises(TypeError, match="no option clip_activation"):
+        Precond(8, 2, 3, clip_activation=3)
+    with pytest.raises(ValueError, match="channels_per_head 5 does not divide the 8 channels"):
+        Precond(8, 2, 3, model_channels=8, channel_mult=[1], channels_per_head=5)
+
+
+@pytest.mark.gpu
+def test_float16_on_a_gpu(cond: Precond) -> None:
+    data = golden("edm2_net_cond")
+    net = copy.deepcopy(cond).cuda()
+    half = net(data["x"].cuda(), data["sigma"].cuda(), data["labels"].cuda())
+    assert half.dtype == torch.float32
+    assert relative(half.cpu(), data["denoised"]) < 2e-2
