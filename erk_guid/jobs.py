@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,11 +30,13 @@ from erk_guid.files import PARTIAL, write_bytes
 from erk_guid.generation import Batch, check_networks, generate
 from erk_guid.pictures import is_whole_png, save_picture, save_png, tile
 from erk_guid.runtime import ProcessGroup, choose_device, process_group
+from erk_guid.sampling import StepInfo
 from erk_guid.trace import Trace, check_trace_path, write_trace
 
 RUN_FILE = "run.json"
 MAX_GRID = 400
 """Images on a contact sheet, at most."""
+GRID_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,7 @@ def run_job(job: GenerationJob) -> int:
     device = choose_device(job.device)
     if job.dtype == "float64" and device.type == "mps":
         raise ErkGuidError("float64 is not to be had on mps; use --dtype float32")
-    if job.trace is not None:
-        check_trace_path(job.trace)
+    _check_outputs(job)
     with process_group(device) as group:
         # Rank 0 fetches first; the others then find the files in the cache.
         group.agree(lambda: _fetch(job))
@@ -133,6 +135,22 @@ def run_job(job: GenerationJob) -> int:
             if job.grid:
                 _write_grid(job)
         return sum(totals)
+
+
+def _check_outputs(job: GenerationJob) -> None:
+    """Find out before hours of work, not after, that the last files cannot be written."""
+    if job.trace is not None:
+        check_trace_path(job.trace)
+    if job.grid is not None and job.grid.suffix.lower() not in GRID_SUFFIXES:
+        raise ErkGuidError(
+            f"cannot write a contact sheet to {job.grid}: end its name in .png or .jpg"
+        )
+    for path in (job.trace, job.grid):
+        if path is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ErkGuidError(f"cannot write to {path.parent}: {error.strerror}") from error
 
 
 def _fetch(job: GenerationJob) -> None:
@@ -197,6 +215,8 @@ def _prepare(
         for stale in job.outdir.rglob(f".*{PARTIAL}*"):
             stale.unlink(missing_ok=True)
         todo = [s for s in seeds if not is_whole_png(image_path(job.outdir, s, job.subdirs))]
+    else:
+        _warn_of_others(job, seeds)
     run = {
         "settings": settings,
         "net": job.net,
@@ -214,6 +234,14 @@ def _prepare(
         reason = error.strerror or error
         raise ErkGuidError(f"cannot write to --outdir {job.outdir}: {reason}") from error
     return todo
+
+
+def _warn_of_others(job: GenerationJob, seeds: list[int]) -> None:
+    """A score over the folder would count images of an earlier run, too."""
+    ours = {image_path(job.outdir, seed, job.subdirs) for seed in seeds}
+    others = sum(path not in ours for path in job.outdir.rglob("*.png"))
+    if others:
+        print(f"Note: {job.outdir} holds {others} other images, which stay", file=sys.stderr)
 
 
 def _read_run(path: Path) -> dict[str, Any] | None:
@@ -252,6 +280,13 @@ def _generate(
     trace: Trace | None,
 ) -> int:
     """This process's share; images are written while the next batch is computed."""
+    bar = tqdm(unit="image", disable=group.rank != 0)
+
+    def callback(info: StepInfo) -> None:
+        if trace:
+            trace.callback(info)
+        bar.set_postfix_str(f"step {info.step + 1}/{info.num_steps}")
+
     batches = generate(
         loaded.net,
         todo,
@@ -262,14 +297,14 @@ def _generate(
         device=device,
         rank=group.rank,
         world_size=group.world_size,
-        callback=trace.callback if trace else None,
+        callback=callback if trace or group.rank == 0 else None,
         **job.sampler_options,
     )
     share = sum(len(part) for part in batches.shares)
-    label = "images" if group.world_size == 1 else f"images of rank 0 of {group.world_size}"
+    bar.total = share
+    bar.set_description("images" if group.world_size == 1 else f"rank 0 of {group.world_size}")
     line = job.describe()
     pending: list[Future[None]] = []
-    bar = tqdm(total=share, desc=label, unit="image", disable=group.rank != 0)
     with bar, ThreadPoolExecutor(max_workers=4) as pool:
         for batch in batches:
             _finish(job, pending)

@@ -112,7 +112,11 @@ class _InterruptedError(Exception):
 
 def _fetch(url: str, partial: Path) -> None:
     """Fetch into `partial`, continuing what is there; try again when the line breaks."""
-    for attempt in range(1, ATTEMPTS + 1):
+    attempt, arrived = 0, 0
+    while True:
+        size = partial.stat().st_size if partial.exists() else 0
+        # A line that breaks often but brings something each time is not given up on.
+        attempt, arrived = (1 if size > arrived else attempt + 1), size
         try:
             _transfer(url, partial)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,10 @@ def generate_command(
         )
     if options["guidance"] is None:
         options["guidance"] = JOB.guidance
+    if not math.isfinite(options["guidance"]):
+        raise click.UsageError(
+            f"--guidance must be a finite number, got {options['guidance']}; 1 switches it off"
+        )
     if options["guidance"] != 1 and options["gnet"] is None:
         raise click.UsageError(
             f"--guidance {options['guidance']:g} needs a guiding network: give --gnet, or a preset "

@@ -1,0 +1,258 @@
+"""The command lines, in process: options, files, and messages."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from conftest import DATA, golden
+from PIL import Image
+
+from erk_guid.cli import main
+from erk_guid.cli.generate import generate_command
+
+COND, GUIDE = str(DATA / "edm2_cond.pkl"), str(DATA / "edm2_guide.pkl")
+
+
+def generate(*args: Any) -> Result:
+    return CliRunner().invoke(generate_command, [str(a) for a in args])
+
+
+def test_every_option_and_its_default() -> None:
+    # The command line is a promise to those who have scripts. EDM2's options first.
+    found: dict[str, Any] = {}
+    for option in generate_command.params:
+        assert isinstance(option, click.Option)
+        # click marks "no default" with an object of its own.
+        plain = isinstance(option.default, (str, int, float))
+        for name in option.opts:
+            found[name] = option.default is True if option.is_flag else None
+            if plain and not option.is_flag:
+                found[name] = option.default
+    assert found == {
+        "--preset": None, "--net": None, "--gnet": None, "--outdir": None, "--subdirs": False,
+        "--seeds": "16-19", "--class": None, "--batch": 32, "--steps": 32, "--sigma_min": 0.002,
+        "--sigma_max": 80, "--rho": 7, "--guidance": None, "--S_churn": 0, "--s_churn": 0,
+        "--S_min": 0, "--s_min": 0, "--S_max": float("inf"), "--s_max": float("inf"),
+        "--S_noise": 1, "--s_noise": 1, "--w_stiff": 0.0, "--w_con": None,
+        "--solver": "heun", "--device": None, "--dtype": "float32", "--resume": False,
+        "--encoder-batch": None, "--vae": None, "--trace": None, "--grid": None,
+        "--trust-pickle": False,
+    }  # fmt: skip
+    help_text = generate("--help").output
+    assert all(name in help_text for name in found)
+
+
+def test_golden_images_through_the_command_line(tmp_path: Path) -> None:
+    data = golden("edm2_generate")
+    seeds = data["seeds"].tolist()
+    result = generate(
+        "--net", COND, "--gnet", GUIDE, "--outdir", tmp_path, "--steps", 6, "--guidance", 1.4,
+        "--w_stiff", 0.75, "--w_con", 0.3, "--seeds", ",".join(map(str, seeds)), "--device", "cpu",
+        "--batch", 3,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    for seed, expected in zip(seeds, data["images_guided"].numpy(), strict=True):
+        with Image.open(tmp_path / f"{seed:06d}.png") as image:
+            pixels = np.asarray(image).transpose(2, 0, 1)
+            text = image.info["parameters"]
+        assert np.abs(pixels.astype(int) - expected.astype(int)).max() <= 1
+        assert f"seed {seed}, class " in text
+        assert "solver heun, steps 6, w_stiff 0.75, w_con 0.3, guidance 1.4" in text
+
+
+def test_run_json_grid_trace_and_subdirs(tmp_path: Path) -> None:
+    result = generate(
+        "--preset", "digits", "--outdir", tmp_path / "out", "--subdirs", "--seeds", "998-1001",
+        "--steps", 4, "--w_stiff", "paper", "--grid", tmp_path / "grid.png",
+        "--trace", tmp_path / "trace.csv", "--device", "cpu",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "the paper's settings for 8 steps, w_stiff 0.5, w_con 0.1" in result.output
+    names = sorted(p.relative_to(tmp_path / "out").as_posix() for p in tmp_path.rglob("0*.png"))
+    assert names == [
+        "000000/000998.png",
+        "000000/000999.png",
+        "001000/001000.png",
+        "001000/001001.png",
+    ]
+    with Image.open(tmp_path / "out" / names[0]) as image:
+        assert (image.mode, image.size) == ("L", (32, 32))
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["net"] == "digits"
+    assert run["seeds"] == [998, 999, 1000, 1001]
+    assert (run["settings"]["num_steps"], run["settings"]["w_con"]) == (4, 0.1)
+    assert len(run["settings"]["net_sha256"]) == 64
+    assert run["versions"]["torch"] == torch.__version__
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (2 * 96 + 2, 2 * 96 + 2)
+    with open(tmp_path / "trace.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(int(r["seed"]), int(r["step"])) for r in rows] == [
+        (s, i) for s in (998, 999, 1000, 1001) for i in range(4)
+    ]
+    assert rows[0]["stiffness"] == ""
+    assert float(rows[1]["stiffness"]) > 0
+
+
+def test_trace_as_npz(tmp_path: Path) -> None:
+    result = generate(
+        "--preset", "digits", "--outdir", tmp_path, "--steps", 3, "--trace", tmp_path / "t.npz"
+    )
+    assert result.exit_code == 0, result.output
+    with np.load(tmp_path / "t.npz") as trace:
+        assert trace["seed"].tolist() == [s for s in (16, 17, 18, 19) for _ in range(3)]
+        assert np.isnan(trace["stiffness"].reshape(4, 3)).all(0).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("preset", ["digits-guid", "digits-autog"])
+def test_shipped_presets_bring_their_guidance(preset: str, tmp_path: Path) -> None:
+    result = generate("--preset", preset, "--outdir", tmp_path, "--steps", 2, "--seeds", 1)
+    assert result.exit_code == 0, result.output
+    settings = json.loads((tmp_path / "run.json").read_text())["settings"]
+    assert settings["guidance"] > 1
+    assert settings["gnet_sha256"]
+    # The command line beats the preset; without model guidance no guiding network is opened.
+    again = generate(
+        "--preset", preset, "--outdir", tmp_path, "--steps", 2, "--seeds", 1, "--guidance", 1
+    )
+    assert again.exit_code == 0, again.output
+    settings = json.loads((tmp_path / "run.json").read_text())["settings"]
+    assert (settings["guidance"], settings["gnet_sha256"]) == (1, None)
+
+
+def test_resume_makes_what_is_missing_or_truncated(tmp_path: Path) -> None:
+    args = ["--preset", "digits", "--outdir", tmp_path, "--steps", 2, "--seeds", "0-5"]
+    assert generate(*args).exit_code == 0
+    images = {p.name: p.read_bytes() for p in tmp_path.glob("*.png")}
+    (tmp_path / "000002.png").unlink()
+    (tmp_path / "000004.png").write_bytes(images["000004.png"][:-20])
+    (tmp_path / ".000005.png.7.partial.png").write_bytes(b"stale")
+    kept = (tmp_path / "000001.png").stat().st_mtime_ns
+    result = generate(*args, "--resume")
+    assert result.exit_code == 0, result.output
+    assert "2 images made" in result.output
+    assert {p.name: p.read_bytes() for p in tmp_path.glob("*.png")} == images
+    assert (tmp_path / "000001.png").stat().st_mtime_ns == kept
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*sorted(images), "run.json"]
+
+
+def test_resume_with_more_seeds_extends_the_run(tmp_path: Path) -> None:
+    args = ["--preset", "digits", "--outdir", tmp_path, "--steps", 2, "--resume"]
+    assert generate(*args, "--seeds", "0-2").exit_code == 0
+    result = generate(*args, "--seeds", "2-4")
+    assert "2 images made" in result.output
+    assert json.loads((tmp_path / "run.json").read_text())["seeds"] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["--steps", 3], "num_steps was 2, now 3"),
+        (["--w_stiff", 0.5], "w_stiff was 0.0, now 0.5"),
+        (["--class", 3], "class was None, now 3"),
+        (["--net", COND], "net_sha256 was '"),
+        (["--subdirs"], "subdirs was False, now True"),
+        (["--preset", "digits-guid"], "guidance was 1.0, now 1.5"),
+    ],
+)
+def test_resume_refuses_other_settings(change: list[Any], named: str, tmp_path: Path) -> None:
+    args = ["--preset", "digits", "--outdir", tmp_path, "--steps", 2, "--seeds", "0-1"]
+    assert generate(*args).exit_code == 0
+    result = generate(*args, "--resume", *change)
+    assert result.exit_code == 1
+    assert named in result.output
+    assert "choose another --outdir" in result.output
+
+
+def test_resume_without_a_run_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "000000.png").write_bytes(b"somebody's")
+    result = generate("--preset", "digits", "--outdir", tmp_path, "--resume")
+    assert result.exit_code == 1
+    assert "no run.json" in result.output
+
+
+BAD: list[tuple[list[Any], int, str]] = [
+    (["--preset", "digitz"], 2, "unknown --preset 'digitz'; did you mean digits"),
+    ([], 2, "name a network with --net or --preset"),
+    (["--net", "/nowhere/x.pkl"], 1, "'/nowhere/x.pkl' is no file, no URL and no preset"),
+    (["--preset", "digits", "--steps", 0], 2, "0 is not in the range x>=1"),
+    (["--preset", "digits", "--batch", 0], 2, "0 is not in the range x>=1"),
+    (["--preset", "digits", "--sigma_min", 90], 2, "sigma_min 90.0 must be below sigma_max 80"),
+    (["--preset", "digits", "--sigma_min", 0], 2, "sigma_min must be a positive"),
+    (["--preset", "digits", "--rho", "nan"], 2, "rho must be a positive, finite number, got nan"),
+    (["--preset", "digits", "--w_stiff", -1], 2, "w_stiff must not be negative, got -1.0"),
+    (["--preset", "digits", "--w_stiff", "much"], 2, "'much' is neither a number nor paper"),
+    (["--preset", "digits", "--w_stiff", "inf"], 2, "w_stiff must be a finite number, got inf"),
+    (["--preset", "digits", "--w_con", -0.5], 2, "w_con must not be negative, got -0.5"),
+    (["--preset", "digits", "--S_churn", 40], 2, "--S_churn must be 0"),
+    (["--preset", "digits", "--guidance", 2], 2, "--guidance 2 needs a guiding network"),
+    (["--preset", "digits-guid", "--guidance", "inf"], 2, "--guidance must be a finite number"),
+    (["--preset", "digits", "--class", 10], 1, "class 10 is outside 0 to 9"),
+    (["--preset", "digits", "--class", -1], 2, "-1 is not in the range x>=0"),
+    (["--net", GUIDE, "--class", 0], 1, "class 0 asked of an unconditional network"),
+    (["--preset", "digits", "--seeds", "5-2"], 2, "the range '5-2' runs backwards; write 2-5"),
+    (["--preset", "digits", "--seeds", "x"], 2, "'x' in 'x' is neither a whole number nor a range"),
+    (["--preset", "digits", "--seeds", "1,,2"], 2, "is neither a whole number nor a range"),
+    (["--preset", "digits", "--seeds", "0-99999999999"], 2, "more than ten million seeds"),
+    (["--preset", "digits", "--device", "tpu"], 1, "'tpu'"),
+    (["--net", COND, "--gnet", "digits", "--guidance", 2], 1, "guiding network has img_channels 1"),
+    (["--preset", "digits", "--solver", "euler", "--w_stiff", 1], 2, "no embedded pair"),
+    (["--preset", "digits", "--solver", "rk4"], 2, "'rk4' is not one of 'euler', 'heun'"),
+    (["--preset", "digits", "--trace", "t.txt"], 1, "end its name in .csv or .npz"),
+    (["--preset", "digits", "--grid", "sheet.xyz"], 1, "end its name in .png or .jpg"),
+    (["--preset", "digits", "--grid", "/proc/no/sheet.png"], 1, "cannot write to /proc/no"),
+    (["--preset", "digits", "--colour", "red"], 2, "No such option"),
+    (["--net", str(DATA / "README.md")], 1, "damaged, or not a pickle"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("args", "code", "message"), BAD, ids=lambda v: str(v)[:40])
+def test_bad_options(args: list[Any], code: int, message: str, tmp_path: Path) -> None:
+    result = generate("--outdir", tmp_path / "out", *args)
+    assert message in result.output
+    assert result.exit_code == code
+    assert "Traceback" not in result.output
+    assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_asked_for_and_absent(tmp_path: Path) -> None:
+    result = generate("--preset", "digits", "--outdir", tmp_path, "--device", "cuda")
+    assert result.exit_code == 1
+    assert "device 'cuda' is not present here; use one of: cpu" in result.output
+
+
+def test_an_outdir_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    result = generate("--preset", "digits", "--outdir", tmp_path / "file" / "out")
+    assert result.exit_code == 1
+    assert re.search(r"cannot write to --outdir .*file/out: Not a directory", result.output)
+
+
+def test_the_outdir_is_required() -> None:
+    assert "Missing option '--outdir'" in generate("--preset", "digits").output
+
+
+def test_erk_guid_has_the_same_subcommands(tmp_path: Path) -> None:
+    runner = CliRunner()
+    assert "edm2-img512-xxl-autog-dino" in runner.invoke(main, ["presets"]).output
+    dest = tmp_path / "net.safetensors"
+    result = runner.invoke(main, ["convert", COND, str(dest)])
+    assert result.exit_code == 0, result.output
+    assert dest.exists()
+    bad = runner.invoke(main, ["convert", COND, str(tmp_path / "net.pt")])
+    assert bad.exit_code == 2
+    assert "must end in .safetensors" in bad.output
+    made = runner.invoke(
+        main, ["generate", "--net", str(dest), "--outdir", str(tmp_path / "o"), "--steps", "2"]
+    )
+    assert made.exit_code == 0, made.output

@@ -1,0 +1,108 @@
+"""The package as a whole: what importing it costs, and files that must agree."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import erk_guid
+
+ROOT = Path(__file__).parents[1]
+
+BLOCKED = [
+    "numpy",
+    "scipy",
+    "click",
+    "safetensors",
+    "tqdm",
+    "PIL",
+    "filelock",
+    "diffusers",
+    "torch_fidelity",
+    "torchvision",
+    "matplotlib",
+    "huggingface_hub",
+    "transformers",
+]
+
+IMPORT_ALONE = """
+import importlib.abc, sys
+import torch
+for name in [m for m in sys.modules if m.split(".")[0] in {blocked!r}]:
+    del sys.modules[name]  # torch itself may use numpy; we must not ask for it
+before = set(sys.modules)
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"not installed: {{name}}")
+sys.meta_path.insert(0, Refuse())
+import time
+begun = time.perf_counter()
+import erk_guid
+seconds = time.perf_counter() - begun
+sigmas = erk_guid.karras_sigmas(4)
+x = erk_guid.sample(lambda x, s: x / (1 + s * s), torch.ones(2, 3) * 80, sigmas,
+                    guidance=erk_guid.Guidance(0.5, 0.1))
+assert torch.isfinite(x).all()
+print(seconds, sorted({{m.split(".")[0] for m in set(sys.modules) - before}} - {{"erk_guid"}}))
+"""
+
+
+def test_importing_needs_torch_alone_and_is_quick() -> None:
+    code = IMPORT_ALONE.format(blocked=set(BLOCKED))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # Not a benchmark: an import of scipy or diffusers takes longer than this on any machine.
+    assert float(done.stdout.split()[0]) < 1
+
+
+def test_public_names() -> None:
+    for name in erk_guid.__all__:
+        assert getattr(erk_guid, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'smaple'"):
+        erk_guid.smaple  # noqa: B018
+    promised = {
+        "stiffness", "dominant_eigenvector", "correction", "Guidance", "karras_sigmas", "sample",
+        "edm_sampler", "load", "generate", "ModelGuidance", "HeunStep",
+    }  # fmt: skip
+    assert promised <= set(dir(erk_guid))
+
+
+def requirements(text: str) -> set[str]:
+    return set(re.findall(r"[A-Za-z][\w-]*>=[\d.]+", text))
+
+
+def test_environment_yml_matches_pyproject() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    runtime = project[project.index("dependencies = [") : project.index("dev = [")]
+    environment = (ROOT / "environment.yml").read_text()
+    wanted = requirements(runtime)
+    assert len(wanted) >= 11
+    assert wanted == requirements(environment) - {"python>=3.10"}
+
+
+def test_versions_agree() -> None:
+    assert f"version: {erk_guid.__version__}" in (ROOT / "CITATION.cff").read_text()
+    assert f"## {erk_guid.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_shipped_model_is_small() -> None:
+    data = ROOT / "erk_guid" / "data"
+    assert sum(p.stat().st_size for p in data.iterdir()) < 5_000_000
+
+
+def test_a_missing_extra_is_reported_with_its_install_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    from erk_guid.encoders import StabilityVAEEncoder
+    from erk_guid.errors import MissingExtraError
+
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'erk-guid\[diffusers\]'"):
+        StabilityVAEEncoder().decode(torch.zeros(1, 4, 8, 8))

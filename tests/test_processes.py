@@ -1,0 +1,196 @@
+"""Real processes: torchrun, killed runs, ranks that fail."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import DATA
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "generate_images.py"
+NET = str(DATA / "edm2_cond.pkl")
+
+pytestmark = pytest.mark.slow
+
+
+def environment() -> dict[str, str]:
+    # One thread each: more ranks than cores would only wait for each other.
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def run(
+    processes: int, *args: Any, script: Path = SCRIPT, timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [str(script), *map(str, args)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env=environment(), cwd=ROOT
+    )
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*"))
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
+DUMP = """
+import sys
+from pathlib import Path
+import numpy as np
+import erk_guid
+from erk_guid.runtime import choose_device, process_group
+
+device = choose_device("cpu")
+with process_group(device) as group:
+    net = erk_guid.load(sys.argv[1]).net
+    batches = erk_guid.generate(
+        net, range(9), batch_size=2, num_steps=2, rank=group.rank, world_size=group.world_size
+    )
+    for batch in batches:
+        for k, seed in enumerate(batch.seeds):
+            np.save(Path(sys.argv[2]) / f"{seed}-noise.npy", batch.noise[k].numpy())
+            np.save(Path(sys.argv[2]) / f"{seed}-label.npy", batch.labels[k].numpy())
+"""
+
+
+def test_two_processes_draw_byte_identical_noise_and_labels(tmp_path: Path) -> None:
+    script = tmp_path / "dump.py"
+    script.write_text(DUMP)
+    digests = []
+    for processes in (1, 2):
+        folder = tmp_path / f"by-{processes}"
+        folder.mkdir()
+        done = run(processes, NET, folder, script=script)
+        assert done.returncode == 0, done.stderr
+        files = names(folder)
+        assert len(files) == 18
+        digests.append({n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in files})
+    assert digests[0] == digests[1]
+
+
+def test_two_processes_write_what_one_does(tmp_path: Path) -> None:
+    args = ["--net", NET, "--seeds", "0-10", "--batch", 2, "--steps", 4, "--w_stiff", 0.5,
+            "--subdirs", "--device", "cpu"]  # fmt: skip
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        done = run(processes, *args, "--outdir", out, "--trace", tmp_path / f"{processes}.csv",
+                   "--grid", tmp_path / f"{processes}.png")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "11 images made" in done.stdout
+    assert names(tmp_path / "1") == names(tmp_path / "2")
+    for name in names(tmp_path / "1"):
+        if name.endswith(".png"):
+            apart = np.abs(pixels(tmp_path / "1" / name) - pixels(tmp_path / "2" / name))
+            assert apart.max() <= 1
+    # The trace and the sheet are of all ranks, in the same order.
+    lines = [(tmp_path / f"{n}.csv").read_text().splitlines() for n in (1, 2)]
+    assert [li.split(",")[:2] for li in lines[0]] == [li.split(",")[:2] for li in lines[1]]
+    assert np.abs(pixels(tmp_path / "1.png") - pixels(tmp_path / "2.png")).max() <= 1
+
+
+def test_more_ranks_than_batches_does_not_hang(tmp_path: Path) -> None:
+    done = run(3, "--net", NET, "--seeds", "4", "--steps", 2, "--outdir", tmp_path / "o",
+               "--device", "cpu")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert names(tmp_path / "o") == ["000004.png", "run.json"]
+
+
+def test_what_rank_0_refuses_ends_all_ranks_with_one_message(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    done = run(2, "--net", "/nowhere/net.pkl", "--outdir", tmp_path / "o", "--device", "cpu")
+    assert done.returncode != 0
+    assert done.stderr.count("Error: '/nowhere/net.pkl' is no file, no URL and no preset") == 1
+    assert time.monotonic() - begun < 60
+
+
+FAILING = """
+import os, sys
+sys.argv[1:] = ["--net", sys.argv[1], "--outdir", sys.argv[2], "--seeds", "0-199", "--steps", "64",
+                "--batch", "4", "--device", "cpu"]
+import erk_guid.jobs
+if os.environ["RANK"] == "1":
+    save = erk_guid.jobs.save_png
+    def failing(path, *args):
+        raise OSError(28, "No space left on device")
+    erk_guid.jobs.save_png = failing
+from erk_guid.cli.generate import generate_command
+generate_command()
+"""
+
+
+def test_a_rank_that_raises_ends_the_job_with_its_message(tmp_path: Path) -> None:
+    # Catches: the others waiting out a barrier. Undisturbed, this job takes minutes.
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    begun = time.monotonic()
+    done = run(2, NET, tmp_path / "o", script=script)
+    assert done.returncode != 0
+    assert "cannot write an image to" in done.stderr
+    assert "No space left on device" in done.stderr
+    assert time.monotonic() - begun < 60
+    made = [n for n in names(tmp_path / "o") if n.endswith(".png")]
+    assert len(made) < 100  # the other rank did not finish its share either
+
+
+def test_killed_at_random_moments_and_resumed(tmp_path: Path) -> None:
+    args = ["--net", NET, "--seeds", "0-59", "--batch", "4", "--steps", "12", "--device", "cpu"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run(1, *args, "--outdir", whole).returncode == 0
+    rng = random.Random(0)
+    counts = []
+    for _ in range(4):
+        process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), *args, "--outdir", str(broken), "--resume"],
+            env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        # Wait for the first new image, then a random moment more: importing takes long enough
+        # that a kill by the clock alone would mostly hit that.
+        have, patience = len(list(broken.glob("0*.png"))), time.monotonic() + 60
+        while len(list(broken.glob("0*.png"))) <= have and time.monotonic() < patience:
+            time.sleep(0.01)
+            if process.poll() is not None:
+                break
+        time.sleep(rng.uniform(0, 0.5))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for path in broken.glob("0*.png"):
+            pixels(path)  # whole, or this raises
+        counts.append(len(list(broken.glob("0*.png"))))
+    assert 0 < counts[0] < 60  # it was killed in the middle at least once
+    done = run(1, *args, "--outdir", broken, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert names(broken) == names(whole)
+    for name in names(whole):
+        if name.endswith(".png"):
+            assert np.abs(pixels(whole / name) - pixels(broken / name)).max() <= 1
+    refused = run(1, *args, "--outdir", broken, "--resume", "--steps", "13")
+    assert refused.returncode == 1
+    assert "num_steps was 12, now 13" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_module_and_script_are_the_same_program(tmp_path: Path) -> None:
+    a = run(1, "--help")
+    b = subprocess.run(
+        [sys.executable, "-m", "erk_guid", "generate", "--help"],
+        capture_output=True, text=True, env=environment(), cwd=ROOT,
+    )  # fmt: skip
+    assert a.returncode == b.returncode == 0
+    assert a.stdout.split("\n", 1)[1] == b.stdout.split("\n", 1)[1]
