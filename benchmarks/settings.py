@@ -10,6 +10,8 @@ ODE; it does not ask which images look better.
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 import torch
 from common import machine
@@ -28,7 +30,7 @@ def main(source: str, steps: str, w_stiff: str, w_con: str, reference: int, seed
     net = erk_guid.load(source).net
     numbers = range(10_000, 10_000 + seeds)
 
-    def sampled(num_steps: int, **settings: float) -> torch.Tensor:
+    def sampled(num_steps: int, **settings: Any) -> torch.Tensor:
         batches = erk_guid.generate(net, numbers, num_steps=num_steps, batch_size=64, **settings)
         return torch.cat([batch.latents for batch in batches]).flatten(1)
 

@@ -13,21 +13,12 @@ import erk_guid
 
 ROOT = Path(__file__).parents[1]
 
+# fmt: off
 BLOCKED = [
-    "numpy",
-    "scipy",
-    "click",
-    "safetensors",
-    "tqdm",
-    "PIL",
-    "filelock",
-    "diffusers",
-    "torch_fidelity",
-    "torchvision",
-    "matplotlib",
-    "huggingface_hub",
-    "transformers",
+    "numpy", "scipy", "click", "safetensors", "tqdm", "PIL", "filelock", "diffusers",
+    "torch_fidelity", "torchvision", "matplotlib", "huggingface_hub", "transformers",
 ]
+# fmt: on
 
 IMPORT_ALONE = """
 import importlib.abc, sys
