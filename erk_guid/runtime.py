@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -109,7 +110,11 @@ def process_group(device: torch.device) -> Iterator[ProcessGroup]:
         raise ErkGuidError(f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    # Ranks meet only to begin and at the end: one may wait long for a slower one, or for rank 0's
+    # download. A rank that dies is noticed by torchrun and by its closed connection, not by this.
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2)
+    )
     yield ProcessGroup(dist.get_rank(), dist.get_world_size())
     # Not in a finally: after a failure there is nobody left to say goodbye to.
     dist.destroy_process_group()

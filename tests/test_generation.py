@@ -56,6 +56,13 @@ def test_golden_generation(
     assert (difference == 0).float().mean() >= 0.995
 
 
+def test_seeds_wrap_around_at_2_to_the_32(main_net: Loaded) -> None:
+    seeds = [5, 2**32 + 5, 2**31 + 5]
+    (batch,) = erk_guid.generate(main_net.net, seeds, num_steps=1)
+    assert torch.equal(batch.noise[0], batch.noise[1])
+    assert not torch.equal(batch.noise[0], batch.noise[2])
+
+
 @pytest.mark.parametrize(("count", "world_size"), [(7, 1), (7, 2), (7, 3), (2, 5), (0, 2)])
 def test_shares_cover_every_seed_once(main_net: Loaded, count: int, world_size: int) -> None:
     shares = [

@@ -178,6 +178,20 @@ def module_in_itself() -> bytes:
     return snapshot(network(state=outer))
 
 
+def modules_shared() -> bytes:
+    """Forty modules, each holding the one before twice: 2^40 of them if unfolded."""
+    container = name("torch.nn.modules.container", "ModuleDict")
+    body = container + b")\x81" + dict_of(_modules=b"}") + b"bq\x00"
+    for k in range(40):
+        here = b"h" + bytes([k])
+        members = dict_of(_modules=dict_of(a=here, b=here))
+        body += b"0" + container + b")\x81" + members + b"bq" + bytes([k + 1])
+    outer = dict_of(
+        _init_args=tuple_of(), _init_kwargs=dict_of(**SIZES), _modules=dict_of(enc=body)
+    )
+    return snapshot(network(state=outer))
+
+
 def ndarray(dtype: str, shape: tuple[int, ...], content: bytes) -> bytes:
     made = call(
         "numpy.core.multiarray", "_reconstruct", name("numpy", "ndarray"), tuple_of(number(0)),
@@ -281,6 +295,7 @@ FILES: dict[str, tuple[Callable[[Path], bytes], str]] = {
         lambda c: file_of(b"}" + b"N" + b"\x85" * 100_000 + b"Ns"), "a dict key of type tuple"
     ),
     "a module that contains itself": (lambda c: module_in_itself(), "contain each other"),
+    "modules that unfold to 2^40": (lambda c: modules_shared(), "contain each other"),
     "a memo index of 2^32 - 1": (lambda c: file_of(b"Nr\xff\xff\xff\xff"), "a NoneType"),
     "an unknown memo index": (lambda c: file_of(b"h\x07"), "recalls what it never stored"),
     "2^60 bytes announced": (
