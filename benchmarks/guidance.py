@@ -9,7 +9,6 @@ in a process of its own; then the correction alone is timed against one solver s
 
 from __future__ import annotations
 
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,8 @@ def peak_bytes(device: str) -> int:
     """Peak memory so far: of the GPU's allocator, or of this process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -75,6 +76,8 @@ def main(rounds: int, steps: int, device: str, peak_of: float | None) -> None:
     repeats = 200
     for _ in range(repeats):
         erk_guid.correction(x_high, x_low, f_high, f_low, h, guidance)
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
     alone = (time.perf_counter() - begun) / repeats
     calls = in_turn(lambda: net(noise, 1.0, labels), lambda: None, rounds)[0]
     step = 2 * statistics.median(calls)

@@ -17,6 +17,7 @@ import torch
 from common import machine
 
 import erk_guid
+from erk_guid.runtime import choose_device
 
 
 @click.command(help=__doc__)
@@ -25,14 +26,30 @@ import erk_guid
 @click.option("--w_stiff", default="0.25,0.408,0.5,0.75,1.0", show_default=True)
 @click.option("--w_con", default="0,0.1,0.3,0.5,1.0", show_default=True)
 @click.option("--reference", default=64, show_default=True, help="Steps of the fine solution.")
+@click.option("--device", help="cuda, mps or cpu.  [default: the best present]")
 @click.option("--seeds", default=64, show_default=True, help="Images; their seeds begin at 10000.")
-def main(source: str, steps: str, w_stiff: str, w_con: str, reference: int, seeds: int) -> None:
-    net = erk_guid.load(source).net
+def main(
+    source: str,
+    steps: str,
+    w_stiff: str,
+    w_con: str,
+    reference: int,
+    device: str | None,
+    seeds: int,
+) -> None:
+    where = choose_device(device)
+    loaded = erk_guid.load(source, where)
+    model: dict[str, Any] = {}
+    if loaded.preset is not None and loaded.preset.gnet is not None:
+        gnet = erk_guid.load(loaded.preset.gnet, where).net
+        model = {"gnet": gnet, "guidance": loaded.preset.guidance}
     numbers = range(10_000, 10_000 + seeds)
 
     def sampled(num_steps: int, **settings: Any) -> torch.Tensor:
-        batches = erk_guid.generate(net, numbers, num_steps=num_steps, batch_size=64, **settings)
-        return torch.cat([batch.latents for batch in batches]).flatten(1)
+        batches = erk_guid.generate(
+            loaded.net, numbers, num_steps=num_steps, batch_size=64, **model, **settings
+        )
+        return torch.cat([batch.latents.cpu() for batch in batches]).flatten(1)
 
     fine = sampled(reference)
     print(f"{source}, {seeds} images against {reference} steps of Heun; {machine()}")

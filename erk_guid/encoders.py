@@ -96,6 +96,14 @@ class StabilityVAEEncoder:
             self._vae = vae.eval().requires_grad_(False)
         return self._vae.to(device)
 
+    def prepare(self, device: torch.device) -> None:
+        """Fetch the VAE now, rather than at the first image.
+
+        Raises:
+            ErkGuidError: it cannot be had, or diffusers is not installed.
+        """
+        self._load(device)
+
     def encode(self, pixels: Tensor) -> Tensor:
         """The mean of the VAE's posterior, whitened."""
         vae = self._load(pixels.device)

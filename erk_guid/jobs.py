@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from erk_guid.generation import Batch, check_networks, generate
 from erk_guid.pictures import is_whole_png, save_picture, save_png, tile
 from erk_guid.runtime import ProcessGroup, choose_device, process_group
 from erk_guid.sampling import StepInfo
-from erk_guid.trace import Trace, check_trace_path, write_trace
+from erk_guid.trace import Trace, check_trace_path, read_trace, write_trace
 
 RUN_FILE = "run.json"
 MAX_GRID = 400
@@ -121,17 +122,20 @@ def run_job(job: GenerationJob) -> int:
             check_networks(loaded.net, guide and guide.net, job.class_idx)
         except ValueError as error:
             raise ErkGuidError(str(error)) from error
-        todo = group.agree(lambda: _prepare(job, loaded, guide, device))
+        encoder = _encoder(job, loaded)
+        if isinstance(encoder, StabilityVAEEncoder):
+            vae = encoder
+            group.agree(lambda: vae.prepare(device))
+            vae.prepare(device)
+        todo = group.agree(lambda: _prepare(job, _settings(job, loaded, guide, encoder, device)))
         trace = Trace() if job.trace else None
-        done = _generate(job, loaded, guide, device, group, todo, trace)
+        done = _generate(job, loaded, guide, encoder, device, group, todo, trace)
         # The only meeting point, after the work: rank 0 has something to put together.
         totals = group.gather(done)
         traces = group.gather(trace.rows() if trace else None)
         if group.rank == 0:
             if job.trace:
-                write_trace(
-                    job.trace, np.concatenate([rows for rows in traces if rows is not None])
-                )
+                _write_trace(job, todo, [rows for rows in traces if rows is not None])
             if job.grid:
                 _write_grid(job)
         return sum(totals)
@@ -149,6 +153,8 @@ def _check_outputs(job: GenerationJob) -> None:
         if path is not None:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=path.parent):
+                    pass
             except OSError as error:
                 raise ErkGuidError(f"cannot write to {path.parent}: {error.strerror}") from error
 
@@ -167,6 +173,9 @@ def _encoder(job: GenerationJob, loaded: Loaded) -> Encoder:
     """The file's encoder, with the job's wishes about the VAE."""
     encoder = loaded.encoder
     if not isinstance(encoder, StabilityVAEEncoder):
+        for option, value in (("--vae", job.vae), ("--encoder-batch", job.encoder_batch)):
+            if value is not None:
+                raise ErkGuidError(f"{option} {value}: {job.net} has no VAE; leave it out")
         return encoder
     changes: dict[str, Any] = {}
     if job.encoder_batch is not None:
@@ -177,7 +186,11 @@ def _encoder(job: GenerationJob, loaded: Loaded) -> Encoder:
 
 
 def _settings(
-    job: GenerationJob, loaded: Loaded, guide: Loaded | None, device: torch.device
+    job: GenerationJob,
+    loaded: Loaded,
+    guide: Loaded | None,
+    encoder: Encoder,
+    device: torch.device,
 ) -> dict[str, Any]:
     """What the images depend on: two runs into one folder must agree in all of this."""
     options = job.sampler_options
@@ -188,16 +201,17 @@ def _settings(
         "dtype": job.dtype,
         "class": job.class_idx,
         "subdirs": job.subdirs,
-        "encoder": _encoder(job, loaded).config.get("vae_name", "rgb"),
+        "trust_pickle": "trusted" in loaded.format,
+        "encoder": {
+            "class": type(encoder).__name__,
+            **{k: v for k, v in encoder.config.items() if k != "batch_size"},
+        },
         "device": device.type,  # each kind of device has random numbers of its own
     }
 
 
-def _prepare(
-    job: GenerationJob, loaded: Loaded, guide: Loaded | None, device: torch.device
-) -> list[int]:
+def _prepare(job: GenerationJob, settings: dict[str, Any]) -> list[int]:
     """Set the folder up, and say which seeds are still to be made. Runs on rank 0."""
-    settings = _settings(job, loaded, guide, device)
     path = job.outdir / RUN_FILE
     seeds = list(dict.fromkeys(job.seeds))
     todo = seeds
@@ -214,13 +228,19 @@ def _prepare(
             recorded = before["seeds"]
         for stale in job.outdir.rglob(f".*{PARTIAL}*"):
             stale.unlink(missing_ok=True)
-        todo = [s for s in seeds if not is_whole_png(image_path(job.outdir, s, job.subdirs))]
+        # Only what the recorded run claims: a picture of another seed may be an older run's.
+        claimed = set(recorded)
+        todo = [
+            s
+            for s in seeds
+            if s not in claimed or not is_whole_png(image_path(job.outdir, s, job.subdirs))
+        ]
     else:
-        _warn_of_others(job, seeds)
+        _clear(job, seeds)
     run = {
         "settings": settings,
         "net": job.net,
-        "gnet": job.gnet if guide else None,
+        "gnet": job.gnet if settings["gnet_sha256"] else None,
         "seeds": sorted({*recorded, *seeds}),
         "versions": {
             "erk_guid": __version__,
@@ -236,12 +256,33 @@ def _prepare(
     return todo
 
 
-def _warn_of_others(job: GenerationJob, seeds: list[int]) -> None:
-    """A score over the folder would count images of an earlier run, too."""
+def _clear(job: GenerationJob, seeds: list[int]) -> None:
+    """Take away the images of these seeds, lest a later --resume take them for this run's."""
     ours = {image_path(job.outdir, seed, job.subdirs) for seed in seeds}
-    others = sum(path not in ours for path in job.outdir.rglob("*.png"))
+    others = 0
+    for path in job.outdir.rglob("*.png"):
+        if path in ours:
+            try:
+                path.unlink()
+            except OSError as error:
+                raise ErkGuidError(f"cannot replace {path}: {error.strerror}") from error
+        else:
+            others += 1
     if others:
+        # A score over the folder would count them, too.
         print(f"Note: {job.outdir} holds {others} other images, which stay", file=sys.stderr)
+
+
+def _write_trace(job: GenerationJob, made: list[int], parts: list[np.ndarray]) -> None:
+    """The rows of the seeds just made; when resuming, beside those that the file has."""
+    assert job.trace is not None
+    if job.resume and job.trace.exists():
+        before = read_trace(job.trace)
+        parts = [before[~np.isin(before[:, 0], made)], *parts]
+    try:
+        write_trace(job.trace, np.concatenate(parts))
+    except OSError as error:
+        raise ErkGuidError(f"cannot write the trace {job.trace}: {error}") from error
 
 
 def _read_run(path: Path) -> dict[str, Any] | None:
@@ -251,9 +292,12 @@ def _read_run(path: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise ErkGuidError(f"cannot resume: {path} is not readable ({error})") from error
-    if not isinstance(run, dict) or not isinstance(run.get("settings"), dict) or not isinstance(
-        run.get("seeds"), list
-    ):  # fmt: skip
+    if (
+        not isinstance(run, dict)
+        or not isinstance(run.get("settings"), dict)
+        or not isinstance(run.get("seeds"), list)
+        or not all(isinstance(seed, int) for seed in run["seeds"])
+    ):
         raise ErkGuidError(f"cannot resume: {path} does not describe a run")
     return run
 
@@ -274,6 +318,7 @@ def _generate(
     job: GenerationJob,
     loaded: Loaded,
     guide: Loaded | None,
+    encoder: Encoder,
     device: torch.device,
     group: ProcessGroup,
     todo: list[int],
@@ -290,7 +335,7 @@ def _generate(
     batches = generate(
         loaded.net,
         todo,
-        encoder=_encoder(job, loaded),
+        encoder=encoder,
         gnet=guide.net if guide else None,
         class_idx=job.class_idx,
         batch_size=job.batch,
@@ -307,6 +352,7 @@ def _generate(
     pending: list[Future[None]] = []
     with bar, ThreadPoolExecutor(max_workers=4) as pool:
         for batch in batches:
+            group.check()
             _finish(job, pending)
             pending = _save(job, batch, line, pool)
             if trace:
@@ -341,16 +387,16 @@ def _write_grid(job: GenerationJob) -> None:
     assert job.grid is not None
     seeds = list(dict.fromkeys(job.seeds))[:MAX_GRID]
     images = []
-    for seed in seeds:
-        with Image.open(image_path(job.outdir, seed, job.subdirs)) as image:
-            images.append(image.convert("RGB"))
-    columns = int(np.ceil(np.sqrt(len(images))))
-    # Small images are enlarged, so that a sheet of digits can be looked at.
-    scale = max(1, 96 // images[0].width)
     try:
+        for seed in seeds:
+            with Image.open(image_path(job.outdir, seed, job.subdirs)) as image:
+                images.append(image.convert("RGB"))
+        columns = int(np.ceil(np.sqrt(len(images))))
+        # Small images are enlarged, so that a sheet of digits can be looked at.
+        scale = max(1, 96 // images[0].width)
         save_picture(job.grid, tile(images, columns, scale))
     except (OSError, ValueError) as error:
-        raise ErkGuidError(f"cannot write the contact sheet {job.grid}: {error}") from error
+        raise ErkGuidError(f"cannot make the contact sheet {job.grid}: {error}") from error
 
 
 def launched_rank() -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -49,8 +50,12 @@ def choose_device(name: str | None = None) -> torch.device:
     return device
 
 
+FAILED, ARRIVED = "erk_guid/failed", "erk_guid/arrived"
+"""Keys of the store that all processes share."""
+
+
 class OtherRankError(ErkGuidError):
-    """Rank 0 failed and has said why; this process has only to stop."""
+    """Another rank failed and has said why; this process has only to stop."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ class ProcessGroup:
 
     rank: int = 0
     world_size: int = 1
+    store: Any = field(default=None, repr=False)
+    control: Any = field(default=None, repr=False)
 
     def agree(self, function: Callable[[], T]) -> T:
         """What `function` returns on rank 0, on every rank; it runs there alone.
@@ -75,7 +82,8 @@ class ProcessGroup:
                 answer[0] = function()
             except ErkGuidError as error:
                 failure, answer[1] = error, str(error)
-        dist.broadcast_object_list(answer, src=0)
+        with self._translating():
+            dist.broadcast_object_list(answer, src=0, group=self.control)
         if failure is not None:
             raise failure
         if answer[1] is not None:
@@ -83,20 +91,48 @@ class ProcessGroup:
         return answer[0]
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, in rank order, on rank 0; an empty list on the others."""
+        """Every rank's value, in rank order, on rank 0; an empty list on the others.
+
+        Waits for the slowest rank, but no longer than until another one fails.
+        """
         if self.world_size == 1:
             return [value]
+        assert self.store is not None
+        number = int(self.store.add(ARRIVED, 1))
+        everyone = -(-number // self.world_size) * self.world_size  # of this round of arrivals
+        while int(self.store.add(ARRIVED, 0)) < everyone:
+            self.check()
+            time.sleep(0.2)
         values: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
-        dist.gather_object(value, values, dst=0)
+        with self._translating():
+            dist.gather_object(value, values, dst=0, group=self.control)
         return values or []
+
+    def check(self) -> None:
+        """Stop this process if another one has failed, on whatever node; costs a message.
+
+        Raises:
+            OtherRankError: that rank has said why.
+        """
+        if self.store is not None and self.store.check([FAILED]):
+            raise OtherRankError(f"rank {self.store.get(FAILED).decode()} failed")
+
+    @contextlib.contextmanager
+    def _translating(self) -> Iterator[None]:
+        """A connection that breaks means that a process has ended."""
+        try:
+            yield
+        except RuntimeError as error:
+            self.check()
+            raise ErkGuidError(f"rank {self.rank} lost the other processes: {error}") from error
 
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[ProcessGroup]:
     """Join the processes that torchrun started; a lone process joins nothing.
 
-    NCCL carries what lies on CUDA devices, Gloo everything else. A process that leaves by an
-    exception does not wait for the others: torchrun stops them.
+    NCCL is there for what lies on CUDA devices, Gloo for everything else. A process that leaves
+    by an exception says so to the others, on all nodes, and does not wait for them.
 
     Raises:
         ErkGuidError: the launcher's environment variables are incomplete.
@@ -108,14 +144,21 @@ def process_group(device: torch.device) -> Iterator[ProcessGroup]:
     missing = [v for v in ("RANK", "MASTER_ADDR", "MASTER_PORT") if v not in os.environ]
     if missing:
         raise ErkGuidError(f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set")
+    nccl = device.type == "cuda" and dist.is_nccl_available()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # Ranks meet only to begin and at the end: one may wait long for a slower one, or for rank 0's
-    # download. A rank that dies is noticed by torchrun and by its closed connection, not by this.
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2)
-    )
-    yield ProcessGroup(dist.get_rank(), dist.get_world_size())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
+    # Joining has the usual time limit. After that one rank may wait long for another's download
+    # or share; that a rank failed is told by the store, not found out by waiting.
+    control = dist.new_group(backend="gloo", timeout=timedelta(days=2))
+    store = dist.distributed_c10d._get_default_store()
+    rank = dist.get_rank()
+    try:
+        yield ProcessGroup(rank, dist.get_world_size(), store, control)
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # the store may be gone with rank 0
+            store.set(FAILED, str(rank))
+        raise
     # Not in a finally: after a failure there is nobody left to say goodbye to.
     dist.destroy_process_group()
 

@@ -38,8 +38,17 @@ def karras_sigmas(
         raise ValueError(f"sigma_min {sigma_min} must be below sigma_max {sigma_max}")
 
     ramp = torch.linspace(0, 1, int(num_steps), dtype=torch.float64)
-    a, b = float(sigma_max) ** (1 / rho), float(sigma_min) ** (1 / rho)
-    sigmas = (a + ramp * (b - a)) ** rho
-    sigmas[-1] = sigma_min  # the ends are what was asked for, not what the powers round to
+    try:
+        a, b = float(sigma_max) ** (1 / rho), float(sigma_min) ** (1 / rho)
+        sigmas = (a + ramp * (b - a)) ** rho
+    except OverflowError:
+        sigmas = torch.full_like(ramp, torch.inf)
+    if num_steps > 1:
+        sigmas[-1] = sigma_min  # the ends are what was asked for, not what the powers round to
     sigmas[0] = sigma_max
+    if not torch.isfinite(sigmas).all() or (sigmas.diff() >= 0).any():
+        raise ValueError(
+            f"{num_steps} levels from sigma_max {sigma_max} to sigma_min {sigma_min} with rho "
+            f"{rho} cannot be told apart in double precision; EDM's rho is 7"
+        )
     return torch.cat([sigmas, sigmas.new_zeros(1)])

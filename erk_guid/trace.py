@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,7 +60,7 @@ class Trace:
         names = np.asarray(seeds, dtype=np.float64)
         for values in self._open:
             columns = [
-                v.double().cpu().numpy() if isinstance(v, Tensor) else np.full(len(names), v)
+                v.cpu().double().numpy() if isinstance(v, Tensor) else np.full(len(names), v)
                 for v in values
             ]
             self._rows.append(np.stack([names, *columns], axis=1))
@@ -76,9 +77,25 @@ def check_trace_path(path: Path) -> None:
         raise ErkGuidError(f"cannot write a trace to {path}: end its name in .csv or .npz")
 
 
+def read_trace(path: Path) -> np.ndarray:
+    """The rows of a trace that `write_trace` wrote.
+
+    Raises:
+        ErkGuidError: it is something else.
+    """
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as columns:
+                return np.stack([columns[name] for name in COLUMNS], axis=1)
+        with open(path, newline="") as file:
+            rows = [[float(row[name] or "nan") for name in COLUMNS] for row in csv.DictReader(file)]
+        return np.asarray(rows, dtype=np.float64).reshape(-1, len(COLUMNS))
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ErkGuidError(f"cannot continue the trace {path}: {error}") from error
+
+
 def write_trace(path: Path, rows: np.ndarray) -> None:
     """Write rows, ordered by seed and step, as .csv or as .npz with an array per column."""
-    check_trace_path(path)
     rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
     with replacing(path) as partial:
         if path.suffix == ".npz":

@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import os
 import re
+import ssl
 import sys
 import time
 import urllib.error
@@ -69,6 +70,9 @@ def download(url: str, *, sha256: str | None = None, cache: Path | None = None) 
     folder = cache or cache_dir()
     name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name or "download"
     target = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
+    if target.exists():  # before anything is written: the cache may be shared and read-only
+        _verify(target, url, sha256)
+        return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
@@ -78,8 +82,6 @@ def download(url: str, *, sha256: str | None = None, cache: Path | None = None) 
                 _fetch(url, partial)
                 _verify(partial, url, sha256)
                 os.replace(partial, target)
-            elif sha256:
-                _verify(target, url, sha256)
     except OSError as error:
         raise DownloadError(
             f"cannot write to the cache {folder}: {error} (set {CACHE_VARIABLE})"
@@ -127,7 +129,7 @@ def _fetch(url: str, partial: Path) -> None:
                 ) from error
         except (
             urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError,
-            _InterruptedError,
+            ssl.SSLError, _InterruptedError,
         ) as error:  # fmt: skip
             if attempt == ATTEMPTS:
                 reason = getattr(error, "reason", error)

@@ -17,7 +17,7 @@ from erk_guid.checkpoints.native import read_native, save_network
 from erk_guid.checkpoints.presets import PRESETS, SHIPPED, Preset
 from erk_guid.checkpoints.snapshot import read_snapshot
 from erk_guid.checkpoints.trusted import read_trusted
-from erk_guid.encoders import Encoder, StandardRGBEncoder
+from erk_guid.encoders import ENCODERS, Encoder, StandardRGBEncoder
 from erk_guid.errors import CheckpointError, ErkGuidError
 from erk_guid.files import sha256_of
 from erk_guid.networks import Unconditional
@@ -159,7 +159,8 @@ class _ForeignEncoder:
 
 
 def _adapted(encoder: Any) -> Encoder:
-    return encoder if isinstance(encoder, StandardRGBEncoder) else _ForeignEncoder(encoder)
+    ours: Encoder = encoder
+    return ours if isinstance(encoder, tuple(ENCODERS.values())) else _ForeignEncoder(encoder)
 
 
 def convert(source: str | Path, dest: str | Path) -> Loaded:

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from erk_guid.checkpoints.build import bind, build_encoder
+from erk_guid.encoders import ENCODERS
 from erk_guid.errors import CheckpointError
 
 
@@ -73,6 +75,12 @@ class _Sources:
         self._modules: dict[str, types.ModuleType] = {}
 
     def reconstruct(self, meta: dict[str, Any]) -> Any:
+        if meta["class_name"] in ENCODERS:
+            # Ours computes the same, and needs none of the training repository later on.
+            state = meta["state"]
+            args, kwargs = state.get("_init_args", ()), state.get("_init_kwargs", {})
+            cls = ENCODERS[meta["class_name"]]
+            return build_encoder(meta["class_name"], bind(cls, list(args), kwargs))
         source = meta["module_src"]
         if source not in self._modules:
             name = f"_erk_guid_trusted_{len(self._modules)}"

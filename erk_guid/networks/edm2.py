@@ -11,6 +11,7 @@ once and kept (`MPConv`), and attention runs through `scaled_dot_product_attenti
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, TypedDict
@@ -61,16 +62,26 @@ def mp_cat(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
     return torch.cat([a * (scale * (1 - t) / math.sqrt(na)), b * (scale * t / math.sqrt(nb))], 1)
 
 
+@functools.lru_cache(maxsize=64)
+def _resampling_kernel(
+    f: tuple[float, ...], total: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Outer product of `f` with itself, summing to `total`; kept, so that no call waits for a
+    copy to the device."""
+    with torch.inference_mode(False), torch.no_grad():
+        taps = torch.tensor(f, dtype=torch.float32, device="cpu")
+        kernel = torch.outer(taps, taps)
+        return (kernel / kernel.sum() * total).to(device=device, dtype=dtype)
+
+
 def resample(x: Tensor, f: Sequence[float] = (1, 1), mode: Resampling = "keep") -> Tensor:
     """Halve or double the resolution of `x` [N, C, H, W] with the separable filter `f`."""
     if mode == "keep":
         return x
-    taps = torch.as_tensor(f, dtype=torch.float32)
-    kernel = torch.outer(taps, taps)
     # Doubling spreads each pixel over four, so the kernel must sum to four to keep magnitudes.
-    kernel = kernel / kernel.sum() * (4 if mode == "up" else 1)
-    channels, pad = x.shape[1], (len(taps) - 1) // 2
-    weight = kernel.to(x).expand(channels, 1, -1, -1)
+    kernel = _resampling_kernel(tuple(f), 4.0 if mode == "up" else 1.0, x.dtype, x.device)
+    channels, pad = x.shape[1], (len(f) - 1) // 2
+    weight = kernel.expand(channels, 1, -1, -1)
     if mode == "down":
         return F.conv2d(x, weight, stride=2, padding=pad, groups=channels)
     return F.conv_transpose2d(x, weight, stride=2, padding=pad, groups=channels)
@@ -349,7 +360,7 @@ class UNet(nn.Module):
         if self.emb_label is not None and labels is not None:
             keep, add = sum_weights(self.label_balance)
             emb = emb * keep + self.emb_label(labels * math.sqrt(self.label_dim), scale=add)
-        emb = mp_silu(emb).to(x.dtype)
+        emb = mp_silu(emb)  # float32 whatever the dtype of x, as in the published program
 
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         skips: list[Tensor] = []
