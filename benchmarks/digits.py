@@ -23,14 +23,14 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("digits", {"num_steps": 8}),
     ("digits", {"num_steps": 8, "w_stiff": 0.5, "w_con": 0.1}),
     ("digits", {"num_steps": 16}),
-    ("digits-guid", {"num_steps": 16}),
-    ("digits-autog", {"num_steps": 16}),
-    ("shipped:digits-weak.safetensors", {"num_steps": 16}),
+    ("digits-guid", {"num_steps": 8}),
+    ("digits-autog", {"num_steps": 8}),
+    ("shipped:digits-weak.safetensors", {"num_steps": 8}),
 ]
 
 
 @click.command(help=__doc__)
-@click.option("--num", default=1000, show_default=True, help="Images a row, seeds from 20000.")
+@click.option("--num", default=500, show_default=True, help="Images a row, seeds from 20000.")
 def main(num: int) -> None:
     classifier = load_digit_classifier()
     print(f"{num} images a row; {machine()}")

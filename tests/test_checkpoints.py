@@ -228,6 +228,16 @@ def test_trust_runs_the_code_and_says_so(
     assert end.shape == (2, 1, 8, 8)
 
 
+def test_a_trusted_files_known_encoder_becomes_ours() -> None:
+    from erk_guid.checkpoints.trusted import _Sources
+
+    init = {"_init_args": (), "_init_kwargs": {"vae_name": "here", "batch_size": 2}}
+    meta = {"class_name": "StabilityVAEEncoder", "module_src": "raise Exception", "state": init}
+    encoder = _Sources().reconstruct(meta)
+    assert isinstance(encoder, StabilityVAEEncoder)
+    assert (encoder.vae_name, encoder.batch_size) == ("here", 2)
+
+
 def test_trust_reports_code_that_fails(homemade: tuple[Path, Path]) -> None:
     path, _ = homemade
     path.write_bytes(path.read_bytes().replace(b"import dnnlib\n", b"import dmmlib\n"))

@@ -18,6 +18,7 @@ from PIL import Image
 
 from erk_guid.cli import main
 from erk_guid.cli.generate import generate_command
+from erk_guid.trace import read_trace
 
 COND, GUIDE = str(DATA / "edm2_cond.pkl"), str(DATA / "edm2_guide.pkl")
 
@@ -173,6 +174,44 @@ def test_resume_refuses_other_settings(change: list[Any], named: str, tmp_path: 
     assert "choose another --outdir" in result.output
 
 
+def test_an_overwritten_run_that_was_killed_is_not_mixed(tmp_path: Path) -> None:
+    # First a run, then another over it that dies before its first image, then its --resume:
+    # the images of the first run must not be taken for the second's.
+    args = ["--preset", "digits", "--outdir", tmp_path, "--seeds", "0-2"]
+    assert generate(*args, "--steps", 2).exit_code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "erk_guid.jobs._generate", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        assert generate(*args, "--steps", 3).exit_code != 0
+    result = generate(*args, "--steps", 3, "--resume")
+    assert "3 images made" in result.output
+    with Image.open(tmp_path / "000001.png") as image:
+        assert "steps 3" in image.info["parameters"]
+
+
+def test_images_of_an_older_run_are_not_adopted(tmp_path: Path) -> None:
+    args = ["--preset", "digits", "--outdir", tmp_path]
+    assert generate(*args, "--steps", 2, "--seeds", "5-6").exit_code == 0
+    over = generate(*args, "--steps", 3, "--seeds", "0-1")
+    assert "holds 2 other images" in over.output
+    assert "2 images made" in generate(*args, "--steps", 3, "--seeds", "5-6", "--resume").output
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".npz"])
+def test_a_resumed_trace_keeps_its_earlier_rows(suffix: str, tmp_path: Path) -> None:
+    trace = tmp_path / f"trace{suffix}"
+    args = ["--preset", "digits", "--outdir", tmp_path / "o", "--steps", 2, "--trace", trace]
+    assert generate(*args, "--seeds", "0-1").exit_code == 0
+    before = read_trace(trace)
+    assert generate(*args, "--seeds", "0-3", "--resume").exit_code == 0
+    after = read_trace(trace)
+    assert after[:, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    np.testing.assert_array_equal(after[:4], before)
+    assert generate(*args, "--seeds", "0-3", "--resume").exit_code == 0
+    np.testing.assert_array_equal(read_trace(trace), after)
+
+
 def test_resume_without_a_run_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "000000.png").write_bytes(b"somebody's")
     result = generate("--preset", "digits", "--outdir", tmp_path, "--resume")
@@ -211,6 +250,11 @@ BAD: list[tuple[list[Any], int, str]] = [
     (["--preset", "digits", "--grid", "sheet.xyz"], 1, "end its name in .png or .jpg"),
     (["--preset", "digits", "--grid", "/proc/no/sheet.png"], 1, "cannot write to /proc/no"),
     (["--preset", "digits", "--colour", "red"], 2, "No such option"),
+    (["--preset", "digits", "--rho", "0.001"], 2, "cannot be told apart"),
+    (["--preset", "digits", "--rho", "1e20"], 2, "cannot be told apart"),
+    (["--preset", "digits", "--vae", "/nonexistent"], 1, "--vae /nonexistent: digits has no VAE"),
+    (["--preset", "digits", "--encoder-batch", 3], 1, "--encoder-batch 3: digits has no VAE"),
+    (["--preset", "digits", "--trace", "/proc/t.csv"], 1, "cannot write to /proc"),
     (["--net", str(DATA / "README.md")], 1, "damaged, or not a pickle"),
 ]  # fmt: skip
 

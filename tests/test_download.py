@@ -85,6 +85,17 @@ def test_fetched_once(server: Server) -> None:
     assert not list(cache_dir().glob(f"*{PARTIAL}*"))
 
 
+def test_what_is_there_is_found_without_writing(server: Server) -> None:
+    # The cache may be shared and read-only.
+    path = download(server.url())
+    for lock in cache_dir().glob("*.lock"):
+        lock.unlink()
+    before = sorted(cache_dir().iterdir())
+    assert download(server.url()) == path
+    assert download(server.url() + f"#sha256={SHA}") == path
+    assert sorted(cache_dir().iterdir()) == before
+
+
 def test_a_broken_transfer_is_continued(server: Server) -> None:
     server.drops = (2_000_000, 2_000_000)
     assert download(server.url()).read_bytes() == CONTENT

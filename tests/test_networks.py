@@ -13,7 +13,7 @@ from conftest import golden, network_of, relative
 from torch import Tensor
 
 from erk_guid.networks import Unconditional
-from erk_guid.networks.edm2 import MPConv, Precond, normalize
+from erk_guid.networks.edm2 import Block, MPConv, Precond, normalize
 
 
 @pytest.mark.parametrize("name", ["edm2_net_cond", "edm2_net_guide"])
@@ -201,6 +201,19 @@ def test_normalize_keeps_the_dtype_and_takes_the_norm_in_float32() -> None:
     y = normalize(x)
     assert y.dtype == torch.float16
     torch.testing.assert_close(y, torch.ones_like(y), rtol=1e-2, atol=0)
+
+
+def test_embeddings_stay_float32_in_a_float16_network() -> None:
+    # As in the published program; on a GPU a rounded embedding would change every block.
+    net = fresh()
+    seen = []
+    for module in net.unet.modules():
+        if isinstance(module, Block):
+            module.emb_linear.register_forward_pre_hook(lambda m, args: seen.append(args[0].dtype))
+    with torch.no_grad():
+        out = net.unet(X.half(), torch.tensor([0.1]), torch.zeros(1, 3))
+    assert out.dtype == torch.float16
+    assert set(seen) == {torch.float32}
 
 
 def test_unconditional_ignores_labels(cond: Precond) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -147,6 +148,29 @@ def test_a_rank_that_raises_ends_the_job_with_its_message(tmp_path: Path) -> Non
     assert time.monotonic() - begun < 60
     made = [n for n in names(tmp_path / "o") if n.endswith(".png")]
     assert len(made) < 100  # the other rank did not finish its share either
+
+
+def test_a_failure_reaches_the_other_node(tmp_path: Path) -> None:
+    # Two launchers, as on two nodes: neither watches the other's processes.
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+        "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=erk",
+        "--local_addr=127.0.0.1", str(script), NET, str(tmp_path / "o"),
+    ]  # fmt: skip
+    begun = time.monotonic()
+    nodes = [
+        subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    errors = [node.communicate(timeout=120)[1] for node in nodes]
+    assert all(node.returncode != 0 for node in nodes)
+    assert sum("No space left on device" in text for text in errors) == 1
+    assert time.monotonic() - begun < 90
 
 
 def test_killed_at_random_moments_and_resumed(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def test_the_python_blocks_run_in_order() -> None:
+    torch.manual_seed(0)
     scope: dict[str, Any] = {}
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(blocks) == 3
@@ -25,7 +26,7 @@ def test_the_python_blocks_run_in_order() -> None:
     again = scope["erk_guid"].sample(
         scope["net"], scope["x"], scope["sigmas"], guidance=scope["guidance"]
     )
-    torch.testing.assert_close(scope["y"], again, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scope["y"], again, rtol=0, atol=1e-3)
 
 
 def test_the_options_and_presets_named_exist() -> None:
@@ -37,6 +38,11 @@ def test_the_options_and_presets_named_exist() -> None:
             assert option in known, option
         for preset in re.findall(r"--preset=(\S+)", command):
             assert preset in PRESETS
+
+
+def test_nothing_is_left_to_be_filled_in() -> None:
+    assert "@@" not in README
+    assert "TODO" not in README
 
 
 def test_pictures_and_links_are_there() -> None:
