@@ -5,6 +5,7 @@ Final latents are what networks see (standard deviation 0.5); pixels are uint8 [
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -62,7 +63,7 @@ class StabilityVAEEncoder:
         final_std: float = 0.5,
         batch_size: int = 8,
     ) -> None:
-        self.config = {
+        self.config: dict[str, Any] = {
             "vae_name": vae_name,
             "raw_mean": [float(v) for v in raw_mean],
             "raw_std": [float(v) for v in raw_std],
@@ -72,6 +73,11 @@ class StabilityVAEEncoder:
         }
         self.vae_name = vae_name
         self.batch_size = batch_size
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        numbers = [*self.config["raw_mean"], *self.config["raw_std"], final_mean, final_std]
+        if not all(math.isfinite(v) for v in numbers) or min(self.config["raw_std"]) <= 0:
+            raise ValueError("the statistics must be finite, the deviations positive")
         std = torch.tensor(raw_std, dtype=torch.float32)
         self.scale = final_std / std
         self.bias = final_mean - torch.tensor(raw_mean, dtype=torch.float32) * self.scale
@@ -86,7 +92,7 @@ class StabilityVAEEncoder:
                     "diffusers", "diffusers", "decoding with the VAE"
                 ) from error
             try:
-                vae = AutoencoderKL.from_pretrained(self.vae_name)
+                vae = AutoencoderKL.from_pretrained(self.vae_name, use_safetensors=True)
             except (OSError, ValueError) as error:
                 raise ErkGuidError(
                     f"cannot get the VAE {self.vae_name!r}: not in the Hugging Face cache and not "

@@ -24,6 +24,7 @@ from conftest import DATA
 from safetensors.torch import save_file
 
 import erk_guid
+from erk_guid.checkpoints import save_network
 from erk_guid.checkpoints.inert import Persistent, read_pickle
 from erk_guid.errors import CheckpointError
 
@@ -192,6 +193,34 @@ def modules_shared() -> bytes:
     return snapshot(network(state=outer))
 
 
+def pairs(*items: bytes) -> bytes:
+    """A dict of any keys."""
+    return b"}(" + b"".join(items) + b"u"
+
+
+LONG = b"\x8b" + struct.pack("<i", 5001) + (1 << 40_000).to_bytes(5001, "little")
+
+
+LEVELS = b"](" + b"K\x01" * 32 + b"e"
+
+
+def storages_copied() -> bytes:
+    """One archive of 2 MB, made into a storage ten thousand times."""
+    one = archive(HALF, 1_000_000, b"\0" * 2_000_000)
+    function = name("torch.storage", "_load_from_bytes")
+    return file_of(
+        data(one) + b"\x85q\x000" + function + b"q\x010(" + b"h\x01h\x00R" * 10_000 + b"t"
+    )
+
+
+def archives_nested() -> bytes:
+    """Twenty megabytes at the bottom of two hundred archives."""
+    body = data(b"\0" * 20_000_000) + b"0N"
+    for _ in range(200):
+        body = call("torch.storage", "_load_from_bytes", data(file_of(body)))
+    return file_of(body)
+
+
 def ndarray(dtype: str, shape: tuple[int, ...], content: bytes) -> bytes:
     made = call(
         "numpy.core.multiarray", "_reconstruct", name("numpy", "ndarray"), tuple_of(number(0)),
@@ -295,7 +324,73 @@ FILES: dict[str, tuple[Callable[[Path], bytes], str]] = {
         lambda c: file_of(b"}" + b"N" + b"\x85" * 100_000 + b"Ns"), "a dict key of type tuple"
     ),
     "a module that contains itself": (lambda c: module_in_itself(), "contain each other"),
-    "modules that unfold to 2^40": (lambda c: modules_shared(), "contain each other"),
+    "modules that unfold to 2^40": (lambda c: modules_shared(), "more than 50000 modules"),
+    "a storage named ten thousand times": (lambda c: storages_copied(), "more than once"),
+    "archives inside archives": (lambda c: archives_nested(), "_load_from_bytes"),
+    "an empty array of 2^40 rows": (
+        lambda c: snapshot(network(img_resolution=ndarray("f8", (2**40, 0), b""))),
+        "an array of shape",
+    ),
+    "a parameter with a long name": (
+        lambda c: snapshot(
+            network(state=dict_of(_init_kwargs=b"}", _parameters=pairs(text("x" * 10**6), b"N")))
+        ),
+        "no name",
+    ),
+    "a number of 40,000 bits": (
+        lambda c: snapshot(network(img_resolution=LONG)), "a whole number of 40001 bits"
+    ),
+    "keys that collide": (
+        lambda c: file_of(
+            pairs(*(b for k in range(1, 50_000) for b in (number(k * (2**61 - 1)), b"N")))
+        ),
+        "a dict key of ",
+    ),
+    "a set of keys that collide": (
+        lambda c: file_of(b"\x8f(" + number(2**61 - 1) + b"\x90"), "a dict key of 61 bits"
+    ),
+    "memo places that collide": (
+        lambda c: file_of(b"Np%d\n" % (2**61 - 1)), "a dict key of 61 bits"
+    ),
+    "non-persistent buffers that are a number": (
+        lambda c: snapshot(
+            network(
+                state=dict_of(
+                    _init_kwargs=b"}", _buffers=dict_of(a=text("x")),
+                    _non_persistent_buffers_set=b"K\x01",
+                )
+            )
+        ),
+        "is no set",
+    ),
+    "a dtype that is an expression": (
+        lambda c: file_of(call("numpy", "dtype", text("(,,)f4"), b"\x89", b"\x88")),
+        "not a number",
+    ),
+    "text times a number as the width": (
+        lambda c: snapshot(network(**{**SIZES, "model_channels": text("x" * 500_000)})),
+        "setting model_channels is xxx",
+    ),
+    "a setting of the wrong kind": (
+        lambda c: snapshot(network(**SIZES, clip_act=text("x"))), "setting clip_act is x"
+    ),
+    "many levels of many blocks": (
+        lambda c: snapshot(
+            network(**{**SIZES, "num_blocks": number(60), "channel_mult": LEVELS})
+        ),
+        "num_blocks is 60 at 32 levels",
+    ),
+    "line breaks in a key": (lambda c: file_of(pairs(text("a\nb\x1b[2J"), b"N")), "a?b?[2J"),
+    "line breaks in a class name": (lambda c: snapshot(network("Pre\ncond", **SIZES)), "Pre"),
+    "a long encoder setting": (
+        lambda c: file_of(
+            dict_of(
+                ema=network(**SIZES),
+                encoder=network("StabilityVAEEncoder", final_mean=text("x" * 10**6)),
+            )
+        ),
+        "it lacks",
+    ),
     "a memo index of 2^32 - 1": (lambda c: file_of(b"Nr\xff\xff\xff\xff"), "a NoneType"),
     "an unknown memo index": (lambda c: file_of(b"h\x07"), "recalls what it never stored"),
     "2^60 bytes announced": (
@@ -332,7 +427,7 @@ FILES: dict[str, tuple[Callable[[Path], bytes], str]] = {
     ),
     "a billion blocks": (
         lambda c: snapshot(network(**{**SIZES, "num_blocks": number(60000)})),
-        "num_blocks is 60000, but the file has 0 tensors",
+        "num_blocks is 60000 at 2 levels, but the file has 0 tensors",
     ),
     "a wide network without weights": (
         lambda c: snapshot(network(**{**SIZES, "model_channels": number(65536)})), "it lacks "
@@ -442,9 +537,9 @@ def hostile_header(**changes: Any) -> dict[str, str]:
     ("header", "expected"),
     [
         (hostile_header(img_resolution=2**60), "img_resolution is 1152921504606846976"),
-        (hostile_header(channel_mult=[1] * 1000), "channel_mult has 1000 entries"),
-        (hostile_header(model_channels="many"), "do not make a Precond"),
-        (hostile_header(resample_filter=[float("nan")]), "resample_filter is nan"),
+        (hostile_header(channel_mult=[1] * 1000), r"setting channel_mult is [1, 1"),
+        (hostile_header(model_channels="many"), "setting model_channels is many"),
+        (hostile_header(resample_filter=[float("nan")]), "resample_filter is [nan]"),
         (hostile_header(label_dim=-1), "label_dim is -1"),
         ({**hostile_header(), "network": "[" * 100_000}, "does not describe the network"),
         ({**hostile_header(), "encoder": '{"class": "os", "config": {}}'}, "lacks"),
@@ -462,4 +557,23 @@ def test_a_safetensors_header_longer_than_the_file(tmp_path: Path) -> None:
     path = tmp_path / "long.safetensors"
     path.write_bytes(struct.pack("<Q", 2**62) + b'{"a": 1}')
     with pytest.raises(CheckpointError, match="damaged, or not a safetensors file"):
+        erk_guid.load(path)
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "I16"])
+def test_safetensors_with_weights_of_another_type(dtype: str, tmp_path: Path) -> None:
+    path = tmp_path / "typed.safetensors"
+    net = erk_guid.load("digits").net
+    save_network(path, net)
+    raw = path.read_bytes()
+    size = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + size])
+    entry = header["unet.enc.32x32_conv.weight"]
+    width = 1 if dtype.startswith("F8") else 2
+    entry["dtype"] = dtype
+    if width == 1:
+        entry["shape"][0] *= 2
+    text_header = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text_header)) + text_header + raw[8 + size :])
+    with pytest.raises(CheckpointError, match="not floating-point weights"):
         erk_guid.load(path)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +17,58 @@ NETWORKS: dict[str, type[nn.Module]] = {"Precond": Precond}
 """Class names in files, and our own class of that name."""
 
 MAX_SIDE = 1 << 16
-"""Bound on every whole number in a network's settings: resolution, channels, labels."""
+"""Bound on every number in a network's settings: resolution, channels, labels."""
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_SIDE
+
+
+def _whole_or_none(value: Any) -> bool:
+    return value is None or _whole(value)
+
+
+def _real(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= MAX_SIDE
+
+
+def _real_or_none(value: Any) -> bool:
+    return value is None or _real(value)
+
+
+def _flag(value: Any) -> bool:
+    return type(value) is bool
+
+
+def _list_of(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, (list, tuple)) and len(value) <= 32 and all(
+        kind(v) for v in value
+    )  # fmt: skip
+
+
+SETTINGS: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "Precond": {
+        **dict.fromkeys(
+            ("img_resolution", "img_channels", "label_dim", "logvar_channels", "model_channels",
+             "num_blocks", "channels_per_head"),
+            _whole,
+        ),
+        **dict.fromkeys(("channel_mult_noise", "channel_mult_emb"), _whole_or_none),
+        **dict.fromkeys(
+            ("sigma_data", "label_balance", "concat_balance", "dropout", "res_balance",
+             "attn_balance"),
+            _real,
+        ),
+        "clip_act": _real_or_none,
+        "use_fp16": _flag,
+        "channel_mult": _list_of(_whole),
+        "attn_resolutions": _list_of(_whole),
+        "resample_filter": _list_of(_real),
+    }
+}  # fmt: skip
+"""What a file may say of each class: the constructor's arguments, and which values they take."""
+
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def build_network(class_name: str, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Any:
@@ -34,7 +84,7 @@ def build_network(class_name: str, config: Mapping[str, Any], state: Mapping[str
             f"its network is a {class_name[:80]!r}, not one of ours ({known}); if you trust its "
             "author, --trust-pickle (trust=True) runs the code inside the file instead"
         )
-    _check_settings(config, len(state))
+    _check_settings(class_name, config, len(state))
     try:
         # On the meta device a network takes no memory, however large its settings make it:
         # it grows only as far as the file has weights for it.
@@ -74,20 +124,20 @@ def bind(cls: type, args: list[Any], kwargs: Mapping[str, Any]) -> dict[str, Any
     return {**{p.name: v for p, v in zip(names, args, strict=False)}, **kwargs}
 
 
-def _check_settings(config: Mapping[str, Any], tensors: int) -> None:
+def _check_settings(class_name: str, config: Mapping[str, Any], tensors: int) -> None:
+    """Types and ranges, before anything is built: a constructor trusts its arguments."""
+    kinds = SETTINGS[class_name]
     for name, value in config.items():
-        values = value if isinstance(value, (list, tuple)) else [value]
-        if len(values) > 32:
-            raise CheckpointError(f"its setting {name[:40]} has {len(values)} entries")
-        for v in values:
-            if isinstance(v, (int, float)) and not isinstance(v, bool):
-                whole = isinstance(v, int)
-                if not math.isfinite(v) or v < 0 or (whole and v > MAX_SIDE):
-                    raise CheckpointError(f"its setting {name[:40]} is {v}")
+        if name not in kinds:
+            raise CheckpointError(f"its network has no option {name[:40]}")
+        if not kinds[name](value):
+            raise CheckpointError(f"its setting {name} is {str(value)[:40]}")
     # Every block has weights, so there cannot be more blocks than the file has tensors.
-    blocks = config.get("num_blocks", 0)
-    if isinstance(blocks, int) and blocks > max(tensors, 1):
-        raise CheckpointError(f"num_blocks is {blocks}, but the file has {tensors} tensors")
+    levels, blocks = len(config.get("channel_mult", [1])), config.get("num_blocks", 1)
+    if levels * (2 * blocks + 1) > max(tensors, 64):
+        raise CheckpointError(
+            f"num_blocks is {blocks} at {levels} levels, but the file has {tensors} tensors"
+        )
 
 
 def _check_weights(wanted: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> None:
@@ -98,7 +148,7 @@ def _check_weights(wanted: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> 
     if extra:
         raise CheckpointError(f"it has weights its network has no place for: {_some(extra)}")
     for name, tensor in have.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        if not isinstance(tensor, Tensor) or tensor.dtype not in WEIGHT_DTYPES:
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise CheckpointError(f"{name} is {kind}, not floating-point weights")
         if tensor.shape != wanted[name].shape:

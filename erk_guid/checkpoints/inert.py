@@ -17,6 +17,7 @@ import io
 import math
 import mmap
 import pickletools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,14 @@ MAX_INSTRUCTIONS = 2_000_000
 
 MAX_SETTINGS = 10_000
 """Values in a network's constructor arguments; published ones have a few dozen."""
+
+
+MAX_NUMBER = 1 << 128
+"""Whole numbers in a snapshot are addresses, sizes and a magic number of 80 bits. Longer ones
+cost time whenever they are hashed or printed."""
+
+MAX_KEY = 1 << 60
+"""Whole numbers as dict keys: below Python's hash modulus no two of them collide."""
 
 
 class UnsafePickleError(CheckpointError):
@@ -97,7 +106,6 @@ class _Mark:
     pass
 
 
-_KEY_TYPES = (str, int, float, bytes, type(None))
 _STORAGES = {
     "torch.HalfStorage": torch.float16,
     "torch.BFloat16Storage": torch.bfloat16,
@@ -115,12 +123,26 @@ _MODULES = frozenset(f"torch.nn.modules.container.{n}" for n in ("ModuleDict", "
 
 @dataclass
 class _Machine:
-    """Runs pickles of one file; the counters are shared with nested archives."""
+    """Runs the pickles of one file of `size` bytes; nested archives share the counters."""
 
+    size: int
     instructions: int = 0
+    copied: int = 0
 
-    def run(self, source: _Source, persistent_ids: bool = False) -> Any:
-        """Follow one pickle to its STOP and return what it built."""
+    def charge(self, count: int) -> None:
+        """Note `count` bytes made into a tensor or an array: in all, no more than the file has.
+
+        A pickle may name the same bytes many times.
+        """
+        self.copied += count
+        if self.copied > self.size:
+            raise UnsafePickleError(f"its tensors use the file's {self.size} bytes more than once")
+
+    def run(self, source: _Source, nested: bool = False) -> Any:
+        """Follow one pickle to its STOP and return what it built.
+
+        In a `nested` one nothing is called; it may name storages and use persistent ids.
+        """
         stack: list[Any] = []
         memo: dict[int, Any] = {}
         mark = _Mark()
@@ -149,8 +171,7 @@ class _Machine:
             if len(pairs) % 2:
                 raise CheckpointError("damaged pickle: a key without a value")
             for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-                if not isinstance(key, _KEY_TYPES):
-                    raise UnsafePickleError(f"a dict key of type {type(key).__name__}")
+                _check_key(key)
                 target[key] = value
 
         for opcode, arg, _ in pickletools.genops(source):  # type: ignore[arg-type]
@@ -158,6 +179,8 @@ class _Machine:
             if self.instructions > MAX_INSTRUCTIONS:
                 raise UnsafePickleError(f"more than {MAX_INSTRUCTIONS:,} instructions")
             number = arg if isinstance(arg, int) else -1
+            if abs(number) >= MAX_NUMBER:
+                raise UnsafePickleError(f"a whole number of {number.bit_length()} bits")
             match opcode.name:
                 case "PROTO" | "FRAME":
                     pass
@@ -211,31 +234,33 @@ class _Machine:
                     set_items(to_mark())
                 case "ADDITEMS":
                     items = to_mark()
-                    if not all(isinstance(item, _KEY_TYPES) for item in items):
-                        raise UnsafePickleError("a set of something else than names and numbers")
+                    for item in items:
+                        _check_key(item)
                     top(set, "add to").update(items)
                 case "MEMOIZE":
                     memo[len(memo)] = stack[-1] if stack else None
                 case "PUT" | "BINPUT" | "LONG_BINPUT":
+                    _check_key(number)
                     memo[number] = stack[-1] if stack else None
                 case "GET" | "BINGET" | "LONG_BINGET":
                     if number not in memo:
                         raise CheckpointError("damaged pickle: it recalls what it never stored")
                     stack.append(memo[number])
                 case "GLOBAL":
-                    stack.append(_allowed(*str(arg).split(" ", 1)))
+                    module, _, name = str(arg).partition(" ")
+                    stack.append(_allowed(module, name, nested))
                 case "STACK_GLOBAL":
                     name, module = pop(), pop()
-                    stack.append(_allowed(module, name))
-                case "REDUCE" | "NEWOBJ":
+                    stack.append(_allowed(module, name, nested))
+                case "REDUCE" | "NEWOBJ" if not nested:
                     args, function = pop(), pop()
                     if not isinstance(function, Global) or not isinstance(args, tuple):
                         raise UnsafePickleError("the pickle wants to call something it made itself")
                     stack.append(_HANDLERS[function.name](self, function.name, args))
                 case "BUILD":
                     state = pop()
-                    _build(stack[-1] if stack else None, state)
-                case "BINPERSID" if persistent_ids:
+                    _build(self, stack[-1] if stack else None, state)
+                case "BINPERSID" if nested:
                     stack.append(("persistent", pop()))
                 case other:
                     raise UnsafePickleError(f"the pickle uses the instruction {other}")
@@ -251,12 +276,12 @@ def read_pickle(source: Path | bytes) -> Any:
     """
     try:
         if isinstance(source, bytes):
-            return _Machine().run(io.BytesIO(source))
+            return _Machine(len(source)).run(io.BytesIO(source))
         if source.stat().st_size == 0:
             raise CheckpointError("the file is empty")
         # A memory map reads no more than the file has, whatever length an instruction claims.
         with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as m:
-            return _Machine().run(m)
+            return _Machine(len(m)).run(m)
     except CheckpointError:
         raise
     except (ValueError, IndexError, TypeError, ArithmeticError, EOFError, RuntimeError) as error:
@@ -269,22 +294,30 @@ def _short(error: Exception) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def _allowed(module: Any, name: Any) -> Global:
+def _check_key(key: Any) -> None:
+    """Keys of dicts and sets are hashed: only what hashes quickly and without collisions."""
+    if not isinstance(key, (str, int, bytes, type(None))):
+        raise UnsafePickleError(f"a dict key of type {type(key).__name__}")
+    if isinstance(key, int) and abs(key) >= MAX_KEY:
+        raise UnsafePickleError(f"a dict key of {key.bit_length()} bits")
+
+
+def _allowed(module: Any, name: Any, nested: bool) -> Global:
     if not isinstance(module, str) or not isinstance(name, str):
         raise UnsafePickleError("a global whose name is not text")
     # NumPy renamed its core package; old and new files mean the same.
     full = f"{module}.{name}".replace("numpy._core.", "numpy.core.", 1)
-    if full not in _HANDLERS:
+    if full not in (_STORAGES if nested else _HANDLERS):
         raise UnsafePickleError(f"it asks for {full[:120]!r}, which a snapshot does not need")
     return Global(full)
 
 
-def _build(target: Any, state: Any) -> None:
+def _build(machine: _Machine, target: Any, state: Any) -> None:
     """BUILD: only our own records take a state."""
     if isinstance(target, Record) and target.state is None:
         target.state = state
     elif isinstance(target, _Array) and target.value is None and isinstance(state, tuple):
-        target.value = _array_from(state)
+        target.value = _array_from(machine, state)
     elif isinstance(target, _Dtype) and not target.built and isinstance(state, tuple):
         target.dtype, target.built = _in_order(target.dtype, state), True
     else:
@@ -352,16 +385,17 @@ def _storage(machine: _Machine, name: str, args: tuple[Any, ...]) -> _Storage:
     """torch.storage._load_from_bytes: a legacy torch archive that holds one storage."""
     if len(args) != 1 or not isinstance(args[0], bytes):
         raise CheckpointError("a storage that is not made of bytes")
+    machine.charge(len(args[0]))
     stream = io.BytesIO(args[0])
-    magic = machine.run(stream)
+    magic = machine.run(stream, nested=True)
     if magic != _LEGACY_MAGIC:
         raise CheckpointError("a nested archive that is not in torch's legacy format")
-    machine.run(stream)  # protocol version
-    system = machine.run(stream)
+    machine.run(stream, nested=True)  # protocol version
+    system = machine.run(stream, nested=True)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise CheckpointError("a nested archive that was not written on a little-endian machine")
-    what = machine.run(stream, persistent_ids=True)
-    machine.run(stream)  # keys: one, the storage's own
+    what = machine.run(stream, nested=True)
+    machine.run(stream, nested=True)  # keys: one, the storage's own
     match what:
         case ("persistent", ("storage", Global(kind), str(), str(), int(count), None)):
             dtype = _STORAGES.get(kind)
@@ -383,12 +417,12 @@ def _storage(machine: _Machine, name: str, args: tuple[Any, ...]) -> _Storage:
 
 
 def _new_dtype(machine: _Machine, name: str, args: tuple[Any, ...]) -> _Dtype:
-    if not args or not isinstance(args[0], str) or len(args[0]) > 8:
+    if not args or not isinstance(args[0], str):
         raise CheckpointError("a NumPy dtype without a name")
-    dtype = np.dtype(args[0])
-    if dtype.kind not in "biuf":
-        raise UnsafePickleError(f"a NumPy array of {args[0]!r}, which is not a number")
-    return _Dtype(dtype)
+    # NumPy's own parser of such names takes far more than numbers.
+    if not re.fullmatch(r"[<>|=]?(b1|[iu][1248]|f[248])", args[0]):
+        raise UnsafePickleError(f"a NumPy array of {args[0][:20]!r}, which is not a number")
+    return _Dtype(np.dtype(args[0]))
 
 
 def _in_order(dtype: np.dtype[Any], state: tuple[Any, ...]) -> np.dtype[Any]:
@@ -404,7 +438,7 @@ def _new_array(machine: _Machine, name: str, args: tuple[Any, ...]) -> _Array:
     return _Array()
 
 
-def _array_from(state: tuple[Any, ...]) -> np.ndarray:
+def _array_from(machine: _Machine, state: tuple[Any, ...]) -> np.ndarray:
     if len(state) != 5 or not isinstance(state[2], _Dtype):
         raise CheckpointError("a NumPy array without its five-part state")
     _, shape, record, fortran, data = state
@@ -415,6 +449,7 @@ def _array_from(state: tuple[Any, ...]) -> np.ndarray:
         raise CheckpointError(
             f"a NumPy array of shape {list(shape)[:8]} with other bytes than that"
         )
+    machine.charge(len(data))
     flat = np.frombuffer(data, record.dtype) if count else np.empty(0, record.dtype)
     return flat.reshape(shape, order="F" if fortran else "C").copy()
 
@@ -464,13 +499,18 @@ def plain(value: Any) -> Any:
             raise CheckpointError("its settings are nested too deeply, or too many")
         array = array_of(value)
         if array is not None:
+            # An axis of length 0 does not keep the others from being listed.
+            if math.prod(max(n, 1) for n in array.shape) > left:
+                raise CheckpointError(f"an array of shape {list(array.shape)[:8]} as a setting")
             value = array.tolist()
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         if isinstance(value, (list, tuple)):
             return [convert(v, depth + 1) for v in value]
         if isinstance(value, dict):
-            return {str(k): convert(v, depth + 1) for k, v in value.items()}
+            if not all(isinstance(k, str) for k in value):
+                raise CheckpointError("a setting whose name is not text")
+            return {k: convert(v, depth + 1) for k, v in value.items()}
         raise CheckpointError(f"its settings contain a {type(value).__name__}")
 
     return convert(value, 0)

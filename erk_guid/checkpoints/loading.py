@@ -88,11 +88,23 @@ def load(
     try:
         loaded = _read(path, source, trust)
     except CheckpointError as error:
-        raise CheckpointError(f"{source}: {error}") from error
+        raise CheckpointError(f"{source}: {_printable(error)}") from error
     except OSError as error:
         raise CheckpointError(f"{source}: cannot read it: {error}") from error
+    except MemoryError as error:
+        raise CheckpointError(f"{source}: it needs more memory than there is") from error
+    except Exception as error:
+        # A backstop for files made to hit what the checks before did not think of.
+        reason = f"damaged ({type(error).__name__}: {error})"
+        raise CheckpointError(f"{source}: {_printable(reason)}") from error
     loaded.net.to(device or "cpu")
     return replace(loaded, preset=PRESETS.get(source))
+
+
+def _printable(message: object) -> str:
+    """One line of moderate length: messages quote what files say, and terminals obey it."""
+    text = str(message)[:400]
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def locate(source: str) -> Path:

@@ -70,7 +70,7 @@ def read_native(path: Path) -> tuple[Any, Encoder, dict[str, str]]:
             network = _description(header, "network")
             encoder = _description(header, "encoder")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"damaged, or not a safetensors file ({error})") from error
     net = build_network(network["class"], network["config"], state)
     return net, build_encoder(encoder["class"], encoder["config"]), header

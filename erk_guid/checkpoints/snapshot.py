@@ -13,7 +13,9 @@ from erk_guid.encoders import ENCODERS, Encoder, StandardRGBEncoder
 from erk_guid.errors import CheckpointError
 
 MAX_DEPTH = 64
-MAX_MODULES = 20_000
+MAX_MEMBERS = 50_000
+"""Modules, parameters and buffers in all; one object may stand in many places of the file."""
+MAX_NAME = 500
 
 
 def read_snapshot(path: Path) -> tuple[Any, Encoder]:
@@ -53,24 +55,28 @@ def _settings(record: Persistent, known: Any) -> dict[str, Any]:
 def _state_dict(root: Persistent) -> dict[str, Tensor]:
     """Parameters, persistent buffers and submodules, as torch would name them."""
     found: dict[str, Tensor] = {}
-    visited = 0
+    left = MAX_MEMBERS
 
     def visit(module: Any, prefix: str, depth: int) -> None:
-        nonlocal visited
-        visited += 1
-        if depth > MAX_DEPTH or visited > MAX_MODULES:
+        nonlocal left
+        if depth > MAX_DEPTH:
             raise CheckpointError("its modules nest too deeply, or contain each other")
         state = module.state if isinstance(module, (Persistent, Record)) else None
         if not isinstance(state, dict):
             raise CheckpointError(f"its module {prefix or '(the network)'} is no module")
-        skipped = state.get("_non_persistent_buffers_set", ())
+        skipped = state.get("_non_persistent_buffers_set", set())
+        if not isinstance(skipped, set):
+            raise CheckpointError(f"{prefix}_non_persistent_buffers_set is no set")
         for group in ("_parameters", "_buffers", "_modules"):
             members = state.get(group, {})
             if not isinstance(members, dict):
                 raise CheckpointError(f"{prefix}{group} is a {type(members).__name__}, not a dict")
             for name, member in members.items():
-                if not isinstance(name, str):
-                    raise CheckpointError(f"{prefix}{group} has a name that is not text")
+                left -= 1
+                if left < 0:
+                    raise CheckpointError(f"it has more than {MAX_MEMBERS} modules and weights")
+                if not isinstance(name, str) or len(prefix) + len(name) > MAX_NAME:
+                    raise CheckpointError(f"{prefix}{group} has a name that is no name")
                 if member is None or (group == "_buffers" and name in skipped):
                     continue
                 if group == "_modules":
