@@ -22,7 +22,7 @@ from erk_guid.runtime import choose_device
 PRESET = "digits"
 SEEDS = range(64)
 STEPS, FINE_STEPS = 5, 32
-GUIDANCE = Guidance(w_stiff=0.5, w_con=0.1)
+GUIDANCE = Guidance(w_stiff=1.0, w_con=0.5)
 """Few steps and their settings: see docs/digits.md for the measurement they come from."""
 
 

@@ -32,9 +32,14 @@ def normalize(x: Tensor, dim: Sequence[int] | int | None = None, eps: float = 1e
     """
     if dim is None:
         dim = tuple(range(1, x.ndim))
-    norm = torch.linalg.vector_norm(
-        x, dim=dim, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
-    )
+    if dim == 1 and x.dtype == torch.float32 and not x.requires_grad:
+        # The same norm; PyTorch's own is several times slower on the CPU over a strided axis
+        # (but has a gradient at 0).
+        norm = x.square().sum(1, keepdim=True).sqrt()
+    else:
+        norm = torch.linalg.vector_norm(
+            x, dim=dim, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
+        )
     # sqrt(norms / elements) turns the Euclidean norm into a root mean square.
     norm = eps + norm * math.sqrt(norm.numel() / x.numel())
     return x / norm.to(x.dtype)
