@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,7 +218,7 @@ def _prepare(job: GenerationJob, settings: dict[str, Any]) -> list[int]:
     recorded: list[int] = []
     if job.resume:
         before = _read_run(path)
-        if before is None and any(job.outdir.rglob("*.png")):
+        if before is None and any(_files(job.outdir, "*.png")):
             raise ErkGuidError(
                 f"cannot resume: {job.outdir} holds images but no {RUN_FILE}, so nothing says how "
                 "they were made; choose another --outdir, or leave out --resume to overwrite"
@@ -226,7 +226,7 @@ def _prepare(job: GenerationJob, settings: dict[str, Any]) -> list[int]:
         if before is not None:
             _refuse_mixture(job.outdir, before["settings"], settings)
             recorded = before["seeds"]
-        for stale in job.outdir.rglob(f".*{PARTIAL}*"):
+        for stale in list(_files(job.outdir, f".*{PARTIAL}*")):
             stale.unlink(missing_ok=True)
         # Only what the recorded run claims: a picture of another seed may be an older run's.
         claimed = set(recorded)
@@ -235,6 +235,7 @@ def _prepare(job: GenerationJob, settings: dict[str, Any]) -> list[int]:
             for s in seeds
             if s not in claimed or not is_whole_png(image_path(job.outdir, s, job.subdirs))
         ]
+        _remove(image_path(job.outdir, s, job.subdirs) for s in todo)
     else:
         _clear(job, seeds)
     run = {
@@ -259,18 +260,26 @@ def _prepare(job: GenerationJob, settings: dict[str, Any]) -> list[int]:
 def _clear(job: GenerationJob, seeds: list[int]) -> None:
     """Take away the images of these seeds, lest a later --resume take them for this run's."""
     ours = {image_path(job.outdir, seed, job.subdirs) for seed in seeds}
-    others = 0
-    for path in job.outdir.rglob("*.png"):
-        if path in ours:
-            try:
-                path.unlink()
-            except OSError as error:
-                raise ErkGuidError(f"cannot replace {path}: {error.strerror}") from error
-        else:
-            others += 1
-    if others:
+    there = set(_files(job.outdir, "*.png"))
+    _remove(there & ours)
+    if there - ours:
         # A score over the folder would count them, too.
-        print(f"Note: {job.outdir} holds {others} other images, which stay", file=sys.stderr)
+        count = len(there - ours)
+        print(f"Note: {job.outdir} holds {count} other images, which stay", file=sys.stderr)
+
+
+def _files(outdir: Path, pattern: str) -> Iterator[Path]:
+    """Files where a job puts them: in the folder, or in those of --subdirs; not further down."""
+    yield from outdir.glob(pattern)
+    yield from outdir.glob(f"{'[0-9]' * 6}*/{pattern}")
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise ErkGuidError(f"cannot replace {path}: {error.strerror}") from error
 
 
 def _write_trace(job: GenerationJob, made: list[int], parts: list[np.ndarray]) -> None:
@@ -350,15 +359,20 @@ def _generate(
     bar.set_description("images" if group.world_size == 1 else f"rank 0 of {group.world_size}")
     line = job.describe()
     pending: list[Future[None]] = []
-    with bar, ThreadPoolExecutor(max_workers=4) as pool:
-        for batch in batches:
-            group.check()
+    try:
+        with bar, ThreadPoolExecutor(max_workers=4) as pool:
+            for batch in batches:
+                group.check()
+                _finish(job, pending)
+                pending = _save(job, batch, line, pool)
+                if trace:
+                    trace.end_batch(batch.seeds)
+                bar.update(len(batch.seeds))
             _finish(job, pending)
-            pending = _save(job, batch, line, pool)
-            if trace:
-                trace.end_batch(batch.seeds)
-            bar.update(len(batch.seeds))
-        _finish(job, pending)
+    except torch.cuda.OutOfMemoryError as error:
+        raise ErkGuidError(
+            f"{device} ran out of memory with --batch {job.batch}; choose a smaller one"
+        ) from error
     return share
 
 

@@ -195,7 +195,34 @@ def test_images_of_an_older_run_are_not_adopted(tmp_path: Path) -> None:
     assert generate(*args, "--steps", 2, "--seeds", "5-6").exit_code == 0
     over = generate(*args, "--steps", 3, "--seeds", "0-1")
     assert "holds 2 other images" in over.output
+    # Neither at once, nor after a resumed run over them that dies before its first image.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "erk_guid.jobs._generate", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        generate(*args, "--steps", 3, "--seeds", "5-6", "--resume")
     assert "2 images made" in generate(*args, "--steps", 3, "--seeds", "5-6", "--resume").output
+
+
+def test_files_further_down_are_left_alone(tmp_path: Path) -> None:
+    other = tmp_path / "another-job"
+    other.mkdir()
+    for name in ("000000.png", ".000001.png.7.partial.png"):
+        (other / name).write_bytes(b"theirs")
+    args = ["--preset", "digits", "--outdir", tmp_path, "--seeds", "0-1", "--steps", 2, "--resume"]
+    assert generate(*args).exit_code == 0
+    assert len(list(other.iterdir())) == 2
+
+
+def test_running_out_of_memory_says_what_to_do(tmp_path: Path) -> None:
+    def exhausted(*args: Any, **options: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("erk_guid.generation.SeededNoise.randn", exhausted)
+        result = generate("--preset", "digits", "--outdir", tmp_path, "--batch", 7)
+    assert result.exit_code == 1
+    assert "ran out of memory with --batch 7; choose a smaller one" in result.output
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".npz"])
@@ -264,7 +291,7 @@ def test_bad_options(args: list[Any], code: int, message: str, tmp_path: Path) -
     result = generate("--outdir", tmp_path / "out", *args)
     assert message in result.output
     assert result.exit_code == code
-    assert "Traceback" not in result.output
+    assert isinstance(result.exception, SystemExit)  # and not an error that has a traceback
     assert not list(tmp_path.rglob("*.png"))
 
 
@@ -280,6 +307,11 @@ def test_an_outdir_that_cannot_be_written(tmp_path: Path) -> None:
     result = generate("--preset", "digits", "--outdir", tmp_path / "file" / "out")
     assert result.exit_code == 1
     assert re.search(r"cannot write to --outdir .*file/out: Not a directory", result.output)
+    for more in ([], ["--resume"]):
+        result = generate("--preset", "digits", "--outdir", tmp_path / "file", *more)
+        assert result.exit_code == 1
+        assert "Traceback" not in result.output
+        assert isinstance(result.exception, SystemExit)
 
 
 def test_the_outdir_is_required() -> None:

@@ -182,7 +182,7 @@ JOB = GenerationJob  # its field defaults are the one home of this command's def
     "--trace",
     metavar="FILE",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Write per-step diagnostics to FILE (.csv or .npz).",
+    help="Write per-step diagnostics of the images made to FILE (.csv or .npz).",
 )
 @click.option(
     "--grid",
