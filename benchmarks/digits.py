@@ -19,6 +19,7 @@ from erk_guid.networks.digits import load_digit_classifier
 
 ROWS: list[tuple[str, dict[str, Any]]] = [
     ("digits", {"num_steps": 5}),
+    ("digits", {"num_steps": 5, "w_stiff": 0.5, "w_con": 0.1}),
     ("digits", {"num_steps": 5, "w_stiff": 1.0, "w_con": 0.5}),
     ("digits", {"num_steps": 8}),
     ("digits", {"num_steps": 8, "w_stiff": 0.5, "w_con": 0.1}),

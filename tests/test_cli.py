@@ -295,8 +295,9 @@ def test_bad_options(args: list[Any], code: int, message: str, tmp_path: Path) -
     assert not list(tmp_path.rglob("*.png"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_cuda_asked_for_and_absent(tmp_path: Path) -> None:
+def test_cuda_asked_for_and_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     result = generate("--preset", "digits", "--outdir", tmp_path, "--device", "cuda")
     assert result.exit_code == 1
     assert "device 'cuda' is not present here; use one of: cpu" in result.output

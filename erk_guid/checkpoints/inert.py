@@ -84,7 +84,6 @@ class _Storage:
     """The elements behind one or more tensors."""
 
     elements: Tensor
-    kind: str
 
 
 @dataclass
@@ -100,10 +99,6 @@ class _Dtype:
 
     dtype: np.dtype[Any]
     built: bool = False
-
-
-class _Mark:
-    pass
 
 
 _STORAGES = {
@@ -145,7 +140,7 @@ class _Machine:
         """
         stack: list[Any] = []
         memo: dict[int, Any] = {}
-        mark = _Mark()
+        mark = object()
 
         def to_mark() -> list[Any]:
             for i in range(len(stack) - 1, -1, -1):
@@ -411,9 +406,9 @@ def _storage(machine: _Machine, name: str, args: tuple[Any, ...]) -> _Storage:
             f"a storage that declares {count} elements but carries {len(data) - 8} bytes"
         )
     if not count:
-        return _Storage(torch.empty(0, dtype=dtype), kind)
+        return _Storage(torch.empty(0, dtype=dtype))
     # A bytearray, since tensors over read-only bytes must not be written to.
-    return _Storage(torch.frombuffer(bytearray(data[8:]), dtype=dtype), kind)
+    return _Storage(torch.frombuffer(bytearray(data[8:]), dtype=dtype))
 
 
 def _new_dtype(machine: _Machine, name: str, args: tuple[Any, ...]) -> _Dtype:
