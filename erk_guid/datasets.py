@@ -1,7 +1,7 @@
-"""Small labelled image sets held in memory: a folder, a zip or an .npz.
+"""Images in a folder, a zip or an .npz: read one at a time, or whole sets with labels.
 
-Labels come from an EDM-style ``dataset.json`` (``{"labels": [[file name, class], ...]}``) or,
-without one, from the folders the images lie in, numbered in alphabetical order.
+Only what is unmistakable is accepted, 8-bit RGB or greyscale: a silent conversion changes a
+score. Everything else is named, with what to do about it.
 """
 
 from __future__ import annotations
@@ -9,19 +9,232 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
+from erk_guid.errors import ErkGuidError
+
+FORMATS = {
+    "PNG": (".png", ".apng"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pnm"),
+    "GIF": (".gif",),
+}
+"""Formats that are read; Pillow knows more, some of which run other programs."""
+
+SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+COMPANIONS = frozenset({"run.json", "dataset.json"})
+"""Files that belong among images."""
+
+MAX_PIXELS = 1 << 26
+MAX_BYTES = 1 << 28
+"""Of one image, and of one file in a zip: nothing larger is unpacked."""
+
+
+class DatasetError(ErkGuidError, ValueError):
+    """A set of images that cannot be used; the message names the file at fault."""
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Images that are read when they are asked for.
+
+    Attributes:
+        path: the folder (searched recursively), zip or .npz.
+        names: their names, sorted; forward slashes on every system.
+        ignored: files among them that are no images.
+    """
+
+    path: Path
+    names: list[str]
+    ignored: list[str]
+    _read: Callable[[str], bytes] | None = field(repr=False)
+    _arrays: dict[str, np.ndarray] | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int) -> np.ndarray:
+        """One image, uint8 [C, H, W] with C of 1 or 3.
+
+        Raises:
+            DatasetError: it cannot be read, or is neither 8-bit RGB nor 8-bit greyscale.
+        """
+        name = self.names[index]
+        if self._arrays is not None:
+            image: np.ndarray = self._arrays["images"][index]
+            return image
+        assert self._read is not None
+        try:
+            return _decode(self._read(name), name)
+        except DatasetError as error:
+            raise DatasetError(f"{self.path}: {error}") from error
+        except (
+            UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, RuntimeError,
+            zlib.error, zipfile.BadZipFile, NotImplementedError, Image.DecompressionBombError,
+        ) as error:  # fmt: skip
+            reason = "it is no image" if isinstance(error, UnidentifiedImageError) else error
+            raise DatasetError(f"{self.path}: cannot read the image {name}: {reason}") from error
+
+    def batches(self, parts: Sequence[Sequence[int]], workers: int = 0) -> Iterator[np.ndarray]:
+        """For each part (a list of indices) its images, uint8 [n, C, H, W].
+
+        Greyscale images among coloured ones are repeated to three channels. All images must
+        have the size of the first of the whole set.
+
+        Args:
+            parts: which images go together.
+            workers: threads that read ahead; 0 reads when the images are needed.
+
+        Raises:
+            DatasetError: an image cannot be used.
+        """
+        if not parts:
+            return
+        size = self.read(0).shape[1:]
+        with ThreadPoolExecutor(max(workers, 1)) as pool:
+            ahead: deque[dict[int, Future[np.ndarray]]] = deque()
+            try:
+                for part in parts:
+                    ahead.append({i: pool.submit(self.read, i) for i in part})
+                    if len(ahead) > (2 if workers else 0):
+                        yield self._together(ahead.popleft(), size)
+                while ahead:
+                    yield self._together(ahead.popleft(), size)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _together(self, images: dict[int, Future[np.ndarray]], size: tuple[int, ...]) -> np.ndarray:
+        arrays = []
+        for index, image in images.items():
+            array = image.result()
+            if array.shape[1:] != size:
+                raise DatasetError(
+                    f"{self.path}: {self.names[index]} is {array.shape[2]}x{array.shape[1]}, "
+                    f"{self.names[0]} is {size[1]}x{size[0]}; all images must have one size"
+                )
+            arrays.append(array)
+        if len({len(a) for a in arrays}) > 1:
+            arrays = [a if len(a) == 3 else np.repeat(a, 3, axis=0) for a in arrays]
+        return np.stack(arrays)
+
+
+def open_images(path: str | Path) -> ImageSource:
+    """List the images of a folder (recursively), a zip, or an .npz with an array `images`.
+
+    Hidden files, and those of folders that begin with a dot, are passed over.
+
+    Raises:
+        DatasetError: nothing is there, it is none of these, or it holds no image.
+    """
+    path = Path(path).expanduser()
+    try:
+        if path.is_dir():
+            files = [p for p in path.rglob("*") if p.is_file()]
+            names = [p.relative_to(path).as_posix() for p in files]
+            return _listed(path, names, lambda name: (path / name).read_bytes())
+        if not path.exists():
+            raise DatasetError(f"no such folder, zip or .npz: {path}")
+        if path.suffix == ".npz":
+            arrays = _arrays_of(path)
+            names = [f"image {k}" for k in range(len(arrays["images"]))]
+            return ImageSource(path, names, [], None, arrays)
+        if zipfile.is_zipfile(path):
+            archive = zipfile.ZipFile(path)
+            names = [n for n in archive.namelist() if not n.endswith("/")]
+            return _listed(path, names, lambda name: _unpack(archive, name))
+    except (OSError, zipfile.BadZipFile) as error:
+        raise DatasetError(f"cannot read {path}: {error}") from error
+    if path.suffix.lower() == ".zip":
+        raise DatasetError(f"{path} is a damaged zip, or none; make or fetch it again")
+    raise DatasetError(f"{path} is neither a folder nor a zip nor an .npz")
+
+
+def _listed(path: Path, names: list[str], read: Callable[[str], bytes]) -> ImageSource:
+    images, ignored = [], []
+    for name in sorted(names):
+        pure = PurePosixPath(name)
+        if any(part.startswith(".") or part == "__MACOSX" for part in pure.parts):
+            continue
+        if pure.suffix.lower() in SUFFIXES:
+            images.append(name)
+        elif pure.name not in COMPANIONS:
+            ignored.append(name)
+    if not images:
+        among = f" among {len(ignored)} files (such as {ignored[0]})" if ignored else ""
+        raise DatasetError(
+            f"no images in {path}{among}; readable are {', '.join(sorted(SUFFIXES))}"
+        )
+    return ImageSource(path, images, ignored, read)
+
+
+def _unpack(archive: zipfile.ZipFile, name: str) -> bytes:
+    size = archive.getinfo(name).file_size
+    if size > MAX_BYTES:
+        raise DatasetError(f"{name} would unpack to {size:,} bytes; that is no image")
+    return archive.read(name)
+
+
+_UNUSABLE = {
+    "RGBA": "an alpha channel", "LA": "an alpha channel", "PA": "an alpha channel",
+    "La": "an alpha channel", "RGBa": "an alpha channel",
+    "P": "a colour palette", "1": "one bit a pixel", "CMYK": "CMYK colours",
+    "I": "more than 8 bits a channel", "F": "more than 8 bits a channel",
+}  # fmt: skip
+
+
+def _decode(data: bytes, name: str) -> np.ndarray:
+    with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise DatasetError(f"{name} has {image.width}x{image.height} pixels, too many")
+        what = None
+        if image.mode.startswith("I;") or (image.format == "PNG" and data[24:25] == b"\x10"):
+            what = _UNUSABLE["I"]  # Pillow would drop the lower byte of coloured ones silently
+        elif image.mode not in ("L", "RGB"):
+            what = _UNUSABLE.get(image.mode, f"mode {image.mode}")
+        elif "transparency" in image.info:
+            what = "a transparent colour"
+        if what is not None:
+            raise DatasetError(f"{name} has {what}; convert it to 8-bit RGB or greyscale")
+        pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def _arrays_of(path: Path) -> dict[str, np.ndarray]:
+    """The arrays `images` [N, C, H, W] and, if it is there, `labels` of an .npz."""
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            if "images" not in data.files:
+                raise DatasetError(
+                    f"{path} lacks the array images; it has {', '.join(data.files) or 'none'}"
+                )
+            arrays = {key: data[key] for key in ("images", "labels") if key in data.files}
+    except DatasetError:
+        raise
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        raise DatasetError(f"cannot read {path}: {error}") from error
+    images = arrays["images"]
+    arrays["images"] = images[:, None] if images.ndim == 3 else images
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape:
+        raise DatasetError(
+            f"{path}: images must be uint8 [N, C, H, W], got {images.dtype} {list(images.shape)}"
+        )
+    return arrays
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images, uint8 [N, C, H, W], and class numbers, int64 [N]."""
+    """Images, uint8 [N, C, H, W], and class numbers, int64 [N], in memory."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -50,62 +263,35 @@ class ImageSet:
 
 
 def load_image_set(path: str | Path) -> ImageSet:
-    """Read a whole image set: a folder, a zip, or an .npz with `images` and `labels`.
+    """Read a whole labelled set: a folder, a zip, or an .npz with `images` and `labels`.
+
+    Labels come from an EDM-style ``dataset.json`` (``{"labels": [[file name, class], ...]}``)
+    or, without one, from the folders the images lie in, numbered in alphabetical order.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: the content is not a set of equally large images; the message names the
+        DatasetError: the content is not a set of equally large images; the message names the
             file at fault.
     """
-    path = Path(path)
-    if path.is_dir():
-        names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
-        return _from_files(path, names, lambda name: (path / name).read_bytes())
-    if not path.exists():
-        raise FileNotFoundError(f"no such folder, zip or .npz: {path}")
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as data:
-            missing = {"images", "labels"} - set(data.files)
-            if missing:
-                raise ValueError(f"{path} lacks the array {' and '.join(sorted(missing))}")
-            images = data["images"]
-            return ImageSet(images[:, None] if images.ndim == 3 else images, data["labels"])
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = sorted(n for n in archive.namelist() if not n.endswith("/"))
-            return _from_files(path, names, archive.read)
-    raise ValueError(f"{path} is neither a folder nor a zip nor an .npz")
+    source = open_images(path)
+    if source._arrays is not None:
+        if "labels" not in source._arrays:
+            raise DatasetError(f"{path} lacks the array labels")
+        return ImageSet(source._arrays["images"], source._arrays["labels"])
+    labels = _labels(source)
+    (images,) = source.batches([range(len(source))])
+    return ImageSet(images, np.asarray(labels, dtype=np.int64))
 
 
-def _from_files(root: Path, names: list[str], read: Callable[[str], bytes]) -> ImageSet:
-    files = [n for n in names if PurePosixPath(n).suffix.lower() in IMAGE_SUFFIXES]
-    if not files:
-        raise ValueError(f"no images in {root}")
-    if "dataset.json" in names:
-        pairs = json.loads(read("dataset.json")).get("labels") or []
-        table = {str(name): int(label) for name, label in pairs}
-        absent = [n for n in files if n not in table]
-        if absent:
-            raise ValueError(f"{root}: dataset.json has no label for {absent[0]}")
-        labels = [table[n] for n in files]
-    else:
-        parents = [PurePosixPath(n).parent.as_posix() for n in files]
+def _labels(source: ImageSource) -> list[int]:
+    assert source._read is not None
+    try:
+        table = json.loads(source._read("dataset.json")).get("labels") or []
+    except (FileNotFoundError, KeyError):
+        parents = [PurePosixPath(n).parent.as_posix() for n in source.names]
         number = {parent: k for k, parent in enumerate(sorted(set(parents)))}
-        labels = [number[parent] for parent in parents]
-
-    arrays: list[np.ndarray] = []
-    for name in files:
-        try:
-            with Image.open(io.BytesIO(read(name))) as image:
-                grey = image.mode in ("1", "L", "I", "I;16", "F")
-                pixels = np.asarray(image.convert("L" if grey else "RGB"))
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"cannot read the image {name} in {root}: {error}") from error
-        pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-        if arrays and pixels.shape != arrays[0].shape:
-            raise ValueError(
-                f"{name} in {root} is {list(pixels.shape)}, {files[0]} is {list(arrays[0].shape)}: "
-                "all images must have one size"
-            )
-        arrays.append(pixels)
-    return ImageSet(np.stack(arrays), np.asarray(labels, dtype=np.int64))
+        return [number[parent] for parent in parents]
+    classes = {str(name): int(label) for name, label in table}
+    absent = [n for n in source.names if n not in classes]
+    if absent:
+        raise DatasetError(f"{source.path}: dataset.json has no label for {absent[0]}")
+    return [classes[n] for n in source.names]

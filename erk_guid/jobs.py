@@ -7,7 +7,6 @@ images only, and is continued with `resume`, which refuses to mix settings.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
 import tempfile
@@ -23,14 +22,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from erk_guid._version import __version__
-from erk_guid.checkpoints import Loaded, load
-from erk_guid.checkpoints.loading import locate
-from erk_guid.encoders import Encoder, StabilityVAEEncoder
 from erk_guid.errors import ErkGuidError
 from erk_guid.files import PARTIAL, write_bytes
-from erk_guid.generation import Batch, check_networks, generate
+from erk_guid.generation import Batch, generate
 from erk_guid.pictures import is_whole_png, save_picture, save_png, tile
-from erk_guid.runtime import ProcessGroup, choose_device, process_group
+from erk_guid.recipe import Models, Recipe
+from erk_guid.runtime import ProcessGroup, process_group
 from erk_guid.sampling import StepInfo
 from erk_guid.trace import Trace, check_trace_path, read_trace, write_trace
 
@@ -40,58 +37,16 @@ MAX_GRID = 400
 GRID_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
-@dataclass(frozen=True)
-class GenerationJob:
+@dataclass(frozen=True, kw_only=True)
+class GenerationJob(Recipe):
     """What to generate, and where to put it. Field names are those of generate_images.py."""
 
-    net: str
     outdir: Path
     seeds: Sequence[int]
-    gnet: str | None = None
-    guidance: float = 1.0
     subdirs: bool = False
-    class_idx: int | None = None
-    batch: int = 32
-    num_steps: int = 32
-    sigma_min: float = 0.002
-    sigma_max: float = 80
-    rho: float = 7
-    w_stiff: float = 0.0
-    w_con: float = 0.5
-    solver: str = "heun"
-    dtype: str = "float32"
-    device: str | None = None
     resume: bool = False
-    encoder_batch: int | None = None
-    vae: str | None = None
     trace: Path | None = None
     grid: Path | None = None
-    trust_pickle: bool = False
-
-    @property
-    def sampler_options(self) -> dict[str, Any]:
-        """Keyword arguments of `edm_sampler`."""
-        return {
-            "num_steps": self.num_steps,
-            "sigma_min": self.sigma_min,
-            "sigma_max": self.sigma_max,
-            "rho": self.rho,
-            "guidance": self.guidance,
-            "w_stiff": self.w_stiff,
-            "w_con": self.w_con,
-            "solver": self.solver,
-            "dtype": getattr(torch, self.dtype),
-        }
-
-    def describe(self) -> str:
-        """One line that says what was used, as the images carry it."""
-        parts = [
-            f"model {self.net}", f"solver {self.solver}", f"steps {self.num_steps}",
-            f"w_stiff {self.w_stiff:g}", f"w_con {self.w_con:g}", f"guidance {self.guidance:g}",
-        ]  # fmt: skip
-        if self.gnet and self.guidance != 1:
-            parts.append(f"guiding model {self.gnet}")
-        return ", ".join([*parts, f"erk_guid {__version__}"])
 
 
 def image_path(outdir: Path, seed: int, subdirs: bool) -> Path:
@@ -109,27 +64,13 @@ def run_job(job: GenerationJob) -> int:
     Raises:
         ErkGuidError: anything the user can put right.
     """
-    device = choose_device(job.device)
-    if job.dtype == "float64" and device.type == "mps":
-        raise ErkGuidError("float64 is not to be had on mps; use --dtype float32")
+    device = job.choose_device()
     _check_outputs(job)
     with process_group(device) as group:
-        # Rank 0 fetches first; the others then find the files in the cache.
-        group.agree(lambda: _fetch(job))
-        loaded = _load(job, job.net, device)
-        guide = _load(job, job.gnet, device) if job.gnet and job.guidance != 1 else None
-        try:
-            check_networks(loaded.net, guide and guide.net, job.class_idx)
-        except ValueError as error:
-            raise ErkGuidError(str(error)) from error
-        encoder = _encoder(job, loaded)
-        if isinstance(encoder, StabilityVAEEncoder):
-            vae = encoder
-            group.agree(lambda: vae.prepare(device))
-            vae.prepare(device)
-        todo = group.agree(lambda: _prepare(job, _settings(job, loaded, guide, encoder, device)))
+        models = job.open(device, group)
+        todo = group.agree(lambda: _prepare(job, models))
         trace = Trace() if job.trace else None
-        done = _generate(job, loaded, guide, encoder, device, group, todo, trace)
+        done = _generate(job, models, group, todo, trace)
         # The only meeting point, after the work: rank 0 has something to put together.
         totals = group.gather(done)
         traces = group.gather(trace.rows() if trace else None)
@@ -159,59 +100,9 @@ def _check_outputs(job: GenerationJob) -> None:
                 raise ErkGuidError(f"cannot write to {path.parent}: {error.strerror}") from error
 
 
-def _fetch(job: GenerationJob) -> None:
-    for source in (job.net, job.gnet if job.guidance != 1 else None):
-        if source:
-            locate(source)
-
-
-def _load(job: GenerationJob, source: str, device: torch.device) -> Loaded:
-    return load(source, device=device, trust=job.trust_pickle)
-
-
-def _encoder(job: GenerationJob, loaded: Loaded) -> Encoder:
-    """The file's encoder, with the job's wishes about the VAE."""
-    encoder = loaded.encoder
-    if not isinstance(encoder, StabilityVAEEncoder):
-        for option, value in (("--vae", job.vae), ("--encoder-batch", job.encoder_batch)):
-            if value is not None:
-                raise ErkGuidError(f"{option} {value}: {job.net} has no VAE; leave it out")
-        return encoder
-    changes: dict[str, Any] = {}
-    if job.encoder_batch is not None:
-        changes["batch_size"] = job.encoder_batch
-    if job.vae is not None:
-        changes["vae_name"] = job.vae
-    return StabilityVAEEncoder(**{**encoder.config, **changes})
-
-
-def _settings(
-    job: GenerationJob,
-    loaded: Loaded,
-    guide: Loaded | None,
-    encoder: Encoder,
-    device: torch.device,
-) -> dict[str, Any]:
-    """What the images depend on: two runs into one folder must agree in all of this."""
-    options = job.sampler_options
-    return {
-        "net_sha256": loaded.fingerprint,
-        "gnet_sha256": guide.fingerprint if guide else None,
-        **{k: options[k] for k in options if k != "dtype"},
-        "dtype": job.dtype,
-        "class": job.class_idx,
-        "subdirs": job.subdirs,
-        "trust_pickle": "trusted" in loaded.format,
-        "encoder": {
-            "class": type(encoder).__name__,
-            **{k: v for k, v in encoder.config.items() if k != "batch_size"},
-        },
-        "device": device.type,  # each kind of device has random numbers of its own
-    }
-
-
-def _prepare(job: GenerationJob, settings: dict[str, Any]) -> list[int]:
+def _prepare(job: GenerationJob, models: Models) -> list[int]:
     """Set the folder up, and say which seeds are still to be made. Runs on rank 0."""
+    settings = {**models.record(), "subdirs": job.subdirs}
     path = job.outdir / RUN_FILE
     seeds = list(dict.fromkeys(job.seeds))
     todo = seeds
@@ -325,10 +216,7 @@ def _refuse_mixture(outdir: Path, before: dict[str, Any], now: dict[str, Any]) -
 
 def _generate(
     job: GenerationJob,
-    loaded: Loaded,
-    guide: Loaded | None,
-    encoder: Encoder,
-    device: torch.device,
+    models: Models,
     group: ProcessGroup,
     todo: list[int],
     trace: Trace | None,
@@ -342,17 +230,13 @@ def _generate(
         bar.set_postfix_str(f"step {info.step + 1}/{info.num_steps}")
 
     batches = generate(
-        loaded.net,
+        models.loaded.net,
         todo,
-        encoder=encoder,
-        gnet=guide.net if guide else None,
-        class_idx=job.class_idx,
         batch_size=job.batch,
-        device=device,
         rank=group.rank,
         world_size=group.world_size,
         callback=callback if trace or group.rank == 0 else None,
-        **job.sampler_options,
+        **models.generation_options,
     )
     share = sum(len(part) for part in batches.shares)
     bar.total = share
@@ -371,7 +255,7 @@ def _generate(
             _finish(job, pending)
     except torch.cuda.OutOfMemoryError as error:
         raise ErkGuidError(
-            f"{device} ran out of memory with --batch {job.batch}; choose a smaller one"
+            f"{models.device} ran out of memory with --batch {job.batch}; choose a smaller one"
         ) from error
     return share
 
@@ -411,8 +295,3 @@ def _write_grid(job: GenerationJob) -> None:
         save_picture(job.grid, tile(images, columns, scale))
     except (OSError, ValueError) as error:
         raise ErkGuidError(f"cannot make the contact sheet {job.grid}: {error}") from error
-
-
-def launched_rank() -> int:
-    """The rank torchrun gave this process, 0 for a lone one."""
-    return int(os.environ.get("RANK", "0"))

@@ -50,6 +50,11 @@ def choose_device(name: str | None = None) -> torch.device:
     return device
 
 
+def launched_rank() -> int:
+    """The rank torchrun gave this process, 0 for a lone one."""
+    return int(os.environ.get("RANK", "0"))
+
+
 FAILED, ARRIVED = "erk_guid/failed", "erk_guid/arrived"
 """Keys of the store that all processes share."""
 
@@ -97,16 +102,28 @@ class ProcessGroup:
         """
         if self.world_size == 1:
             return [value]
+        self._arrive()
+        values: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
+        with self._translating():
+            dist.gather_object(value, values, dst=0, group=self.control)
+        return values or []
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of every rank's `tensor` (on the CPU), on every rank; waits as `gather`."""
+        if self.world_size > 1:
+            self._arrive()
+            with self._translating():
+                dist.all_reduce(tensor, group=self.control)
+        return tensor
+
+    def _arrive(self) -> None:
+        """Wait until every rank is here, but no longer than until one fails."""
         assert self.store is not None
         number = int(self.store.add(ARRIVED, 1))
         everyone = -(-number // self.world_size) * self.world_size  # of this round of arrivals
         while int(self.store.add(ARRIVED, 0)) < everyone:
             self.check()
             time.sleep(0.2)
-        values: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
-        with self._translating():
-            dist.gather_object(value, values, dst=0, group=self.control)
-        return values or []
 
     def check(self) -> None:
         """Stop this process if another one has failed, on whatever node; costs a message.

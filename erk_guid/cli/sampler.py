@@ -1,0 +1,254 @@
+"""The options that say how images are made, shared by every command that makes some."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+import click
+
+from erk_guid.checkpoints.presets import PRESETS
+from erk_guid.cli.common import NumberOr
+from erk_guid.guidance import Guidance, nearest_paper_steps
+from erk_guid.recipe import Recipe
+from erk_guid.runtime import launched_rank
+from erk_guid.schedules import karras_sigmas
+from erk_guid.steps import SOLVERS
+
+F = TypeVar("F", bound=Callable[..., Any])
+JOB = Recipe  # its field defaults are the one home of these options' defaults
+
+_OPTIONS = [
+    click.option(
+        "--preset",
+        metavar="STR",
+        help="Published model with its settings; 'digits' ships with the package.",
+    ),
+    click.option(
+        "--net", metavar="PATH|URL", help="Network: .pkl, .safetensors, URL or preset name."
+    ),
+    click.option(
+        "--gnet", metavar="PATH|URL", help="Guiding network for model guidance (CFG, autoguidance)."
+    ),
+    click.option(
+        "--class",
+        "class_idx",
+        metavar="INT",
+        type=click.IntRange(min=0),
+        help="Make this class only.  [default: a random one per seed]",
+    ),
+    click.option(
+        "--batch",
+        metavar="INT",
+        type=click.IntRange(min=1),
+        default=JOB.batch,
+        show_default=True,
+        help="Images at a time, per process.",
+    ),
+    click.option(
+        "--steps",
+        "num_steps",
+        metavar="INT",
+        type=click.IntRange(min=1),
+        default=JOB.num_steps,
+        show_default=True,
+        help="Noise levels; N steps take 2N-1 network evaluations.",
+    ),
+    click.option(
+        "--sigma_min",
+        metavar="FLOAT",
+        type=float,
+        default=JOB.sigma_min,
+        show_default=True,
+        help="Lowest noise level before 0.",
+    ),
+    click.option(
+        "--sigma_max",
+        metavar="FLOAT",
+        type=float,
+        default=JOB.sigma_max,
+        show_default=True,
+        help="Highest noise level.",
+    ),
+    click.option(
+        "--rho",
+        metavar="FLOAT",
+        type=float,
+        default=JOB.rho,
+        show_default=True,
+        help="Exponent of the noise levels.",
+    ),
+    click.option(
+        "--guidance",
+        metavar="FLOAT",
+        type=float,
+        help="Strength of model guidance.  [default: the preset's, else 1]",
+    ),
+    click.option(
+        "--S_churn",
+        "--s_churn",
+        "s_churn",
+        metavar="FLOAT",
+        type=float,
+        default=0.0,
+        show_default=True,
+        help="EDM2's stochasticity; must be 0 here.",
+    ),
+    click.option(
+        "--S_min",
+        "--s_min",
+        "s_min",
+        metavar="FLOAT",
+        type=float,
+        default=0.0,
+        show_default=True,
+        help="Belongs to --S_churn.",
+    ),
+    click.option(
+        "--S_max",
+        "--s_max",
+        "s_max",
+        metavar="FLOAT",
+        type=float,
+        default=float("inf"),
+        show_default=True,
+        help="Belongs to --S_churn.",
+    ),
+    click.option(
+        "--S_noise",
+        "--s_noise",
+        "s_noise",
+        metavar="FLOAT",
+        type=float,
+        default=1.0,
+        show_default=True,
+        help="Belongs to --S_churn.",
+    ),
+    click.option(
+        "--w_stiff",
+        metavar="FLOAT|paper",
+        type=NumberOr("paper"),
+        default=JOB.w_stiff,
+        show_default=True,
+        help="Strength of ERK guidance: 0 is the plain solver, 'paper' the paper's choice.",
+    ),
+    click.option(
+        "--w_con",
+        metavar="FLOAT",
+        type=float,
+        help=f"Stiffness above which it acts.  [default: {JOB.w_con:g}, with 'paper' the paper's]",
+    ),
+    click.option(
+        "--solver",
+        type=click.Choice(sorted(SOLVERS)),
+        default=JOB.solver,
+        show_default=True,
+        help="How to step; euler has no embedded pair, so no ERK guidance.",
+    ),
+    click.option("--device", metavar="STR", help="cuda, mps or cpu.  [default: the best present]"),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "float64"]),
+        default=JOB.dtype,
+        show_default=True,
+        help="Precision of the sampling loop.",
+    ),
+    click.option(
+        "--encoder-batch",
+        metavar="INT",
+        type=click.IntRange(min=1),
+        help="Latents decoded at a time by the VAE.  [default: the file's]",
+    ),
+    click.option(
+        "--vae", metavar="DIR|NAME", help="Folder or hub name of the VAE, in place of the file's."
+    ),
+    click.option(
+        "--trust-pickle",
+        is_flag=True,
+        help="Run the code inside a .pkl (for networks that are not ours; trusted files only).",
+    ),
+]
+
+
+def sampler_options(command: F) -> F:
+    """Add the options; the command hands what it gets for them to `recipe_fields`."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def recipe_fields(
+    preset: str | None, w_stiff: float | str, w_con: float | None, **options: Any
+) -> dict[str, Any]:
+    """Check what the user asked for, and return it as fields of a `Recipe`.
+
+    Raises:
+        click.UsageError: naming the option at fault.
+    """
+    if options.pop("s_churn") != 0:
+        raise click.UsageError(
+            "--S_churn must be 0: ERK guidance compares two solutions at one noise level, and "
+            "churn moves one of them; leave the option out"
+        )
+    for unused in ("s_min", "s_max", "s_noise"):
+        del options[unused]
+    if preset is not None:
+        options = _with_preset(preset, options)
+    if options["net"] is None:
+        raise click.UsageError(
+            "name a network with --net or --preset (--preset=digits ships with the package)"
+        )
+    if options["guidance"] is None:
+        options["guidance"] = JOB.guidance
+    if not math.isfinite(options["guidance"]):
+        raise click.UsageError(
+            f"--guidance must be a finite number, got {options['guidance']}; 1 switches it off"
+        )
+    if options["guidance"] != 1 and options["gnet"] is None:
+        raise click.UsageError(
+            f"--guidance {options['guidance']:g} needs a guiding network: give --gnet, or a preset "
+            "that has one, or leave out --guidance"
+        )
+    try:
+        guidance = _erk_guidance(w_stiff, w_con, options["num_steps"])
+        karras_sigmas(
+            options["num_steps"], options["sigma_min"], options["sigma_max"], options["rho"]
+        )
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    if guidance.active and not SOLVERS[options["solver"]].has_pair:
+        raise click.UsageError(
+            f"--solver {options['solver']} has no embedded pair to guide with; use heun, or "
+            "--w_stiff 0"
+        )
+    return {**options, "w_stiff": guidance.w_stiff, "w_con": guidance.w_con}
+
+
+def _with_preset(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Fill in what the command line leaves open."""
+    if name not in PRESETS:
+        close = get_close_matches(name, PRESETS, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "'erk-guid presets' lists them"
+        raise click.UsageError(f"unknown --preset {name!r}; {hint}")
+    preset = PRESETS[name]
+    filled = dict(options)
+    for key, value in (("net", preset.net), ("gnet", preset.gnet), ("guidance", preset.guidance)):
+        if filled[key] is None:
+            # The name itself, where it means the same: it reads better in run.json.
+            filled[key] = name if key == "net" else value
+    return filled
+
+
+def _erk_guidance(w_stiff: float | str, w_con: float | None, num_steps: int) -> Guidance:
+    if w_stiff != "paper":
+        return Guidance(float(w_stiff), JOB.w_con if w_con is None else w_con)
+    paper = Guidance.paper(num_steps)
+    if launched_rank() == 0:
+        click.echo(
+            f"--w_stiff paper: the paper's settings for {nearest_paper_steps(num_steps)} steps, "
+            f"w_stiff {paper.w_stiff:g}, w_con {paper.w_con:g}"
+            + ("" if w_con is None else f"; --w_con {w_con:g} as given")
+        )
+    return paper if w_con is None else Guidance(paper.w_stiff, w_con)

@@ -1,0 +1,161 @@
+"""What images are made with: networks, solver, noise levels, guidance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from erk_guid._version import __version__
+from erk_guid.checkpoints import Loaded, load
+from erk_guid.checkpoints.loading import locate
+from erk_guid.encoders import Encoder, StabilityVAEEncoder
+from erk_guid.errors import ErkGuidError
+from erk_guid.generation import check_networks
+from erk_guid.runtime import ProcessGroup, choose_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that says how images are made, except which seeds and where to.
+
+    Field names are those of the command lines; their defaults are those commands' defaults.
+    """
+
+    net: str
+    gnet: str | None = None
+    guidance: float = 1.0
+    class_idx: int | None = None
+    batch: int = 32
+    num_steps: int = 32
+    sigma_min: float = 0.002
+    sigma_max: float = 80
+    rho: float = 7
+    w_stiff: float = 0.0
+    w_con: float = 0.5
+    solver: str = "heun"
+    dtype: str = "float32"
+    device: str | None = None
+    encoder_batch: int | None = None
+    vae: str | None = None
+    trust_pickle: bool = False
+
+    @property
+    def sampler_options(self) -> dict[str, Any]:
+        """Keyword arguments of `edm_sampler`."""
+        return {
+            "num_steps": self.num_steps,
+            "sigma_min": self.sigma_min,
+            "sigma_max": self.sigma_max,
+            "rho": self.rho,
+            "guidance": self.guidance,
+            "w_stiff": self.w_stiff,
+            "w_con": self.w_con,
+            "solver": self.solver,
+            "dtype": getattr(torch, self.dtype),
+        }
+
+    def describe(self) -> str:
+        """One line that says what was used, as the images carry it."""
+        parts = [
+            f"model {self.net}", f"solver {self.solver}", f"steps {self.num_steps}",
+            f"w_stiff {self.w_stiff:g}", f"w_con {self.w_con:g}", f"guidance {self.guidance:g}",
+        ]  # fmt: skip
+        if self.gnet and self.guidance != 1:
+            parts.append(f"guiding model {self.gnet}")
+        return ", ".join([*parts, f"erk_guid {__version__}"])
+
+    def choose_device(self) -> torch.device:
+        """The device asked for, or the best present.
+
+        Raises:
+            ErkGuidError: it is not there, or cannot do what is asked.
+        """
+        device = choose_device(self.device)
+        if self.dtype == "float64" and device.type == "mps":
+            raise ErkGuidError("float64 is not to be had on mps; use --dtype float32")
+        return device
+
+    def open(self, device: torch.device, group: ProcessGroup) -> Models:
+        """Load the networks and the encoder; every rank calls this.
+
+        Raises:
+            ErkGuidError: a file that cannot be had or used, or networks that do not go together.
+        """
+        # Rank 0 fetches first; the others then find the files in the cache.
+        group.agree(self._fetch)
+        loaded = self._load(self.net, device)
+        guide = self._load(self.gnet, device) if self.gnet and self.guidance != 1 else None
+        try:
+            check_networks(loaded.net, guide and guide.net, self.class_idx)
+        except ValueError as error:
+            raise ErkGuidError(str(error)) from error
+        encoder = self._encoder(loaded)
+        if isinstance(encoder, StabilityVAEEncoder):
+            vae = encoder
+            group.agree(lambda: vae.prepare(device))
+            vae.prepare(device)
+        return Models(self, device, loaded, guide, encoder)
+
+    def _fetch(self) -> None:
+        for source in (self.net, self.gnet if self.guidance != 1 else None):
+            if source:
+                locate(source)
+
+    def _load(self, source: str, device: torch.device) -> Loaded:
+        return load(source, device=device, trust=self.trust_pickle)
+
+    def _encoder(self, loaded: Loaded) -> Encoder:
+        """The file's encoder, with the recipe's wishes about the VAE."""
+        encoder = loaded.encoder
+        if not isinstance(encoder, StabilityVAEEncoder):
+            for option, value in (("--vae", self.vae), ("--encoder-batch", self.encoder_batch)):
+                if value is not None:
+                    raise ErkGuidError(f"{option} {value}: {self.net} has no VAE; leave it out")
+            return encoder
+        changes: dict[str, Any] = {}
+        if self.encoder_batch is not None:
+            changes["batch_size"] = self.encoder_batch
+        if self.vae is not None:
+            changes["vae_name"] = self.vae
+        return StabilityVAEEncoder(**{**encoder.config, **changes})
+
+
+@dataclass(frozen=True)
+class Models:
+    """A recipe's networks and encoder, on a device."""
+
+    recipe: Recipe
+    device: torch.device
+    loaded: Loaded
+    guide: Loaded | None
+    encoder: Encoder
+
+    @property
+    def generation_options(self) -> dict[str, Any]:
+        """Keyword arguments of `generate`, besides the network, the seeds and the batch size."""
+        return {
+            "encoder": self.encoder,
+            "gnet": self.guide.net if self.guide else None,
+            "class_idx": self.recipe.class_idx,
+            "device": self.device,
+            **self.recipe.sampler_options,
+        }
+
+    def record(self) -> dict[str, Any]:
+        """What the images depend on, in JSON's types (reads the files to hash them)."""
+        options = self.recipe.sampler_options
+        return {
+            "net_sha256": self.loaded.fingerprint,
+            "gnet_sha256": self.guide.fingerprint if self.guide else None,
+            **{k: options[k] for k in options if k != "dtype"},
+            "dtype": self.recipe.dtype,
+            "class": self.recipe.class_idx,
+            "trust_pickle": "trusted" in self.loaded.format,
+            "encoder": {
+                "class": type(self.encoder).__name__,
+                **{k: v for k, v in self.encoder.config.items() if k != "batch_size"},
+            },
+            "device": self.device.type,  # each kind of device has random numbers of its own
+        }
