@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import re
+import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -59,6 +61,51 @@ class NumberOr(click.ParamType):
             return float(value)
         except ValueError:
             self.fail(f"{value!r} is neither a number nor {' nor '.join(self.words)}", param, ctx)
+
+
+class Names(click.ParamType):
+    """'fid,fd_dinov2' to ['fid', 'fd_dinov2'], each once; of a fixed choice if one is given."""
+
+    name = "list"
+
+    def __init__(self, choice: Sequence[str] = ()) -> None:
+        self.choice = choice
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, list):
+            return value
+        names = [part.strip() for part in str(value).split(",")]
+        for name in names:
+            if not name or (self.choice and name not in self.choice):
+                known = ", ".join(self.choice)
+                hint = f"; choose from {known}" if known else "; separate names by single commas"
+                self.fail(f"{name!r} in {value!r} is not one of its names{hint}", param, ctx)
+        return list(dict.fromkeys(names))
+
+
+def name_and_path(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> dict[str, str]:
+    """Callback for options such as ``--detector-weights NAME=FILE``, given any number of times."""
+    found = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not name or not equals or not path:
+            raise click.BadParameter(f"{value!r} is not NAME=FILE", ctx, param)
+        found[name] = path
+    return found
+
+
+def load_plugins(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> None:
+    """Callback for ``--plugin``: import a module, or run a .py file, that registers things."""
+    for value in values:
+        try:
+            if value.endswith(".py"):
+                runpy.run_path(value)
+            else:
+                importlib.import_module(value)
+        except (ImportError, OSError, SyntaxError, ValueError) as error:
+            raise click.BadParameter(f"cannot import {value}: {error}", ctx, param) from error
 
 
 def reporting_errors(command: F) -> F:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from importlib.resources import as_file, files
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,15 +28,19 @@ class DigitClassifier(nn.Module):
         self.logits = nn.Linear(self.feature_dim, 10)
 
     def features(self, images: Tensor) -> Tensor:
-        """uint8 [N, 1, 32, 32] to float32 [N, 64]: the hidden layer before its nonlinearity."""
-        x = images.to(torch.float32) / 127.5 - 1
+        """uint8 [N, 1, 32, 32] to [N, 64]: the hidden layer before its nonlinearity."""
+        x = images.to(self.conv0.weight.dtype) / 127.5 - 1
         for conv in (self.conv0, self.conv1, self.conv2):
             x = F.max_pool2d(F.silu(conv(x)), 2)
         return self.hidden(x.flatten(1))
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [N, 1, 32, 32] to logits [N, 10]."""
-        return self.logits(F.dropout(F.silu(self.features(images)), 0.3, self.training))
+        return self.classify(self.features(images))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Features [N, 64] to logits [N, 10]."""
+        return self.logits(F.dropout(F.silu(features), 0.3, self.training))
 
 
 def load_digit_classifier() -> DigitClassifier:

@@ -1,0 +1,49 @@
+"""How far a Frechet distance would scatter with other images of the same kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from erk_guid.metrics.frechet import frechet_distance
+from erk_guid.metrics.statistics import Statistics
+
+
+def bootstrap_distances(
+    features: Sequence[np.ndarray], reference: Statistics, resamples: int, seed: int = 0
+) -> np.ndarray:
+    """Distances of resampled sets of images to one reference.
+
+    All sets are resampled alike: where row i of each comes from the same seed, the difference
+    between two columns scatters as the difference between the two samplers does.
+
+    Args:
+        features: one or more sets, each [n, d] with the same n.
+        reference: held fixed.
+        resamples: how many times n images are drawn from the n with replacement.
+
+    Returns:
+        [resamples, sets]; a column's standard deviation estimates that distance's standard
+        error. Resampled distances are larger than the distance itself (fewer distinct images),
+        so their mean is no estimate of it.
+
+    Raises:
+        ValueError: sets of different lengths, or fewer than 2 resamples.
+    """
+    n = len(features[0])
+    if any(len(f) != n for f in features):
+        raise ValueError(f"sets of {[len(f) for f in features]} images cannot be paired")
+    if resamples < 2:
+        raise ValueError(f"a standard error needs at least 2 resamples, got {resamples}")
+    sets = [np.asarray(f, dtype=np.float64) for f in features]
+    rng = np.random.default_rng(seed)
+    distances = np.empty([resamples, len(sets)])
+    for row in distances:
+        weights = rng.multinomial(n, np.full(n, 1 / n))[:, None].astype(np.float64)
+        for k, x in enumerate(sets):
+            mu = (weights * x).sum(0) / n
+            centred = x - mu
+            sigma = centred.T @ (weights * centred) / (n - 1)
+            row[k] = frechet_distance(mu, sigma, reference.mu, reference.sigma)
+    return distances

@@ -1,0 +1,129 @@
+"""Running detectors over images: in fixed blocks, shared among processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from erk_guid.errors import ErkGuidError
+from erk_guid.metrics.detectors import Classifier, Detector, DetectorError
+from erk_guid.metrics.statistics import Moments, Statistics
+from erk_guid.runtime import ProcessGroup
+
+Block = tuple[Sequence[int], Tensor]
+"""Places in the whole set, and their images, uint8 [n, C, H, W]."""
+
+
+def blocks(indices: Sequence[int], batch: int, group: ProcessGroup) -> list[Sequence[int]]:
+    """This process's share of `indices`, in blocks of `batch`.
+
+    Which images go together does not depend on the number of processes, so neither does what a
+    detector computes for them.
+    """
+    parts = [indices[i : i + batch] for i in range(0, len(indices), batch)]
+    return parts[group.rank :: group.world_size]
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What the detectors made of a set of images.
+
+    Attributes:
+        statistics: by metric.
+        features: by metric, float32 [N, d] in the order of the set; on rank 0, if asked for.
+        logits: likewise.
+    """
+
+    statistics: dict[str, Statistics]
+    features: dict[str, np.ndarray] = field(default_factory=dict)
+    logits: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def collect(
+    source: Iterable[Block],
+    detectors: Sequence[Detector],
+    device: torch.device,
+    *,
+    group: ProcessGroup | None = None,
+    total: int | None = None,
+    description: str = "images",
+    keep_features: bool = False,
+    keep_logits: bool = False,
+) -> Collected:
+    """Feed this process's blocks to all detectors, and put the processes' results together.
+
+    Args:
+        total: images of this process, for the progress bar that rank 0 shows.
+        keep_features: also return every image's features.
+        keep_logits: also return every image's logits; the detectors must be classifiers.
+
+    Raises:
+        ErkGuidError: a detector cannot use the images, or the device ran out of memory.
+    """
+    group = group or ProcessGroup()
+    moments = {d.name: Moments(d.feature_dim, device) for d in detectors}
+    kept: dict[str, list[tuple[int, Tensor]]] = {d.name: [] for d in detectors}
+    logits: dict[str, list[tuple[int, Tensor]]] = {d.name: [] for d in detectors}
+    if group.world_size > 1:
+        description = f"{description}, rank 0 of {group.world_size}"
+    with tqdm(total=total, desc=description, unit="image", disable=group.rank != 0) as bar:
+        for indices, images in source:
+            group.check()
+            with torch.no_grad():
+                moved = images.to(device)
+                for detector in detectors:
+                    features, classes = _run(detector, moved, keep_logits)
+                    moments[detector.name].add(features)
+                    if keep_features:
+                        kept[detector.name] += zip(indices, features.float().cpu(), strict=True)
+                    if classes is not None:
+                        logits[detector.name] += zip(indices, classes.float().cpu(), strict=True)
+            bar.update(len(images))
+    return Collected(
+        {name: moment.statistics(group) for name, moment in moments.items()},
+        _in_order(kept, group) if keep_features else {},
+        _in_order(logits, group) if keep_logits else {},
+    )
+
+
+def _run(detector: Detector, images: Tensor, with_logits: bool) -> tuple[Tensor, Tensor | None]:
+    logits = None
+    try:
+        if with_logits:
+            if not isinstance(detector, Classifier):
+                raise DetectorError(
+                    f"{detector.name} does not classify, so it gives no inception score"
+                )
+            features, logits = detector.features_and_logits(images)
+        else:
+            features = detector(images)
+    except torch.cuda.OutOfMemoryError as error:
+        raise ErkGuidError(
+            f"{images.device} ran out of memory with batches of {len(images)} images; choose a "
+            "smaller --batch"
+        ) from error
+    if tuple(features.shape) != (len(images), detector.feature_dim):
+        raise DetectorError(
+            f"{detector.name} promised [{len(images)}, {detector.feature_dim}] features and "
+            f"returned {list(features.shape)}"
+        )
+    if not features.isfinite().all():
+        raise DetectorError(f"{detector.name} returned features that are not finite")
+    return features, logits
+
+
+def _in_order(
+    kept: dict[str, list[tuple[int, Tensor]]], group: ProcessGroup
+) -> dict[str, np.ndarray]:
+    found = {}
+    for name, rows in kept.items():
+        parts = group.gather(rows)
+        together = sorted((row for part in parts for row in part), key=lambda row: row[0])
+        if together:
+            found[name] = torch.stack([row for _, row in together]).numpy()
+    return found

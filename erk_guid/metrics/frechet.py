@@ -1,0 +1,89 @@
+"""The Frechet distance between two Gaussians, from their means and covariances."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def frechet_distance(mu1: Any, sigma1: Any, mu2: Any, sigma2: Any) -> float:
+    """``|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2))`` (Heusel et al. 2017).
+
+    The trace of the matrix root is the sum of the roots of the eigenvalues of ``L^T sigma2 L``
+    with ``sigma1 = L L^T``: a symmetric problem, so nothing becomes complex, and many times
+    faster than a matrix square root. A rank-deficient covariance (fewer images than features)
+    is reduced to its range, where the problem is a regular one.
+
+    Args:
+        mu1, mu2: means, [d], arrays or tensors.
+        sigma1, sigma2: covariances, [d, d]. Everything is computed in float64 on the CPU.
+
+    Raises:
+        ValueError: shapes that do not go together, values that are not finite, or a matrix that
+            is no covariance.
+    """
+    m1, m2 = _float64(mu1), _float64(mu2)
+    s1, s2 = _float64(sigma1), _float64(sigma2)
+    _check(m1, s1, "1")
+    _check(m2, s2, "2")
+    if m1.shape != m2.shape:
+        raise ValueError(
+            f"the distance needs features of one kind: {len(m1)} against {len(m2)} dimensions"
+        )
+    factor, other = _cholesky(s1), s2
+    if factor is not None and _cholesky(s2) is None:
+        factor, other = None, s1  # reduce the deficient one
+        factor = _range_factor(s2)
+    elif factor is None:
+        factor = _range_factor(s1)
+    eigenvalues = torch.linalg.eigvalsh(factor.mT @ other @ factor)
+    roots = eigenvalues.clamp(min=0).sqrt().sum()
+    distance = (m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * roots
+    return max(float(distance), 0.0)
+
+
+def _float64(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", torch.float64)
+    return torch.from_numpy(np.array(value, dtype=np.float64))
+
+
+def _check(mu: Tensor, sigma: Tensor, which: str) -> None:
+    if mu.ndim != 1 or tuple(sigma.shape) != (len(mu), len(mu)):
+        raise ValueError(
+            f"mu{which} must be [d] and sigma{which} [d, d], got {list(mu.shape)} and "
+            f"{list(sigma.shape)}"
+        )
+    if not (mu.isfinite().all() and sigma.isfinite().all()):
+        raise ValueError(f"mu{which} or sigma{which} has values that are not finite")
+    scale = sigma.abs().max() if len(mu) else 0
+    if len(mu) and (sigma - sigma.mT).abs().max() > 1e-6 * scale:
+        raise ValueError(f"sigma{which} is not symmetric, so it is no covariance")
+    if len(mu) and sigma.diagonal().min() < -1e-6 * scale:
+        raise ValueError(f"sigma{which} has a negative variance, so it is no covariance")
+
+
+def _cholesky(sigma: Tensor) -> Tensor | None:
+    """L with ``sigma = L L^T``, or None if `sigma` has not clearly full rank."""
+    factor, failed = torch.linalg.cholesky_ex(sigma)
+    pivots = factor.diagonal().square()
+    full = failed == 0 and pivots.min() > len(sigma) * _EPS * pivots.max()
+    return factor if full else None
+
+
+def _range_factor(sigma: Tensor) -> Tensor:
+    """[d, rank] factor F with ``sigma = F F^T``, by eigenvalues that are more than rounding."""
+    values, vectors = torch.linalg.eigh((sigma + sigma.mT) / 2)
+    if values[0] < -1e-6 * values[-1].abs():
+        raise ValueError(
+            f"a covariance has the negative eigenvalue {values[0]:.3g} (the largest is "
+            f"{values[-1]:.3g}), so it is none"
+        )
+    kept = values > len(values) * _EPS * values[-1]
+    return vectors[:, kept] * values[kept].sqrt()
+
+
+_EPS = torch.finfo(torch.float64).eps

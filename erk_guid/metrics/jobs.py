@@ -1,0 +1,325 @@
+"""Scoring jobs: images or a model against reference statistics, and making such statistics."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from erk_guid._version import __version__
+from erk_guid.datasets import ImageSource, open_images
+from erk_guid.errors import ErkGuidError
+from erk_guid.files import write_bytes
+from erk_guid.generation import generate
+from erk_guid.metrics.bootstrap import bootstrap_distances
+from erk_guid.metrics.collecting import Block, Collected, blocks, collect
+from erk_guid.metrics.detectors import Detector, check_detector_name, describe, load_detector
+from erk_guid.metrics.frechet import frechet_distance
+from erk_guid.metrics.references import (
+    Reference,
+    check_destination,
+    read_reference,
+    write_reference,
+)
+from erk_guid.recipe import Recipe
+from erk_guid.runtime import ProcessGroup, choose_device, process_group
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How to score. Field names are those of calculate_metrics.py."""
+
+    metrics: Sequence[str] = ("fid", "fd_dinov2")
+    num: int = 50000
+    seed: int = 0
+    batch: int = 64
+    workers: int = 2
+    device: str | None = None
+    detector_weights: Mapping[str, str] = field(default_factory=dict)
+    json: Path | None = None
+    features: Path | None = None
+    bootstrap: int = 0
+
+    def check(self) -> None:
+        """Find out before hours of work what cannot end well.
+
+        Raises:
+            ErkGuidError: an unknown metric, weights for a metric that is not asked for, or a
+                file of features that cannot be written.
+        """
+        for name in self.metrics:
+            check_detector_name(name)
+        for name in self.detector_weights:
+            if name not in self.metrics:
+                raise ErkGuidError(
+                    f"--detector-weights {name}=...: {name} is not among the metrics "
+                    f"{', '.join(self.metrics)}"
+                )
+        if self.features is not None and self.features.suffix != ".npz":
+            raise ErkGuidError(f"cannot write features to {self.features}: end its name in .npz")
+
+    def open_detectors(self, device: torch.device, group: ProcessGroup) -> list[Detector]:
+        """Load the detectors, rank 0 first: it downloads, the others find the files."""
+
+        def load() -> list[Detector]:
+            return [
+                load_detector(name, device, self.detector_weights.get(name))
+                for name in dict.fromkeys(self.metrics)
+            ]
+
+        first: list[Detector] = []
+        group.agree(lambda: first.extend(load()))
+        return first or load()
+
+
+def calc(images: Path, ref: str, scoring: Scoring) -> dict[str, Any]:
+    """Score a folder, zip or .npz of images; under torchrun every rank calls this.
+
+    Returns:
+        What `--json` writes: scores, and everything needed to repeat them. On the other ranks
+        an empty dict.
+
+    Raises:
+        ErkGuidError: anything the user can put right.
+    """
+    scoring.check()
+    device = choose_device(scoring.device)
+    with process_group(device) as group:
+        group.agree(lambda: tell_ignored(images))
+        source = open_images(images)
+        chosen = choose(source, scoring.num, scoring.seed)
+        reference = group.agree(lambda: read_reference(ref))
+        detectors = scoring.open_detectors(device, group)
+        _check_reference(reference, detectors)
+        parts = blocks(chosen, scoring.batch, group)
+        collected = collect(
+            read_blocks(source, parts, scoring.workers), detectors, device,
+            group=group, total=sum(map(len, parts)), keep_features=_keeps(scoring),
+        )  # fmt: skip
+        about = {"path": str(images), "available": len(source), "names": _names(source, chosen)}
+        return _finish(scoring, collected, reference, detectors, device, group, about)
+
+
+def gen(recipe: Recipe, ref: str, scoring: Scoring) -> dict[str, Any]:
+    """Generate the images of seeds `seed ... seed + num - 1` and score them; writes no image.
+
+    Returns and raises as `calc`.
+    """
+    scoring.check()
+    device = recipe.choose_device()
+    _check_count(scoring.num, "--num")
+    with process_group(device) as group:
+        reference = group.agree(lambda: read_reference(ref))
+        models = recipe.open(device, group)
+        detectors = scoring.open_detectors(device, group)
+        _check_reference(reference, detectors)
+        parts = blocks(range(scoring.num), recipe.batch, group)
+
+        def source() -> Iterator[Block]:
+            # A call for every block, so that the blocks do not depend on the processes.
+            for part in parts:
+                seeds = [scoring.seed + i for i in part]
+                batches = generate(
+                    models.loaded.net, seeds, batch_size=len(seeds), **models.generation_options
+                )
+                for batch in batches:
+                    yield part, batch.images
+
+        collected = collect(
+            source(), detectors, device,
+            group=group, total=sum(map(len, parts)), keep_features=_keeps(scoring),
+        )  # fmt: skip
+        about = {"recipe": {"net": recipe.net, "gnet": recipe.gnet, **models.record()}}
+        return _finish(scoring, collected, reference, detectors, device, group, about)
+
+
+def make_reference(
+    data: Path,
+    dest: Path,
+    scoring: Scoring,
+    *,
+    first: int = 0,
+    last: int | None = None,
+    keep: int = 0,
+) -> dict[str, int]:
+    """Statistics of a data set, in a file that `calc` and `gen` read.
+
+    Args:
+        data: folder, zip or .npz.
+        dest: `.npz` (ours) or `.pkl` (what EDM2's programs read).
+        scoring: its `num` and `seed` are not used.
+        first, last: only images ``first ... last - 1``, in the order of their names.
+        keep: how many images' features to keep as float16, for precision and recall.
+
+    Returns:
+        Number of images by metric; on the other ranks an empty dict.
+
+    Raises:
+        ErkGuidError: anything the user can put right.
+    """
+    scoring.check()
+    check_destination(dest)
+    if keep and dest.suffix != ".npz":
+        raise ErkGuidError(f"--keep-features needs a .npz, not {dest}")
+    device = choose_device(scoring.device)
+    with process_group(device) as group:
+        group.agree(lambda: tell_ignored(data))
+        source = open_images(data)
+        indices = range(len(source))[first:last]
+        _check_count(len(indices), f"{data}, images {first} to {last or len(source)},")
+        detectors = scoring.open_detectors(device, group)
+        parts = blocks(indices, scoring.batch, group)
+        collected = collect(
+            read_blocks(source, parts, scoring.workers), detectors, device,
+            group=group, total=sum(map(len, parts)), keep_features=keep > 0,
+        )  # fmt: skip
+        if group.rank != 0:
+            return {}
+        rng = np.random.default_rng(scoring.seed)
+        features = {
+            name: rows[np.sort(rng.permutation(len(rows))[:keep])].astype(np.float16)
+            for name, rows in collected.features.items()
+        }
+        about = {
+            "data": source.path.name,
+            "images": len(indices),
+            "detectors": [describe(d) for d in detectors],
+            "versions": versions(),
+        }
+        write_reference(dest, collected.statistics, features, about)
+        return {name: s.count or 0 for name, s in collected.statistics.items()}
+
+
+def choose(source: ImageSource, num: int, seed: int) -> list[int]:
+    """Which images to score: `num` of them, drawn by `seed` if there are more.
+
+    Raises:
+        ErkGuidError: fewer than `num`, or fewer than 2.
+    """
+    if len(source) < num:
+        raise ErkGuidError(
+            f"{source.path} has {len(source)} images, --num asks for {num}; generate the rest, or "
+            f"give --num {len(source)} (a distance of fewer images is larger, and comparable only "
+            "among equal numbers)"
+        )
+    _check_count(num, "--num")
+    if len(source) == num:
+        return list(range(num))
+    return sorted(np.random.default_rng(seed).permutation(len(source))[:num].tolist())
+
+
+def _check_count(count: int, what: str) -> None:
+    if count < 2:
+        raise ErkGuidError(f"{what} has {count} images; statistics need at least 2")
+
+
+def tell_ignored(path: Path) -> None:
+    """Rank 0 looks first, and says alone what is wrong or passed over."""
+    source = open_images(path)
+    if source.ignored:
+        more = f" and {len(source.ignored) - 1} more" if len(source.ignored) > 1 else ""
+        print(
+            f"Note: {source.path}: passed over {source.ignored[0]}{more}, not an image",
+            file=sys.stderr,
+        )
+
+
+def read_blocks(
+    source: ImageSource, parts: Sequence[Sequence[int]], workers: int
+) -> Iterator[Block]:
+    for part, images in zip(parts, source.batches(parts, workers), strict=True):
+        yield part, torch.from_numpy(images)
+
+
+def _check_reference(reference: Reference, detectors: Sequence[Detector]) -> None:
+    for detector in detectors:
+        size = len(reference.of(detector.name).mu)
+        if size != detector.feature_dim:
+            raise ErkGuidError(
+                f"{reference.source}: its statistics for {detector.name} are of {size} features, "
+                f"the detector has {detector.feature_dim}; they were made with another one"
+            )
+
+
+def _keeps(scoring: Scoring) -> bool:
+    return scoring.features is not None or scoring.bootstrap > 0
+
+
+def _names(source: ImageSource, chosen: Sequence[int]) -> dict[str, str]:
+    return {"first": source.names[chosen[0]], "last": source.names[chosen[-1]]}
+
+
+def _finish(
+    scoring: Scoring,
+    collected: Collected,
+    reference: Reference,
+    detectors: Sequence[Detector],
+    device: torch.device,
+    group: ProcessGroup,
+    images: dict[str, Any],
+) -> dict[str, Any]:
+    """Distances on rank 0, which has them written."""
+    if group.rank != 0:
+        return {}
+    scores, errors = {}, {}
+    for name, found in collected.statistics.items():
+        wanted = reference.of(name)
+        try:
+            scores[name] = frechet_distance(found.mu, found.sigma, wanted.mu, wanted.sigma)
+        except ValueError as error:
+            raise ErkGuidError(f"{reference.source}, {name}: {error}") from error
+        if scoring.bootstrap:
+            rows = collected.features[name]
+            scattered = bootstrap_distances([rows], wanted, scoring.bootstrap, scoring.seed)
+            errors[name] = float(scattered[:, 0].std(ddof=1))
+    result = {
+        "scores": scores,
+        **({"standard_errors": errors, "resamples": scoring.bootstrap} if errors else {}),
+        "num": scoring.num,
+        "seed": scoring.seed,
+        "images": images,
+        "reference": reference.record(),
+        "detectors": [describe(d) for d in detectors],
+        "batch": scoring.batch,
+        "device": str(device),
+        "processes": group.world_size,
+        "versions": versions(),
+    }
+    if scoring.features is not None:
+        write_reference(
+            scoring.features, collected.statistics, collected.features,
+            {"images": images, "detectors": result["detectors"], "versions": result["versions"]},
+        )  # fmt: skip
+    if scoring.json is not None:
+        write_json(scoring.json, result)
+    return result
+
+
+def write_json(path: Path, result: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ErkGuidError: it cannot be written.
+    """
+    try:
+        write_bytes(path, (json.dumps(result, indent=1) + "\n").encode())
+    except OSError as error:
+        raise ErkGuidError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def versions() -> dict[str, str]:
+    """Of everything that scores depend on."""
+    found = {"erk_guid": __version__, "python": platform.python_version()}
+    for package in ("torch", "numpy", "Pillow", "torch-fidelity"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

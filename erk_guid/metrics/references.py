@@ -1,0 +1,232 @@
+"""Reference statistics of data sets: EDM2's `.pkl`, EDM's and our own `.npz`."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from erk_guid.checkpoints.download import download, is_url
+from erk_guid.checkpoints.inert import array_of, read_pickle
+from erk_guid.errors import ErkGuidError
+from erk_guid.files import replacing, sha256_of
+from erk_guid.metrics.statistics import Statistics
+
+FOLDER = Path("dataset-refs")
+EDM2_URL = "https://nvlabs-fi-cdn.nvidia.com/edm2/dataset-refs/{}.pkl"
+PUBLISHED = ("img512", "img64")
+SHIPPED = "digits"
+SUFFIXES = (".npz", ".pkl")
+
+MAX_DIM = 1 << 14
+"""Features of a reference, at most: a covariance of this size has 2 GB."""
+
+
+class ReferenceFileError(ErkGuidError):
+    """Reference statistics that cannot be had or used."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The statistics in one file.
+
+    Attributes:
+        source: what was asked for.
+        path: the local file.
+        statistics: by metric.
+        features: features of single images by metric, [n, d]; for most files there are none.
+        about: what the file says of its origin.
+    """
+
+    source: str
+    path: Path
+    statistics: dict[str, Statistics]
+    features: dict[str, np.ndarray] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def of(self, metric: str) -> Statistics:
+        """The statistics for `metric`.
+
+        Raises:
+            ErkGuidError: the file has none; the message says which it has.
+        """
+        if metric not in self.statistics:
+            raise ReferenceFileError(
+                f"{self.source} has no statistics for {metric}; it has "
+                f"{', '.join(self.statistics) or 'none'}. Make some with 'ref', or choose other "
+                "--metrics"
+            )
+        return self.statistics[metric]
+
+    def record(self) -> dict[str, Any]:
+        """What identifies the reference, in JSON's types."""
+        return {"source": self.source, "sha256": sha256_of(self.path), "about": self.about}
+
+
+def locate_reference(source: str) -> Path:
+    """The local file of a reference: a path, a URL, 'digits' (shipped), 'img512' or 'img64'.
+
+    The last two are EDM2's: taken from `dataset-refs/` if they lie there, else downloaded.
+
+    Raises:
+        ErkGuidError: there is none, or it cannot be downloaded.
+    """
+    if is_url(source):
+        return download(source)
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    if source == SHIPPED:
+        with as_file(files("erk_guid") / "data" / "digits-refs.npz") as shipped:
+            return shipped
+    if source in PUBLISHED:
+        beside = FOLDER / f"{source}.pkl"
+        return beside if beside.is_file() else download(EDM2_URL.format(source))
+    known = ", ".join([SHIPPED, *PUBLISHED])
+    raise ReferenceFileError(
+        f"{source!r} is no reference: give a .npz or .pkl file, a URL, or one of {known}"
+    )
+
+
+def read_reference(source: str | Path) -> Reference:
+    """Read reference statistics; see `locate_reference` for what `source` may be.
+
+    A `.pkl` is read without running anything in it. An `.npz` with plain `mu` and `sigma` is
+    taken for EDM's, which is for FID.
+
+    Raises:
+        ErkGuidError: the file is damaged, unsafe, or no reference.
+    """
+    source = str(source)
+    path = locate_reference(source)
+    try:
+        with open(path, "rb") as file:
+            packed = file.read(4) == b"PK\x03\x04"
+        return _read_npz(source, path) if packed else _read_pkl(source, path)
+    except ErkGuidError as error:
+        raise ReferenceFileError(f"{source}: {error}") from error
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        raise ReferenceFileError(f"{source}: cannot read it: {error}") from error
+
+
+def _read_pkl(source: str, path: Path) -> Reference:
+    data = read_pickle(path)
+    if not isinstance(data, dict):
+        raise ReferenceFileError("it is no dict of metric names, so no reference statistics")
+    found = {}
+    for metric, entry in data.items():
+        arrays = {
+            key: array_of(entry.get(key)) if isinstance(entry, dict) else None
+            for key in ("mu", "sigma")
+        }
+        mu, sigma = arrays["mu"], arrays["sigma"]
+        if not isinstance(metric, str) or mu is None or sigma is None:
+            raise ReferenceFileError(f"its entry {str(metric)[:40]!r} has no arrays mu and sigma")
+        found[metric] = _checked(metric, mu, sigma)
+    return Reference(source, path, found)
+
+
+def _read_npz(source: str, path: Path) -> Reference:
+    _check_sizes(path)
+    with np.load(path, allow_pickle=False) as data:
+        keys = set(data.files)
+        if keys >= {"mu", "sigma"}:
+            return Reference(source, path, {"fid": _checked("fid", data["mu"], data["sigma"])})
+        metrics = sorted(k[: -len("/mu")] for k in keys if k.endswith("/mu"))
+        statistics, features = {}, {}
+        for metric in metrics:
+            if f"{metric}/sigma" not in keys:
+                raise ReferenceFileError(f"its entry {metric!r} has no sigma")
+            count = int(data[f"{metric}/count"]) if f"{metric}/count" in keys else None
+            mu, sigma = data[f"{metric}/mu"], data[f"{metric}/sigma"]
+            statistics[metric] = _checked(metric, mu, sigma, count)
+        for key in sorted(keys):
+            if key.endswith("/features"):
+                features[key.removesuffix("/features")] = data[key]
+        about = json.loads(str(data["about"])) if "about" in keys else {}
+    if not statistics and not features:
+        raise ReferenceFileError("it has no arrays mu and sigma, so no reference statistics")
+    return Reference(source, path, statistics, features, about)
+
+
+def _check_sizes(path: Path) -> None:
+    """Before NumPy allocates what a header claims, compare it with what is there."""
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            with archive.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                read = {
+                    (1, 0): np.lib.format.read_array_header_1_0,
+                    (2, 0): np.lib.format.read_array_header_2_0,
+                }.get(version)
+                if read is None:
+                    raise ReferenceFileError(f"{member.filename} is no array")
+                shape, _, dtype = read(file)
+            if math.prod(shape) * dtype.itemsize > member.file_size:
+                raise ReferenceFileError(f"{member.filename} declares more than it holds")
+            if member.file_size > 1000 * member.compress_size + (1 << 20):
+                raise ReferenceFileError(f"{member.filename} unpacks to {member.file_size:,} bytes")
+
+
+def _checked(metric: str, mu: np.ndarray, sigma: np.ndarray, count: int | None = None) -> Any:
+    d = mu.shape[0] if mu.ndim == 1 else 0
+    if not 1 <= d <= MAX_DIM or sigma.shape != (d, d) or {mu.dtype.kind, sigma.dtype.kind} != {"f"}:
+        raise ReferenceFileError(
+            f"{metric}: mu must be [d] and sigma [d, d] floating-point numbers, got "
+            f"{mu.dtype} {list(mu.shape)} and {sigma.dtype} {list(sigma.shape)}"
+        )
+    return Statistics(mu.astype(np.float64), sigma.astype(np.float64), count)
+
+
+def check_destination(dest: Path) -> None:
+    """Whether `write_reference` can write there, before the work is done.
+
+    Raises:
+        ErkGuidError: another suffix, or a folder that cannot be made.
+    """
+    if dest.suffix not in SUFFIXES:
+        raise ReferenceFileError(f"cannot write {dest}: end its name in {' or '.join(SUFFIXES)}")
+
+
+def write_reference(
+    dest: Path,
+    statistics: Mapping[str, Statistics],
+    features: Mapping[str, np.ndarray] | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Write statistics by metric: `.npz` is ours, `.pkl` is what EDM2's programs read.
+
+    Args:
+        features: features by metric, [n, d], in an `.npz` only.
+        about: JSON's types, in an `.npz` only.
+
+    Raises:
+        ErkGuidError: it cannot be written.
+    """
+    check_destination(dest)
+    arrays: dict[str, np.ndarray] = {}
+    for metric, one in statistics.items():
+        arrays[f"{metric}/mu"], arrays[f"{metric}/sigma"] = one.mu, one.sigma
+        if one.count is not None:
+            arrays[f"{metric}/count"] = np.array(one.count)
+    for metric, rows in (features or {}).items():
+        arrays[f"{metric}/features"] = rows
+    arrays["about"] = np.array(json.dumps(dict(about or {})))
+    try:
+        with replacing(dest) as partial, open(partial, "wb") as file:
+            if dest.suffix == ".pkl":
+                plain = {m: {"mu": s.mu, "sigma": s.sigma} for m, s in statistics.items()}
+                pickle.dump(plain, file, protocol=4)
+            else:
+                np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    except OSError as error:
+        raise ReferenceFileError(f"cannot write {dest}: {error.strerror or error}") from error
