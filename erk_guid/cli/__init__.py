@@ -11,6 +11,7 @@ from erk_guid.cli.generate import generate_command
 from erk_guid.cli.metrics import metrics_command
 from erk_guid.cli.presets import presets_command
 from erk_guid.cli.quality import quality_command
+from erk_guid.cli.reproduce import reproduce_command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -22,6 +23,7 @@ def main() -> None:
 main.add_command(generate_command, "generate")
 main.add_command(metrics_command, "metrics")
 main.add_command(quality_command, "precision-recall")
+main.add_command(reproduce_command, "reproduce")
 main.add_command(convert_command, "convert")
 main.add_command(presets_command, "presets")
 main.add_command(demo_command, "demo")

@@ -1,0 +1,132 @@
+"""``scripts/reproduce.sh`` and ``erk-guid reproduce``: the paper's tables, measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from erk_guid.cli.common import Names, SeedList, name_and_path, reporting_errors
+from erk_guid.errors import ErkGuidError
+from erk_guid.reproduce.report import write_report
+from erk_guid.reproduce.runner import Reproduction, plan, run
+from erk_guid.reproduce.tables import PAPER_TABLES, TABLES, Row, choose_rows
+
+JOB = Reproduction
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--table",
+    "tables",
+    metavar="LIST",
+    type=Names(list(TABLES)),
+    help="Tables: 2, 3, 4 of the paper, or digits, a sweep on the shipped model.  [default: 2,3,4]",
+)
+@click.option("--row", "ids", metavar="LIST", type=Names(), help="These rows only (see --dry-run).")
+@click.option(
+    "--model", metavar="STR", help="Preset or file in place of the paper's models, e.g. digits."
+)
+@click.option(
+    "--gnet", metavar="STR", help="Guiding network of --model for the rows with autoguidance."
+)
+@click.option(
+    "--num",
+    metavar="INT",
+    type=click.IntRange(min=2),
+    default=JOB.num,
+    show_default=True,
+    help="Images per row.",
+)
+@click.option(
+    "--seeds", metavar="LIST", type=SeedList(), help="Their seeds.  [default: from 100000]"
+)
+@click.option(
+    "--batch",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    default=JOB.batch,
+    show_default=True,
+    help="Images at a time, per process.",
+)
+@click.option(
+    "--gpus",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    help="Processes, one for each GPU.  [default: all GPUs present, else 1]",
+)
+@click.option("--device", metavar="STR", help="cuda, mps or cpu.  [default: the best present]")
+@click.option(
+    "--metrics", metavar="LIST", type=Names(), help="[default: those of the model's data set]"
+)
+@click.option(
+    "--ref", metavar="STR", help="Reference statistics.  [default: of the model's data set]"
+)
+@click.option(
+    "--detector-weights",
+    metavar="NAME=FILE",
+    multiple=True,
+    callback=name_and_path,
+    help="Local weights of a detector.",
+)
+@click.option(
+    "--bootstrap",
+    metavar="INT",
+    type=click.IntRange(min=0),
+    help="Resamples for standard errors.  [default: 200 with fd_digits alone, else none]",
+)
+@click.option(
+    "--outdir",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    default=JOB.outdir,
+    show_default=True,
+    help="Where results, report and images go.",
+)
+@click.option("--keep-images", is_flag=True, help="Do not delete a row's images once scored.")
+@click.option("--dry-run", is_flag=True, help="Print the commands and run nothing.")
+@reporting_errors
+def reproduce_command(
+    tables: list[str] | None, ids: list[str] | None, dry_run: bool, **fields: Any
+) -> None:
+    """Measure the rows of the paper's tables: generate, score, compare, report.
+
+    Each row's scores are appended to result.txt and results.jsonl in --outdir; rows that are
+    there are not made again, so a run that was killed is continued by repeating its command.
+    At the end report.html and report.md show the paper's numbers beside the measured ones.
+
+    \b
+    Examples:
+      bash scripts/reproduce.sh                        # tables 2 and 3 on all GPUs
+      bash scripts/reproduce.sh --table=2 --dry-run    # only say what would be run
+      bash scripts/reproduce.sh --row=2-8-plain,2-8-w0.5 --num=5000
+      bash scripts/reproduce.sh --model=digits --num=500 --device=cpu   # on a laptop
+    """
+    rows = choose_rows(tables or PAPER_TABLES, ids or ())
+    refused = [row for row in rows if row.refusal]
+    runnable = [row for row in rows if not row.refusal]
+    job = Reproduction(rows=runnable, **fields)
+    if dry_run:
+        _print_plans(job, rows)
+        return
+    for row in refused:
+        click.echo(f"{row.id} is left out: it {row.refusal}", err=True)
+    if not runnable:
+        raise ErkGuidError("none of these rows can be run by this version (see above)")
+    run(job)
+    for path in write_report(Reproduction(rows=rows, **fields)):
+        click.echo(f"Report: {path}")
+
+
+def _print_plans(job: Reproduction, rows: list[Row]) -> None:
+    for row in rows:
+        paper = ", ".join(f"{name} {value:g}" for name, value in row.paper.items())
+        click.echo(
+            f"# {row.id}: {row.steps} steps, {row.title}" + (f"; paper: {paper}" if paper else "")
+        )
+        if row.refusal:
+            click.echo(f"#   left out: {row.refusal}")
+            continue
+        for line in plan(job, row).lines(job.keep_images):
+            click.echo(line)

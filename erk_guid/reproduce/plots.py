@@ -1,0 +1,85 @@
+"""Line plots for the report, as SVG."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from typing import Any
+
+from erk_guid.errors import MissingExtraError
+
+COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#65a30d", "#dc2626")
+"""Told apart also in greyscale by their markers."""
+MARKERS = "osD^vPX*"
+PLAIN = "#18181b"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a plot.
+
+    Attributes:
+        name: for the legend.
+        x, y, error: points and their standard errors (0 where not known).
+        paper: the paper's points (x, y), drawn hollow.
+        plain: whether it is the unguided baseline.
+    """
+
+    name: str
+    x: list[float]
+    y: list[float]
+    error: list[float]
+    paper: list[tuple[float, float]] = field(default_factory=list)
+    plain: bool = False
+
+
+def draw(title: str, curves: list[Curve], x_label: str, y_label: str, log_x: bool = False) -> bytes:
+    """An SVG of the curves; the vertical axis is logarithmic where they spread far.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import ScalarFormatter
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "plots", "the report") from error
+    settings: Any = {
+        "font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
+        "svg.fonttype": "none", "svg.hashsalt": "erk_guid", "font.family": "sans-serif",
+    }  # fmt: skip
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        for k, curve in enumerate(sorted(curves, key=lambda c: not c.plain)):
+            colour = PLAIN if curve.plain else COLOURS[k % len(COLOURS)]
+            axes.errorbar(
+                curve.x, curve.y, yerr=curve.error if any(curve.error) else None,
+                label=curve.name, color=colour, marker=MARKERS[k % len(MARKERS)], markersize=5,
+                linewidth=2 if curve.plain else 1.4, capsize=2,
+                linestyle="--" if curve.plain else "-",
+            )  # fmt: skip
+            if curve.paper:
+                x, y = zip(*curve.paper, strict=True)
+                axes.plot(
+                    x, y, color=colour, marker=MARKERS[k % len(MARKERS)], markersize=9,
+                    markerfacecolor="none", linestyle="none", label=f"{curve.name}, paper",
+                )  # fmt: skip
+        values = [y for c in curves for y in c.y]
+        if min(values) > 0 and max(values) > 5 * min(values):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+        if log_x:
+            axes.set_xscale("log")
+            ticks = sorted({x for c in curves for x in c.x})
+            axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+            axes.minorticks_off()
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.set_title(title, fontsize=12, loc="left")
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=9, ncols=1 if len(curves) < 7 else 2)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()

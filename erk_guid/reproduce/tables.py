@@ -1,0 +1,226 @@
+"""The paper's rows, with the unguided baselines that its tables compare them with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Literal
+
+from erk_guid.errors import ErkGuidError
+from erk_guid.guidance import PAPER_SETTINGS
+from erk_guid.steps import SOLVERS
+
+Family = Literal["plain", "guid", "autog"]
+"""Without model guidance, with classifier-free guidance, with autoguidance."""
+
+PAPER_NUM = 50_000
+FIRST_SEED = 100_000
+PAPER_BATCH = 125
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run: what is generated, and what the paper says came of it.
+
+    Attributes:
+        id: names the row in files and on the command line.
+        table: '2', '3', '4' or 'digits'.
+        steps: noise levels (for table 4: network evaluations).
+        model: the paper's preset.
+        family: which kind of model guidance it has.
+        guidance: its strength, where it is not the preset's own.
+        w_stiff: strength of ERK guidance; 0 for a baseline, None where it is not known.
+        w_con: its gate.
+        paper: the paper's value by metric, as far as known.
+        note: what else the paper says of it.
+    """
+
+    id: str
+    table: str
+    steps: int
+    model: str
+    family: Family = "plain"
+    guidance: float | None = None
+    w_stiff: float | None = 0.0
+    w_con: float | None = None
+    solver: str = "heun"
+    paper: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def guided(self) -> bool:
+        return self.w_stiff != 0
+
+    @property
+    def group(self) -> tuple[str, int, str, str]:
+        """Rows of one group differ in ERK guidance alone; its unguided row is the baseline."""
+        return self.table, self.steps, self.family, self.solver
+
+    @property
+    def refusal(self) -> str | None:
+        """Why this version cannot run it, or None."""
+        if self.table == "4":
+            missing = [] if self.solver in SOLVERS else [f"the solver {self.solver}"]
+            missing.append("EDM (2022) networks")
+            return f"needs {' and '.join(missing)}, not part of this version"
+        return None
+
+    @property
+    def title(self) -> str:
+        kinds = {"plain": "", "guid": "CFG, ", "autog": "autoguidance, "}
+        kind = kinds[self.family] + ("" if self.solver == "heun" else f"{self.solver}, ")
+        if not self.guided:
+            return f"{kind}no ERK guidance"
+        if self.w_stiff is None:
+            return f"{kind}ERK-Guid ? / ?"
+        return f"{kind}ERK-Guid {self.w_stiff:g} / {self.w_con:g}"
+
+
+def _paper(fid: float | None = None, dino: float | None = None) -> dict[str, float]:
+    return {k: v for k, v in (("fid", fid), ("fd_dinov2", dino)) if v is not None}
+
+
+def _table2() -> list[Row]:
+    model = "edm2-img512-s-fid"
+    rows = [Row("2-32-plain", "2", 32, model, paper=_paper(2.58, 90.1))]
+    for w_stiff in (0.5, 1.0, 1.5, 2.0, 2.5):
+        best = w_stiff == 2.0
+        rows.append(
+            Row(
+                f"2-32-w{w_stiff}",
+                "2",
+                32,
+                model,
+                w_stiff=w_stiff,
+                w_con=0.5,
+                paper=_paper(2.74, 82.8) if best else {},
+                note="" if best else "in the sweep, whose best FID is 2.56",
+            )
+        )
+    for steps, plain, guided in (
+        (16, _paper(2.79, 97.4), _paper(2.68, 88.9)),
+        (8, _paper(7.06, 161.2), _paper(4.91, 136.9)),
+    ):
+        w_stiff, w_con = PAPER_SETTINGS[steps]
+        rows.append(Row(f"2-{steps}-plain", "2", steps, model, paper=plain))
+        rows.append(
+            Row(
+                f"2-{steps}-w{w_stiff}",
+                "2",
+                steps,
+                model,
+                w_stiff=w_stiff,
+                w_con=w_con,
+                paper=guided,
+            )
+        )
+    return rows
+
+
+def _table3() -> list[Row]:
+    rows = []
+    families: tuple[tuple[Family, str], ...] = (
+        ("guid", "edm2-img512-s-guid-fid"),
+        ("autog", "edm2-img512-s-autog-fid"),
+    )
+    values = {
+        (32, "guid"): (None, _paper(2.27, 88.5), _paper(2.27, 83.9)),
+        (32, "autog"): (None, _paper(1.36, 50.4), _paper(1.36, 47.6)),
+        (16, "guid"): (1.2, _paper(3.61), _paper(3.20)),
+        (16, "autog"): (1.55, _paper(2.32), _paper(1.93)),
+    }
+    for steps, w_stiff in ((32, 1.0), (16, 0.75)):
+        for family, model in families:
+            strength, plain, guided = values[steps, family]
+            stem = f"3-{steps}-{family}"
+            rows.append(Row(f"{stem}-plain", "3", steps, model, family, strength, paper=plain))
+            rows.append(
+                Row(
+                    f"{stem}-w{w_stiff}",
+                    "3",
+                    steps,
+                    model,
+                    family,
+                    strength,
+                    w_stiff=w_stiff,
+                    w_con=0.5,
+                    paper=guided,
+                )
+            )
+    return rows
+
+
+def _table4() -> list[Row]:
+    rows = []
+    for solver, plain, guided in (
+        ("heun", 89.63, 85.19),
+        ("dpm2", 44.83, 31.59),
+        ("deis", 12.57, 9.56),
+    ):
+        for name, w_stiff, fid in (("plain", 0.0, plain), ("erk", None, guided)):
+            rows.append(
+                Row(
+                    f"4-{solver}-{name}",
+                    "4",
+                    6,
+                    "edm-imagenet-64x64-cond-adm",
+                    w_stiff=w_stiff,
+                    solver=solver,
+                    paper=_paper(fid),
+                    note="6 network evaluations"
+                    + ("" if w_stiff == 0 else "; the paper's w's are not known here"),
+                )
+            )
+    return rows
+
+
+DIGITS_SWEEP: Mapping[int, Iterable[tuple[float, float]]] = {
+    **{s: [*product((0.25, 0.5, 1.0, 2.0), (0.1, 0.5)), (0.5, 0.0)] for s in (5, 6, 8)},
+    **{s: [*product((0.5, 1.0), (0.1, 0.5)), (2.0, 0.5)] for s in (12, 16)},
+    32: [(0.5, 0.1), (0.5, 0.5), (1.0, 0.5), (2.0, 0.5)],
+}
+"""Steps to (w_stiff, w_con): the experiment on the shipped model."""
+
+
+def _digits() -> list[Row]:
+    rows = []
+    for steps, settings in DIGITS_SWEEP.items():
+        rows.append(Row(f"{steps:02d}-plain", "digits", steps, "digits"))
+        for w_stiff, w_con in settings:
+            name = f"{steps:02d}-w{w_stiff:g}-c{w_con:g}"
+            rows.append(Row(name, "digits", steps, "digits", w_stiff=w_stiff, w_con=w_con))
+    return rows
+
+
+TABLES: Mapping[str, list[Row]] = {
+    "2": _table2(),
+    "3": _table3(),
+    "4": _table4(),
+    "digits": _digits(),
+}
+CAPTIONS = {
+    "2": "Table 2: EDM2-S on ImageNet-512, Heun, no model guidance",
+    "3": "Table 3: EDM2-S on ImageNet-512, Heun, with model guidance",
+    "4": "Table 4: other solvers, EDM on ImageNet-64, 6 network evaluations",
+    "digits": "The shipped digits model, Heun",
+}
+PAPER_TABLES = ("2", "3", "4")
+
+
+def choose_rows(tables: Iterable[str], ids: Iterable[str] = ()) -> list[Row]:
+    """The rows of these tables, or those with these ids alone.
+
+    Raises:
+        ErkGuidError: there is no such row.
+    """
+    rows = [row for table in tables for row in TABLES[table]]
+    ids = list(ids)
+    if not ids:
+        return rows
+    everywhere = {row.id: row for table in TABLES.values() for row in table}
+    for name in ids:
+        if name not in everywhere:
+            known = ", ".join(everywhere)
+            raise ErkGuidError(f"there is no row {name!r}; there are {known}")
+    return [everywhere[name] for name in dict.fromkeys(ids)]
