@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import signal
@@ -36,6 +37,7 @@ def run(
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += ["--"]  # or torchrun takes --num for an abbreviation of one of its options
     command += [str(script), *map(str, args)]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, env=environment(), cwd=ROOT
@@ -218,3 +220,63 @@ def test_module_and_script_are_the_same_program(tmp_path: Path) -> None:
     )  # fmt: skip
     assert a.returncode == b.returncode == 0
     assert a.stdout.split("\n", 1)[1] == b.stdout.split("\n", 1)[1]
+
+
+METRICS = ROOT / "calculate_metrics.py"
+
+
+def kept(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as data:
+        return {k: data[k] for k in data.files if k != "about"}
+
+
+def test_statistics_from_one_two_and_three_processes_agree(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    rng = np.random.default_rng(0)
+    for k in range(50):
+        folder.mkdir(exist_ok=True)
+        pixels = rng.integers(0, 256, (32, 32), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{k:02d}.png")
+    found = []
+    # 50 images in blocks of 7: the shares are unequal, and the last block is a single image.
+    for processes, batch in ((1, 7), (2, 7), (3, 7), (2, 64), (3, 1)):
+        out = tmp_path / f"{processes}-{batch}.npz"
+        done = run(processes, "calc", "--images", folder, "--ref", "digits", "--num", 50,
+                   "--metrics", "fd_digits", "--batch", batch, "--device", "cpu",
+                   "--features", out, script=METRICS)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("fd_digits  ") == 1
+        found.append(kept(out))
+    first = found[0]
+    for other in found[1:]:
+        assert other["fd_digits/count"] == 50
+        for key in ("fd_digits/mu", "fd_digits/sigma"):
+            apart = np.abs(other[key] - first[key]).max() / np.abs(first[key]).max()
+            assert apart < 1e-10
+        # Every image once, in order.
+        np.testing.assert_allclose(
+            other["fd_digits/features"], first["fd_digits/features"], rtol=1e-5, atol=1e-5
+        )
+
+
+def test_generated_statistics_do_not_depend_on_the_processes(tmp_path: Path) -> None:
+    scores = []
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.json"
+        done = run(processes, "gen", "--preset", "digits", "--ref", "digits", "--num", 20,
+                   "--metrics", "fd_digits", "--batch", 6, "--steps", 2, "--device", "cpu",
+                   "--json", out, script=METRICS)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        scores.append(json.loads(out.read_text())["scores"]["fd_digits"])
+    assert scores[0] == pytest.approx(scores[1], rel=1e-9)
+
+
+def test_what_a_rank_cannot_read_is_said_once(tmp_path: Path) -> None:
+    for k in range(8):
+        Image.new("L", (32, 32), k).save(tmp_path / f"{k}.png")
+    (tmp_path / "5.png").write_text("no image")  # in the share of rank 1
+    done = run(2, "calc", "--images", tmp_path, "--ref", "digits", "--num", 8, "--batch", 1,
+               "--metrics", "fd_digits", "--device", "cpu", script=METRICS)  # fmt: skip
+    assert done.returncode != 0
+    assert done.stderr.count("cannot read the image 5.png: it is no image") == 1
+    assert 'Traceback (most recent call last):\n  File "' + str(METRICS) not in done.stderr

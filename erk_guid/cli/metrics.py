@@ -120,8 +120,9 @@ def metrics_command() -> None:
       python calculate_metrics.py calc --images=out --ref=digits --metrics=fd_digits --num=500
     \b
       # FID and FD-DINOv2 of 50,000 ImageNet images, on 8 GPUs
-      torchrun --standalone --nproc_per_node=8 calculate_metrics.py calc \\
-          --images=out --ref=img512 --json=scores.json
+      # (behind '--', or torchrun takes --num for an option of its own)
+      torchrun --standalone --nproc_per_node=8 -- calculate_metrics.py calc \\
+          --images=out --ref=img512 --num=50000 --json=scores.json
     \b
       # Generate and score without writing images
       python calculate_metrics.py gen --preset=digits --ref=digits --metrics=fd_digits \\

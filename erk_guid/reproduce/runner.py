@@ -106,9 +106,9 @@ def plan(job: Reproduction, row: Row) -> Plan:
     scores = job.outdir / "scores" / f"{row.id}.json"
     launcher = ["python", "-m", "erk_guid"]
     if job.processes > 1:
-        launcher = [
-            "torchrun", "--standalone", f"--nproc_per_node={job.processes}", "-m", "erk_guid",
-        ]  # fmt: skip
+        # Behind '--' torchrun does not take --num for an abbreviation of an option of its own.
+        nproc = f"--nproc_per_node={job.processes}"
+        launcher = ["torchrun", "--standalone", nproc, "-m", "--", "erk_guid"]
     device = [f"--device={job.device}"] if job.device else []
     erk = [f"--w_stiff={row.w_stiff:g}", f"--w_con={row.w_con:g}"] if row.guided else []
     generate = [

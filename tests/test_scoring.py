@@ -1,0 +1,486 @@
+"""calculate_metrics.py and calculate_precision_recall_is.py, as users run them."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from click.testing import CliRunner, Result
+from PIL import Image
+
+import erk_guid
+from erk_guid.cli.metrics import metrics_command
+from erk_guid.cli.quality import quality_command
+from erk_guid.files import sha256_of
+from erk_guid.metrics import fidelity, frechet_distance, load_detector, read_reference
+from erk_guid.metrics.references import locate_reference
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*args: Any) -> Result:
+    return CliRunner().invoke(metrics_command, list(map(str, args)))
+
+
+def prc(*args: Any) -> Result:
+    return CliRunner().invoke(quality_command, list(map(str, args)))
+
+
+@pytest.fixture(scope="module")
+def digits() -> np.ndarray:
+    """Sixty digits of the shipped model, uint8 [60, 1, 32, 32]."""
+    net = erk_guid.load("digits").net
+    batches = erk_guid.generate(net, range(60), num_steps=4, batch_size=30)
+    return torch.cat([batch.images for batch in batches]).numpy()
+
+
+@pytest.fixture(scope="module")
+def folder(digits: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("digits") / "set", digits)
+
+
+def save(folder: Path, digits: np.ndarray) -> Path:
+    for k, image in enumerate(digits):
+        path = folder / f"{k // 40:02d}" / f"{k:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0]).save(path)
+    return folder
+
+
+COMMON = ("--ref", "digits", "--metrics", "fd_digits", "--device", "cpu")
+
+
+def features(digits: np.ndarray) -> np.ndarray:
+    return load_detector("fd_digits")(torch.from_numpy(digits)).numpy()
+
+
+# --- calc -----------------------------------------------------------------------------------
+
+
+def test_calc_is_the_distance_of_the_features(
+    folder: Path, digits: np.ndarray, tmp_path: Path
+) -> None:
+    out = tmp_path / "scores" / "s.json"
+    done = run("calc", "--images", folder, "--num", 60, "--json", out, "--bootstrap", 20, *COMMON)
+    assert done.exit_code == 0, done.output
+    result = json.loads(out.read_text())
+    rows, reference = features(digits), read_reference("digits").of("fd_digits")
+    expected = frechet_distance(
+        rows.mean(0), np.cov(rows, rowvar=False), reference.mu, reference.sigma
+    )
+    assert result["scores"]["fd_digits"] == pytest.approx(expected, rel=1e-10)
+    assert f"fd_digits  {expected:.6g}" in done.output
+    assert 0 < result["standard_errors"]["fd_digits"] < expected
+    # All that is needed to repeat it.
+    assert result["reference"]["sha256"] == sha256_of(locate_reference("digits"))
+    assert result["num"] == 60
+    assert result["images"]["names"] == {"first": "00/000.png", "last": "01/059.png"}
+    assert result["detectors"][0]["name"] == "fd_digits"
+    assert {"torch", "erk_guid", "Pillow"} <= set(result["versions"])
+
+
+def test_the_batch_and_the_container_do_not_matter(
+    folder: Path, digits: np.ndarray, tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for path in folder.rglob("*.png"):
+            archive.write(path, path.relative_to(folder))
+        archive.writestr("__MACOSX/._000.png", b"resource fork")
+    np.savez(tmp_path / "set.npz", images=digits)
+    scores = []
+    for source, batch, workers in (
+        (folder, 64, 2), (folder, 7, 0), (tmp_path / "set.zip", 1, 3), (tmp_path / "set.npz", 13, 1)
+    ):  # fmt: skip
+        out = tmp_path / "s.json"
+        done = run("calc", "--images", source, "--num", 60, "--batch", batch,
+                   "--workers", workers, "--json", out, *COMMON)  # fmt: skip
+        assert done.exit_code == 0, done.output
+        scores.append(json.loads(out.read_text())["scores"]["fd_digits"])
+    assert scores == pytest.approx([scores[0]] * 4, rel=1e-10)
+
+
+def test_of_more_images_a_seeded_choice_is_taken(folder: Path, tmp_path: Path) -> None:
+    def score(seed: int) -> float:
+        out = tmp_path / "s.json"
+        done = run("calc", "--images", folder, "--num", 30, "--seed", seed, "--json", out, *COMMON)
+        assert done.exit_code == 0, done.output
+        return float(json.loads(out.read_text())["scores"]["fd_digits"])
+
+    assert score(0) == score(0)
+    assert score(0) != score(1)
+
+
+def test_features_can_be_kept(folder: Path, digits: np.ndarray, tmp_path: Path) -> None:
+    out = tmp_path / "f.npz"
+    done = run("calc", "--images", folder, "--num", 60, "--features", out, *COMMON)
+    assert done.exit_code == 0, done.output
+    kept = read_reference(out)
+    np.testing.assert_allclose(kept.features["fd_digits"], features(digits), rtol=1e-5)
+    assert kept.of("fd_digits").count == 60
+
+
+# --- gen and ref ----------------------------------------------------------------------------
+
+
+def test_gen_scores_what_generate_makes(digits: np.ndarray, tmp_path: Path) -> None:
+    out, kept = tmp_path / "g.json", tmp_path / "g.npz"
+    done = run("gen", "--preset", "digits", "--num", 60, "--batch", 30, "--steps", 4, "--seed", 0,
+               "--json", out, "--features", kept, *COMMON)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    np.testing.assert_allclose(
+        read_reference(kept).features["fd_digits"], features(digits), rtol=1e-5, atol=1e-5
+    )
+    recipe = json.loads(out.read_text())["images"]["recipe"]
+    assert recipe["num_steps"] == 4
+    assert len(recipe["net_sha256"]) == 64
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".pkl"])
+def test_references_of_ones_own(
+    suffix: str, folder: Path, digits: np.ndarray, tmp_path: Path
+) -> None:
+    dest = tmp_path / f"mine{suffix}"
+    done = run("ref", "--data", folder, "--dest", dest, "--metrics", "fd_digits",
+               "--device", "cpu", "--first", 10)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "fd_digits of 50 images" in done.output
+    rows = features(digits)[10:]
+    found = read_reference(dest).of("fd_digits")
+    np.testing.assert_allclose(found.mu, rows.mean(0), rtol=1e-10)
+    np.testing.assert_allclose(found.sigma, np.cov(rows, rowvar=False), rtol=1e-9)
+    if suffix == ".pkl":  # as EDM2's programs read it
+        with open(dest, "rb") as file:
+            plain = pickle.load(file)
+        np.testing.assert_array_equal(plain["fd_digits"]["mu"], found.mu)
+
+
+def test_references_with_features_serve_precision_and_recall(folder: Path, tmp_path: Path) -> None:
+    dest = tmp_path / "mine.npz"
+    done = run("ref", "--data", folder, "--dest", dest, "--metrics", "fd_digits",
+               "--device", "cpu", "--keep-features", 1000)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    done = prc(folder, "--real", dest, "--detector", "fd_digits", "--device", "cpu",
+               "--metrics", "precision,recall")  # fmt: skip
+    assert done.stdout == "precision: 1.000\nrecall: 1.000\n"
+    assert "--keep-features needs a .npz" in run(
+        "ref", "--data", folder, "--dest", tmp_path / "m.pkl", "--keep-features", 2
+    ).output  # fmt: skip
+
+
+def test_edms_npz_is_for_fid(tmp_path: Path) -> None:
+    np.savez(tmp_path / "edm.npz", mu=np.zeros(2048), sigma=np.eye(2048, dtype=np.float32))
+    found = read_reference(tmp_path / "edm.npz")
+    assert list(found.statistics) == ["fid"]
+    assert found.of("fid").sigma.dtype == np.float64
+
+
+def test_the_two_copies_of_the_shipped_reference_are_one() -> None:
+    assert sha256_of(ROOT / "dataset-refs" / "digits.npz") == sha256_of(locate_reference("digits"))
+    shipped = read_reference("digits")
+    assert shipped.of("fd_digits").count == 8000
+    assert shipped.features["fd_digits"].shape == (2000, 64)
+    assert shipped.features["fd_digits"].dtype == np.float16
+    # Held-out digits are as near to the training digits as 2,000 of them can be; the shipped
+    # model's, in few steps, are farther.
+    rows = shipped.features["fd_digits"].astype(np.float64)
+    reference = shipped.of("fd_digits")
+    apart = frechet_distance(
+        rows.mean(0), np.cov(rows, rowvar=False), reference.mu, reference.sigma
+    )
+    assert apart < 1
+
+
+# --- precision, recall, inception score -------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_torch_fidelity_itself_finds_the_same(
+    digits: np.ndarray, folder: Path, tmp_path: Path
+) -> None:
+    # Through both programs' whole pipelines, with the shipped detector registered there.
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 60, digits.shape)
+    noise[::2] += 100  # half of the real ones are quite different
+    noisy = np.clip(digits + noise, 0, 255).astype(np.uint8)
+    real = save(tmp_path / "real", noisy)
+    out = tmp_path / "q.json"
+    done = prc(folder, "--real", real, "--detector", "fd_digits", "--device", "cpu", "--json", out)
+    assert done.exit_code == 0, done.output
+    theirs = torch_fidelity.calculate_metrics(
+        input1=str(folder), input2=str(real), samples_find_deep=True, cuda=False, cache=False,
+        isc=True, prc=True, feature_extractor=fidelity.register(), verbose=False,
+    )  # fmt: skip
+    ours = json.loads(out.read_text())
+    for name in ("precision", "recall", "inception_score_mean", "inception_score_std"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-6), name
+    assert 0 < ours["precision"] < 1
+    assert f"precision: {theirs['precision']:.3f}" in done.output
+    assert "rng_seed 2020" in done.output
+
+
+def test_the_published_call_names_the_folder_it_misses(folder: Path) -> None:
+    done = prc(folder, "--device", "cpu")
+    assert done.exit_code == 1
+    assert "ILSVRC2012_img_val_resize_centercrop" in done.output
+    assert "--real" in done.output
+
+
+def test_the_shipped_reference_serves_offline(folder: Path) -> None:
+    done = prc(folder, "--real", "digits", "--detector", "fd_digits", "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    assert "precision: 0." in done.output
+    assert "recall is low for that reason alone" in done.output
+
+
+# --- the user's mistakes ----------------------------------------------------------------------
+
+
+def spoiled(folder: Path, dest: Path, name: str) -> Path:
+    """A copy of the folder with one image replaced."""
+    shutil.copytree(folder, dest)
+    target = dest / "00" / "005.png"
+    if name == "text":
+        target.write_text("this is no image")
+    elif name == "truncated":
+        target.write_bytes(target.read_bytes()[:60])
+    elif name == "size":
+        Image.new("L", (16, 32)).save(target)
+    elif name == "16-bit":
+        Image.fromarray(np.full((32, 32), 40000, np.uint16)).save(target)
+    elif name == "bilevel":
+        Image.new("1", (32, 32)).save(target)
+    else:
+        Image.new(name, (32, 32)).save(target)
+    return dest
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("text", "cannot read the image 00/005.png: it is no image"),
+        ("truncated", "cannot read the image 00/005.png"),
+        ("size", "00/005.png is 16x32, 00/000.png is 32x32; all images must have one size"),
+        ("RGBA", "00/005.png has an alpha channel; convert it to 8-bit RGB or greyscale"),
+        ("LA", "00/005.png has an alpha channel"),
+        ("P", "00/005.png has a colour palette"),
+        ("16-bit", "00/005.png has more than 8 bits a channel"),
+        ("bilevel", "00/005.png has one bit a pixel"),
+    ],
+)
+def test_an_image_that_cannot_be_used_is_named(
+    name: str, message: str, folder: Path, tmp_path: Path
+) -> None:
+    bad = spoiled(folder, tmp_path / "bad", name)
+    for done in (
+        run("calc", "--images", bad, "--num", 60, *COMMON),
+        prc(bad, "--real", "digits", "--detector", "fd_digits", "--device", "cpu"),
+    ):
+        fails_with(done, message)
+
+
+def fails_with(done: Result, message: str) -> None:
+    assert done.exit_code in (1, 2), done.output
+    lines = [line for line in done.output.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, done.output
+    assert message in lines[0], lines[0]
+    assert "Traceback" not in done.output
+
+
+def test_sixteen_bit_colour_is_not_silently_cut(tmp_path: Path) -> None:
+    # Pillow opens such a file as 8-bit RGB, dropping the lower bytes.
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    rows = b"".join(b"\0" + bytes(32 * 6) for _ in range(32))
+    header = struct.pack(">IIBBBBB", 32, 32, 16, 2, 0, 0, 0)
+    for k in range(2):
+        (tmp_path / f"{k}.png").write_bytes(
+            b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+        )  # fmt: skip
+    fails_with(run("calc", "--images", tmp_path, "--num", 2, *COMMON), "0.png has more than 8 bits")
+
+
+def test_grey_among_colours_is_repeated(tmp_path: Path) -> None:
+    from erk_guid.datasets import open_images
+
+    Image.new("L", (8, 8), 7).save(tmp_path / "a.png")
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "b.png")
+    (batch,) = open_images(tmp_path).batches([[0, 1]])
+    assert batch.shape == (2, 3, 8, 8)
+    assert batch[0].tolist() == np.full((3, 8, 8), 7).tolist()
+    assert batch[1, :, 0, 0].tolist() == [1, 2, 3]
+
+
+def test_folders_and_zips_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "readme.txt").write_text("x")
+    (tmp_path / "bad.zip").write_bytes(b"PK\x03\x04 this is no zip")
+    with zipfile.ZipFile(tmp_path / "crc.zip", "w") as archive:
+        for path in sorted(folder.rglob("*.png"))[:3]:
+            archive.write(path, path.name)
+    data = bytearray((tmp_path / "crc.zip").read_bytes())
+    data[60] ^= 255
+    (tmp_path / "crc.zip").write_bytes(data)
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", bytes(1 << 29))
+        archive.writestr("b.png", b"")
+    np.savez(tmp_path / "floats.npz", images=np.zeros((4, 3, 8, 8)))
+    for source, message in (
+        ("nowhere", "no such folder, zip or .npz"),
+        ("empty", "no images in"),
+        ("notes", "no images in"),
+        ("bad.zip", "is a damaged zip, or none"),
+        ("crc.zip", "cannot read the image"),
+        ("bomb.zip", "a.png would unpack to 536,870,912 bytes"),
+        ("floats.npz", "images must be uint8"),
+    ):
+        fails_with(run("calc", "--images", tmp_path / source, "--num", 2, *COMMON), message)
+
+
+def test_other_files_among_the_images_are_mentioned(folder: Path, tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed"
+    shutil.copytree(folder, mixed)
+    (mixed / "notes.txt").write_text("hello")
+    (mixed / "run.json").write_text("{}")
+    (mixed / ".hidden.png").write_text("half written")
+    done = run("calc", "--images", mixed, "--num", 60, *COMMON)
+    assert done.exit_code == 0, done.output
+    assert "passed over notes.txt, not an image" in done.output
+    assert "run.json" not in done.output
+
+
+def test_counts_that_do_not_fit(folder: Path) -> None:
+    done = run("calc", "--images", folder, *COMMON)
+    fails_with(done, "has 60 images, --num asks for 50000")
+    assert "--num 60" in done.output
+    done = run("calc", "--images", folder, "--num", 1, *COMMON)
+    assert done.exit_code == 2
+    assert "--num" in done.output
+    few = prc(folder, "--real", "digits", "--detector", "fd_digits", "--k", 60)
+    fails_with(few, "has 60 images; --k 60 needs at least 61")
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (exec, ("raise SystemError('it ran')",))
+
+
+def test_references_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
+    def pickled(name: str, value: Any) -> str:
+        (tmp_path / name).write_bytes(pickle.dumps(value, protocol=4))
+        return name
+
+    def saved(name: str, **arrays: np.ndarray) -> str:
+        np.savez(tmp_path / name, **arrays)
+        return name
+
+    (tmp_path / "text.npz").write_text("hello")
+    good = {"mu": np.zeros(64), "sigma": np.eye(64)}
+    lying = saved("lying.npz", **{"fd_digits/mu": np.zeros(64), "fd_digits/sigma": np.eye(64)})
+    with zipfile.ZipFile(tmp_path / lying) as archive:
+        members = {n: archive.read(n) for n in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / lying, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data.replace(b"(64, 64), }  ", b"(1099511627776, 64), }")[:])
+    for file, message in (
+        ("nowhere.npz", "is no reference: give a .npz or .pkl file, a URL, or one of digits"),
+        ("text.npz", "text.npz: "),
+        (pickled("evil.pkl", {"fd_digits": Evil()}), "which a snapshot does not need"),
+        (pickled("evil2.pkl", Evil()), "which a snapshot does not need"),
+        (pickled("list.pkl", [1, 2]), "no dict of metric names"),
+        (pickled("empty.pkl", {"fid": {"mu": np.zeros(3)}}), "has no arrays mu and sigma"),
+        (pickled("fid.pkl", {"fid": good}), "has no statistics for fd_digits; it has fid"),
+        (
+            pickled("small.pkl", {"fd_digits": {"mu": np.zeros(3), "sigma": np.eye(3)}}),
+            "its statistics for fd_digits are of 3 features, the detector has 64",
+        ),
+        (
+            pickled("odd.pkl", {"fd_digits": {"mu": np.zeros(64), "sigma": np.eye(3)}}),
+            "mu must be [d] and sigma [d, d]",
+        ),
+        (
+            pickled("ints.pkl", {"fd_digits": {"mu": np.zeros(64, int), "sigma": np.eye(64)}}),
+            "floating-point",
+        ),
+        (
+            pickled("nan.pkl", {"fd_digits": {"mu": np.zeros(64), "sigma": np.nan * np.eye(64)}}),
+            "not finite",
+        ),
+        (saved("other.npz", x=np.zeros(3)), "no arrays mu and sigma"),
+        (saved("object.npz", mu=np.array([{}]), sigma=np.array([{}])), "object.npz: "),
+        (lying, "declares more than it holds"),
+    ):
+        done = run("calc", "--images", folder, "--num", 60, "--ref", tmp_path / file,
+                   "--metrics", "fd_digits", "--device", "cpu")  # fmt: skip
+        fails_with(done, message)
+
+
+def test_options_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
+    calc = ("calc", "--images", folder, "--num", 60, "--ref", "digits", "--device", "cpu")
+    fails_with(run(*calc, "--metrics", "fdi"), "unknown metric 'fdi'; there are fd_digits")
+    fails_with(
+        run(*calc, "--metrics", "fd_digits", "--detector-weights", "fid=x"),
+        "fid is not among the metrics fd_digits",
+    )
+    fails_with(
+        run(*calc, "--metrics", "fd_digits", "--features", tmp_path / "f.pt"),
+        "end its name in .npz",
+    )
+    done = run(*calc, "--metrics", "fd_digits", "--detector-weights", "fid")
+    assert "'fid' is not NAME=FILE" in done.output
+    assert "single commas" in run(*calc, "--metrics", "fid,,fd_digits").output
+    done = prc(folder, "--metrics", "precision,f1")
+    assert "choose from precision, recall, is" in done.output
+    fails_with(
+        run("ref", "--data", folder, "--dest", tmp_path / "x.txt", "--metrics", "fd_digits"),
+        "end its name in .npz or .pkl",
+    )
+    (tmp_path / "file").write_text("")
+    fails_with(
+        run(*calc, "--metrics", "fd_digits", "--json", tmp_path / "file" / "s.json"),
+        "cannot write",
+    )
+
+
+PLUGIN = """
+import torch
+from erk_guid.metrics import register_detector
+
+class Mean:
+    name, feature_dim = "{name}", 2
+
+    def __call__(self, images):
+        return images.double().flatten(1)[:, :2]
+
+register_detector("{name}", lambda device, weights: Mean())
+"""
+
+
+def test_a_detector_of_ones_own(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from erk_guid.metrics import detectors
+
+    monkeypatch.setattr(detectors, "_FACTORIES", dict(detectors._FACTORIES))
+    (tmp_path / "plugin.py").write_text(PLUGIN.format(name="corner"))
+    dest = tmp_path / "r.npz"
+    done = run("ref", "--data", folder, "--dest", dest, "--plugin", tmp_path / "plugin.py",
+               "--metrics", "corner", "--device", "cpu")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert read_reference(dest).of("corner").mu.shape == (2,)
+    done = run("ref", "--data", folder, "--dest", dest, "--plugin", tmp_path / "nowhere.py")
+    assert "cannot import" in done.output
