@@ -42,7 +42,7 @@ def draw(title: str, curves: list[Curve], x_label: str, y_label: str, log_x: boo
     try:
         import matplotlib
         from matplotlib.figure import Figure
-        from matplotlib.ticker import ScalarFormatter
+        from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
     except ImportError as error:
         raise MissingExtraError("matplotlib", "plots", "the report") from error
     settings: Any = {
@@ -69,12 +69,14 @@ def draw(title: str, curves: list[Curve], x_label: str, y_label: str, log_x: boo
         values = [y for c in curves for y in c.y]
         if min(values) > 0 and max(values) > 5 * min(values):
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(ScalarFormatter())
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_locator(NullLocator())
         if log_x:
             axes.set_xscale("log")
             ticks = sorted({x for c in curves for x in c.x})
             axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
-            axes.minorticks_off()
+            axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.set_title(title, fontsize=12, loc="left")

@@ -119,9 +119,16 @@ class Findings:
         return list(dict.fromkeys(row.table for row in self.rows))
 
     @property
+    def model(self) -> str:
+        """What the rows were made with, in a word or two."""
+        if self.job.model is not None:
+            return self.job.model
+        return ", ".join(dict.fromkeys(row.model for row in self.rows))
+
+    @property
     def comparable(self) -> bool:
-        """Whether the measured numbers are of the paper's models."""
-        return self.job.model is None
+        """Whether the paper has numbers of these very models."""
+        return self.job.model is None and any(row.paper for row in self.rows)
 
     def baseline(self, row: Row) -> Row | None:
         return next((r for r in self.rows if r.group == row.group and not r.guided), None)
@@ -218,7 +225,7 @@ def write_report(job: Reproduction) -> list[Path]:
     ]
     content = {
         "title": "ERK-Guid: paper and measurement" if findings.comparable
-        else f"ERK-Guid on {job.model}",
+        else f"ERK-Guid on the model {findings.model}",
         "date": datetime.now(timezone.utc).strftime("%d %B %Y").lstrip("0"),
         "facts": _facts(findings),
         "summary": _summary(findings),
@@ -257,7 +264,7 @@ def _facts(findings: Findings) -> list[tuple[str, str]]:
     job = findings.job
     seeds = job.chosen_seeds
     facts = [
-        ("Model", job.model or "the paper's (EDM2-S presets)"),
+        ("Model", findings.model),
         ("Images per row", f"{len(seeds):,}, seeds {seeds[0]} to {seeds[-1]}"),
     ]
     latest = next(reversed(findings.by_row.values()), None)
@@ -277,12 +284,12 @@ def _summary(findings: Findings) -> list[str]:
     rows = [r for r in findings.rows if r.refusal is None]
     done = [r for r in rows if r.id in findings.by_row]
     lines = [f"{len(done)} of {len(rows)} rows measured."]
-    if not findings.comparable:
+    if findings.job.model is not None and any(row.paper for row in rows):
         lines.append(
             f"The model is {findings.job.model}, not the paper's: the paper's numbers stand "
-            "beside it for orientation and are not comparable."
+            "beside its own for orientation and are not comparable."
         )
-    elif len(findings.job.chosen_seeds) < PAPER_NUM:
+    elif findings.comparable and len(findings.job.chosen_seeds) < PAPER_NUM:
         lines.append(
             f"With {len(findings.job.chosen_seeds):,} images, distances come out larger than "
             f"with the paper's {PAPER_NUM:,}; compare them among each other only."
@@ -382,8 +389,8 @@ def _best(findings: Findings) -> Table | None:
             body.append(
                 [
                     Cell(str(row.steps)),
-                    Cell(_name(metric)),
                     Cell(row.title),
+                    Cell(_name(metric)),
                     Cell(_number(score)),
                     Cell(str(change), change.verdict) if change else Cell(EMPTY),
                 ]
@@ -394,7 +401,7 @@ def _best(findings: Findings) -> Table | None:
         "The lowest of several noisy numbers is lower than it would be with new seeds: read the "
         "table above before trusting a small lead."
     )
-    columns = ["Steps", "Metric", "Lowest with", "Score", "Change by ERK-Guid"]
+    columns = ["Steps", "Lowest with", "Metric", "Score", "Change by ERK-Guid"]
     return Table("Best settings among those tried", columns, body, note)
 
 

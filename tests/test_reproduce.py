@@ -1,0 +1,288 @@
+"""reproduce.sh: the rows, the commands, a killed run, the report."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from erk_guid.cli import main
+from erk_guid.cli.reproduce import reproduce_command
+from erk_guid.reproduce import TABLES, Reproduction, choose_rows, plan, write_report
+from erk_guid.reproduce.report import Findings
+from erk_guid.reproduce.runner import _mend, read_results
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "reproduce.sh"
+
+
+def run(*args: Any) -> Result:
+    return CliRunner().invoke(reproduce_command, list(map(str, args)))
+
+
+# --- the rows -------------------------------------------------------------------------------
+
+
+def test_the_papers_rows_and_numbers() -> None:
+    # Every number the paper is known to report, each beside the run it belongs to.
+    def row(name: str) -> Any:
+        return choose_rows([], [name])[0]
+
+    def values(name: str) -> tuple[float | None, float | None]:
+        return row(name).paper.get("fd_dinov2"), row(name).paper.get("fid")
+
+    assert values("2-32-plain") == (90.1, 2.58)
+    assert values("2-32-w2.0") == (82.8, 2.74)
+    assert values("2-16-plain") == (97.4, 2.79)
+    assert values("2-16-w0.75") == (88.9, 2.68)
+    assert values("2-8-plain") == (161.2, 7.06)
+    assert values("2-8-w0.5") == (136.9, 4.91)
+    assert values("3-32-guid-plain") == (88.5, 2.27)
+    assert values("3-32-guid-w1.0") == (83.9, 2.27)
+    assert values("3-32-autog-plain") == (50.4, 1.36)
+    assert values("3-32-autog-w1.0") == (47.6, 1.36)
+    assert values("3-16-guid-plain") == (None, 3.61)
+    assert values("3-16-guid-w0.75") == (None, 3.20)
+    assert values("3-16-autog-plain") == (None, 2.32)
+    assert values("3-16-autog-w0.75") == (None, 1.93)
+    table4 = {r.id: r.paper["fid"] for r in TABLES["4"]}
+    assert table4 == {
+        "4-heun-plain": 89.63, "4-heun-erk": 85.19, "4-dpm2-plain": 44.83, "4-dpm2-erk": 31.59,
+        "4-deis-plain": 12.57, "4-deis-erk": 9.56,
+    }  # fmt: skip
+    sweep = [r for r in TABLES["2"] if r.steps == 32 and r.guided]
+    assert [(r.w_stiff, r.w_con) for r in sweep] == [
+        (0.5, 0.5), (1.0, 0.5), (1.5, 0.5), (2.0, 0.5), (2.5, 0.5)
+    ]  # fmt: skip
+    assert (row("2-16-w0.75").w_con, row("2-8-w0.5").w_con) == (0.3, 0.1)
+    assert (row("3-16-guid-w0.75").w_con, row("3-16-guid-w0.75").guidance) == (0.5, 1.2)
+    assert row("3-16-autog-plain").guidance == 1.55
+
+
+@pytest.mark.parametrize("table", ["2", "3", "4", "digits"])
+def test_every_guided_row_has_one_baseline(table: str) -> None:
+    for row in TABLES[table]:
+        plain = [r for r in TABLES[table] if r.group == row.group and not r.guided]
+        assert len(plain) == 1
+    names = [r.id for rows in TABLES.values() for r in rows]
+    assert len(names) == len(set(names))
+
+
+def test_a_dry_run_prints_commands_that_parse() -> None:
+    done = run("--dry-run", "--gpus", 8)
+    assert done.exit_code == 0, done.output
+    commands = [shlex.split(line) for line in done.output.splitlines() if line[0] != "#"]
+    generate = [c for c in commands if "generate" in c]
+    assert len(generate) == 10 + 8
+    assert generate[0] == shlex.split(
+        "torchrun --standalone --nproc_per_node=8 -m -- erk_guid generate "
+        "--preset=edm2-img512-s-fid --outdir=output/images/2-32-plain --subdirs "
+        "--seeds=100000-149999 --batch=125 --steps=32 --resume"
+    )
+    score = next(c for c in commands if "metrics" in c)
+    assert {"--ref=img512", "--metrics=fid,fd_dinov2", "--num=50000"} <= set(score)
+    assert ["rm", "-r", "output/images/2-32-plain"] in commands
+    # Every option that is printed exists.
+    for command in commands:
+        if command[0] == "rm":
+            continue
+        name = command[command.index("erk_guid") + 1]
+        known = main.commands[name]
+        if name == "metrics":
+            known = known.commands["calc"]  # type: ignore[attr-defined]
+        options = {o for p in known.params for o in p.opts}
+        used = {a.partition("=")[0] for a in command[command.index(name) :] if a[:2] == "--"}
+        assert used <= options
+    for solver in ("heun", "dpm2", "deis"):
+        assert f"# 4-{solver}-plain: 6 steps" in done.output
+    assert "left out: needs the solver dpm2 and EDM (2022) networks" in done.output
+
+
+def commands_of(*args: Any) -> str:
+    done = run("--dry-run", *args)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_other_models_take_the_papers_place() -> None:
+    digits = commands_of("--model", "digits", "--num", 500, "--table", "2,3", "--device", "cpu")
+    assert "--preset=digits " in digits
+    assert "--preset=digits-guid --guidance=1.2" in digits
+    assert "--preset=digits-autog --guidance=1.55" in digits
+    assert "--seeds=100000-100499" in digits
+    assert "--ref=digits --metrics=fd_digits --num=500 --device=cpu" in digits
+    assert "edm2" not in digits
+    mine = ("--model", "mine.pkl", "--metrics", "fid", "--ref", "mine.npz")
+    assert "--net=mine.pkl --gnet=uncond:mine.pkl --guidance=1.4" in commands_of(
+        *mine, "--row", "3-32-guid-plain"
+    )
+    weak = commands_of(*mine, "--gnet", "weak.pkl", "--row", "3-16-autog-plain")
+    assert "--net=mine.pkl --gnet=weak.pkl --guidance=1.55" in weak
+    some = commands_of("--row", "2-8-plain", "--seeds", "3,5,9", "--keep-images")
+    assert "--seeds=3,5,9" in some
+    assert "rm -r" not in some
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--table", "5"), "choose from 2, 3, 4, digits"),
+        (("--row", "2-8"), "there is no row '2-8'; there are 2-32-plain"),
+        (("--model", "mine.pkl"), "which data set does --model mine.pkl belong to? Give --metrics"),
+        (
+            ("--model", "mine.pkl", "--metrics", "fid", "--ref", "x.npz", "--row",
+             "3-32-autog-plain"),
+            "name one with --gnet",
+        ),
+        (("--table", "4"), "none of these rows can be run by this version"),
+        (("--row", "2-8-plain", "--seeds", "1"), "1 images are too few"),
+        (("--row", "2-8-plain", "--metrics", "fdi"), "unknown metric 'fdi'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_run_is_said(args: tuple[Any, ...], message: str, tmp_path: Path) -> None:
+    done = run(*args, "--outdir", tmp_path)
+    assert done.exit_code in (1, 2)
+    assert message in done.output
+    assert "Traceback" not in done.output
+
+
+# --- results --------------------------------------------------------------------------------
+
+
+def line(row: str, **scores: float) -> str:
+    return json.dumps({"key": {"row": row}, "scores": scores})
+
+
+def test_a_line_cut_short_is_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text(line("a", fid=1) + "\n" + line("b", fid=2)[:20])
+    assert [r["key"]["row"] for r in read_results(tmp_path)] == ["a"]
+    _mend(path)
+    assert path.read_text() == line("a", fid=1) + "\n"
+    path.write_text(line("a", fid=1) + "\n" + line("b", fid=2))  # whole but for its end
+    _mend(path)
+    assert len(read_results(tmp_path)) == 2
+    path.write_text("nonsense\n" + line("b", fid=2) + "\n")
+    done = run("--row", "2-8-plain", "--outdir", tmp_path)
+    assert "line 1 is no result; mend or remove it" in done.output
+
+
+def test_paper_measured_and_difference_stand_side_by_side(tmp_path: Path) -> None:
+    job = Reproduction(rows=choose_rows(["2"]), outdir=tmp_path, num=50000, gpus=1)
+    known = {"2-8-plain": 7.16, "2-8-w0.5": 5.00}
+    with open(tmp_path / "results.jsonl", "w") as file:
+        for row in job.rows:
+            if row.id not in known:
+                continue
+            result = {
+                "key": plan(job, row).key, "scores": {"fid": known[row.id]}, "num": 50000,
+                "commands": ["x"], "device": "cuda", "processes": 8, "detectors": [],
+                "reference": {"source": "img512", "sha256": "0" * 64}, "versions": {},
+            }  # fmt: skip
+            file.write(json.dumps(result) + "\n")
+    html, markdown = (path.read_text() for path in write_report(job))
+    assert "2 of 10 rows measured" in markdown
+    rows = [re.split(r" *\| *", li)[1:-1] for li in markdown.splitlines() if li[:2] == "| "]
+    header = rows[0]
+    guided = next(r for r in rows if r[:2] == ["8", "ERK-Guid 0.5 / 0.1"])
+    found = dict(zip(header, guided, strict=True))
+    assert found["FID, paper"] == "4.91"
+    assert found["FID, measured"] == "5.00"
+    assert found["Difference"] == "+0.090"
+    assert found["Change by ERK-Guid"] == "−2.16 (−30 %)"
+    # A row that was not run has the paper's number and no other.
+    empty = dict(zip(header, next(r for r in rows if r[0] == "16"), strict=True))
+    assert (empty["FID, paper"], empty["FID, measured"], empty["Difference"]) == ("2.79", "–", "–")
+    assert "http://" not in html.replace("http://www.w3.org", "")
+
+
+def test_results_of_other_settings_are_not_taken(tmp_path: Path) -> None:
+    rows = choose_rows([], ["2-8-plain"])
+    one = Reproduction(rows=rows, outdir=tmp_path, num=100)
+    other = Reproduction(rows=rows, outdir=tmp_path, num=200)
+    results = [{"key": plan(one, rows[0]).key, "scores": {"fid": 3.0}}]
+    assert Findings(one, results).by_row
+    assert not Findings(other, results).by_row
+
+
+# --- the whole, for real --------------------------------------------------------------------
+
+PIPELINE = (
+    "--model", "digits", "--row", "2-8-plain,2-8-w0.5,3-16-guid-plain", "--num", "24",
+    "--batch", "4", "--device", "cpu", "--bootstrap", "20",
+)  # fmt: skip
+
+
+def start(outdir: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+    return subprocess.Popen(
+        ["bash", str(SCRIPT), *PIPELINE, "--outdir", str(outdir)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        cwd=outdir.parent, start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_where_it_was(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = start(out)
+    deadline = time.monotonic() + 120
+    images = out / "images" / "2-8-w0.5"
+    while not list(images.rglob("[0-9]*.png")):  # in the middle of the second row
+        assert time.monotonic() < deadline
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert len(read_results(out)) == 1
+
+    second = start(out)
+    output, _ = second.communicate(timeout=240)
+    assert second.returncode == 0, output
+    assert "2-8-plain: already in" in output
+    results = read_results(out)
+    assert [r["key"]["row"] for r in results] == ["2-8-plain", "2-8-w0.5", "3-16-guid-plain"]
+    assert results[1]["seconds_generating"] is None  # it was continued
+    assert results[2]["seconds_generating"] > 0
+    assert not list((out / "images").rglob("*.png"))  # scored and deleted
+    lines = (out / "result.txt").read_text().splitlines()
+    assert len(lines) == 3
+    assert "--preset=digits-guid --guidance=1.2" in lines[2]
+
+    # The same numbers as one uninterrupted run of the metrics.
+    done = subprocess.run(
+        [sys.executable, "-m", "erk_guid", "metrics", "gen", "--preset", "digits", "--ref",
+         "digits", "--metrics", "fd_digits", "--num", "24", "--seed", "100000", "--steps", "8",
+         "--w_stiff", "0.5", "--w_con", "0.1", "--json", str(out / "s.json"), "--device", "cpu"],
+        check=True, capture_output=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0
+    direct = json.loads((out / "s.json").read_text())["scores"]["fd_digits"]
+    assert results[1]["scores"]["fd_digits"] == pytest.approx(direct, rel=1e-3)
+
+    html = (out / "report.html").read_text()
+    assert "ERK-Guid on the model digits" in html
+    assert "not comparable" in html
+    pictures = re.findall(r'src="data:image/(svg\+xml|png);base64,([^"]+)"', html)
+    assert len([k for k, _ in pictures if k == "png"]) == 3
+    assert all(base64.b64decode(data) for _, data in pictures)
+    assert not re.search(r'(src|href)="(?!data:)', html)  # self-contained
+    markdown = (out / "report.md").read_text()
+    for target in re.findall(r"\]\(([^)]+)\)", markdown):
+        assert (out / target).is_file()
+    # A third call has nothing to do.
+    third = start(out)
+    output, _ = third.communicate(timeout=120)
+    assert third.returncode == 0
+    assert output.count("already in") == 3
