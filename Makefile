@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # pip's own notice of newer versions and caches of other users are noise here.
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench report clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m erk_guid demo --outdir output/demo
@@ -21,6 +21,12 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/network.py
 	$(BIN)/python benchmarks/guidance.py
+	$(BIN)/python benchmarks/frechet.py
+
+# The experiment of docs/digits.md: about an hour on two cores; NUM=100 for a first look.
+NUM ?= 1000
+report: $(VENV)/.installed
+	$(BIN)/python -m erk_guid reproduce --table digits --num $(NUM) --outdir output/digits-report
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

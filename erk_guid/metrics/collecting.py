@@ -19,6 +19,14 @@ Block = tuple[Sequence[int], Tensor]
 """Places in the whole set, and their images, uint8 [n, C, H, W]."""
 
 
+_Kept = dict[str, list[tuple[np.ndarray, np.ndarray]]]
+"""By detector: places and rows, block by block."""
+
+
+def _row_block(indices: Sequence[int], rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    return np.asarray(indices), rows.float().cpu().numpy()
+
+
 def blocks(indices: Sequence[int], batch: int, group: ProcessGroup) -> list[Sequence[int]]:
     """This process's share of `indices`, in blocks of `batch`.
 
@@ -67,8 +75,8 @@ def collect(
     """
     group = group or ProcessGroup()
     moments = {d.name: Moments(d.feature_dim, device) for d in detectors}
-    kept: dict[str, list[tuple[int, Tensor]]] = {d.name: [] for d in detectors}
-    logits: dict[str, list[tuple[int, Tensor]]] = {d.name: [] for d in detectors}
+    kept: _Kept = {d.name: [] for d in detectors}
+    logits: _Kept = {d.name: [] for d in detectors}
     if group.world_size > 1:
         description = f"{description}, rank 0 of {group.world_size}"
     with tqdm(total=total, desc=description, unit="image", disable=group.rank != 0) as bar:
@@ -80,9 +88,9 @@ def collect(
                     features, classes = _run(detector, moved, keep_logits)
                     moments[detector.name].add(features)
                     if keep_features:
-                        kept[detector.name] += zip(indices, features.float().cpu(), strict=True)
+                        kept[detector.name].append(_row_block(indices, features))
                     if classes is not None:
-                        logits[detector.name] += zip(indices, classes.float().cpu(), strict=True)
+                        logits[detector.name].append(_row_block(indices, classes))
             bar.update(len(images))
     return Collected(
         {name: moment.statistics(group) for name, moment in moments.items()},
@@ -117,13 +125,12 @@ def _run(detector: Detector, images: Tensor, with_logits: bool) -> tuple[Tensor,
     return features, logits
 
 
-def _in_order(
-    kept: dict[str, list[tuple[int, Tensor]]], group: ProcessGroup
-) -> dict[str, np.ndarray]:
+def _in_order(kept: _Kept, group: ProcessGroup) -> dict[str, np.ndarray]:
+    """All processes' rows, sorted by their places; on rank 0."""
     found = {}
-    for name, rows in kept.items():
-        parts = group.gather(rows)
-        together = sorted((row for part in parts for row in part), key=lambda row: row[0])
-        if together:
-            found[name] = torch.stack([row for _, row in together]).numpy()
+    for name, parts in kept.items():
+        everyone = [part for rank in group.gather(parts) for part in rank]
+        if everyone:
+            places = np.concatenate([places for places, _ in everyone])
+            found[name] = np.concatenate([rows for _, rows in everyone])[np.argsort(places)]
     return found

@@ -47,7 +47,7 @@ class Moments:
             raise ValueError(f"features must be [n, {self.dim}], got {list(features.shape)}")
         if not len(features):
             return
-        rows = features.detach().to(self.device, torch.float64)
+        rows = features.detach().to(self.device).to(torch.float64)
         mean = rows.mean(0)
         centred = rows - mean
         self._scatter.addmm_(centred.mT, centred)
