@@ -256,6 +256,7 @@ BAD: list[tuple[list[Any], int, str]] = [
     (["--preset", "digits", "--sigma_min", 0], 2, "sigma_min must be a positive"),
     (["--preset", "digits", "--rho", "nan"], 2, "rho must be a positive, finite number, got nan"),
     (["--preset", "digits", "--w_stiff", -1], 2, "w_stiff must not be negative, got -1.0"),
+    (["--preset", "digits-guid", "--w_stiff", "preset"], 2, "were measured for digits-guid"),
     (["--preset", "digits", "--w_stiff", "much"], 2, "'much' is neither a number nor paper"),
     (["--preset", "digits", "--w_stiff", "inf"], 2, "w_stiff must be a finite number, got inf"),
     (["--preset", "digits", "--w_con", -0.5], 2, "w_con must not be negative, got -0.5"),

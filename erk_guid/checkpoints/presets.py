@@ -18,12 +18,14 @@ class Preset:
         gnet: source of the guiding network, or None.
         guidance: strength of model guidance; 1 when there is no `gnet`.
         published: the score its authors report, for orientation.
+        erk: (w_stiff, w_con) that was measured to help at every step count tried, or None.
     """
 
     net: str
     gnet: str | None = None
     guidance: float = 1.0
     published: str = ""
+    erk: tuple[float, float] | None = None
 
 
 def _edm2(table: str) -> dict[str, Preset]:
@@ -43,7 +45,7 @@ def _edm2(table: str) -> dict[str, Preset]:
 
 
 PRESETS: dict[str, Preset] = {
-    "digits": Preset(SHIPPED + "digits.safetensors"),
+    "digits": Preset(SHIPPED + "digits.safetensors", erk=(0.5, 0.5)),  # docs/digits.md
     "digits-guid": Preset(SHIPPED + "digits.safetensors", "uncond:digits", 1.5),
     "digits-autog": Preset(
         SHIPPED + "digits.safetensors", SHIPPED + "digits-weak.safetensors", 1.5

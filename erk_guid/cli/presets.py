@@ -11,10 +11,12 @@ from erk_guid.checkpoints.presets import PRESETS
 def presets_command() -> None:
     """List the names that --preset, --net and load() take."""
     width = max(map(len, PRESETS))
-    click.echo(f"{'preset':<{width}}  guidance  published")
+    click.echo(f"{'preset':<{width}}  guidance  ERK-Guid   published")
     for name, preset in PRESETS.items():
         guidance = f"{preset.guidance:g}" if preset.gnet else "-"
-        click.echo(f"{name:<{width}}  {guidance:<8}  {preset.published or '-'}")
+        erk = "{:g} / {:g}".format(*preset.erk) if preset.erk else "-"
+        click.echo(f"{name:<{width}}  {guidance:<8}  {erk:<9}  {preset.published or '-'}")
     click.echo(
-        "\nPublished scores are their authors'. The edm2-* weights are NVIDIA's, CC BY-NC-SA 4.0."
+        "\nERK-Guid: w_stiff / w_con that were measured here; '--w_stiff preset' takes them. "
+        "Published scores are their authors'. The edm2-* weights are NVIDIA's, CC BY-NC-SA 4.0."
     )

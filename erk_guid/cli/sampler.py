@@ -128,17 +128,18 @@ _OPTIONS = [
     ),
     click.option(
         "--w_stiff",
-        metavar="FLOAT|paper",
-        type=NumberOr("paper"),
+        metavar="FLOAT|paper|preset",
+        type=NumberOr("paper", "preset"),
         default=JOB.w_stiff,
         show_default=True,
-        help="Strength of ERK guidance: 0 is the plain solver, 'paper' the paper's choice.",
+        help="Strength of ERK guidance: 0 is the plain solver, 'paper' the paper's choice, "
+        "'preset' the one measured best for --preset.",
     ),
     click.option(
         "--w_con",
         metavar="FLOAT",
         type=float,
-        help=f"Stiffness above which it acts.  [default: {JOB.w_con:g}, with 'paper' the paper's]",
+        help=f"Stiffness above which it acts.  [default: {JOB.w_con:g}, or with a word its own]",
     ),
     click.option(
         "--solver",
@@ -212,7 +213,7 @@ def recipe_fields(
             "that has one, or leave out --guidance"
         )
     try:
-        guidance = _erk_guidance(w_stiff, w_con, options["num_steps"])
+        guidance = _erk_guidance(w_stiff, w_con, options["num_steps"], preset)
         karras_sigmas(
             options["num_steps"], options["sigma_min"], options["sigma_max"], options["rho"]
         )
@@ -241,14 +242,27 @@ def _with_preset(name: str, options: dict[str, Any]) -> dict[str, Any]:
     return filled
 
 
-def _erk_guidance(w_stiff: float | str, w_con: float | None, num_steps: int) -> Guidance:
-    if w_stiff != "paper":
+def _erk_guidance(
+    w_stiff: float | str, w_con: float | None, num_steps: int, preset: str | None
+) -> Guidance:
+    if isinstance(w_stiff, float | int):
         return Guidance(float(w_stiff), JOB.w_con if w_con is None else w_con)
-    paper = Guidance.paper(num_steps)
+    if w_stiff == "paper":
+        chosen = Guidance.paper(num_steps)
+        whose = f"the paper's settings for {nearest_paper_steps(num_steps)} steps"
+    else:
+        measured = PRESETS[preset].erk if preset else None
+        if measured is None:
+            known = ", ".join(name for name, value in PRESETS.items() if value.erk)
+            raise ValueError(
+                f"--w_stiff preset: no settings were measured for {preset or 'this network'}, only "
+                f"for {known}; give a number, or 'paper'"
+            )
+        chosen = Guidance(*measured)
+        whose = f"the settings measured for {preset}"
     if launched_rank() == 0:
         click.echo(
-            f"--w_stiff paper: the paper's settings for {nearest_paper_steps(num_steps)} steps, "
-            f"w_stiff {paper.w_stiff:g}, w_con {paper.w_con:g}"
+            f"--w_stiff {w_stiff}: {whose}, w_stiff {chosen.w_stiff:g}, w_con {chosen.w_con:g}"
             + ("" if w_con is None else f"; --w_con {w_con:g} as given")
         )
-    return paper if w_con is None else Guidance(paper.w_stiff, w_con)
+    return chosen if w_con is None else Guidance(chosen.w_stiff, w_con)
