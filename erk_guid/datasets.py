@@ -210,6 +210,19 @@ def _decode(data: bytes, name: str) -> np.ndarray:
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
+def holds_images(path: Path) -> bool:
+    """Whether an .npz is a set of images (rather than features or statistics).
+
+    Raises:
+        DatasetError: it cannot be read.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            return "images" in data.files
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DatasetError(f"cannot read {path}: {error}") from error
+
+
 def _arrays_of(path: Path) -> dict[str, np.ndarray]:
     """The arrays `images` [N, C, H, W] and, if it is there, `labels` of an .npz."""
     try:
@@ -225,9 +238,11 @@ def _arrays_of(path: Path) -> dict[str, np.ndarray]:
         raise DatasetError(f"cannot read {path}: {error}") from error
     images = arrays["images"]
     arrays["images"] = images[:, None] if images.ndim == 3 else images
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape:
+    shape = arrays["images"].shape
+    if images.dtype != np.uint8 or len(shape) != 4 or shape[1] not in (1, 3) or 0 in shape:
         raise DatasetError(
-            f"{path}: images must be uint8 [N, C, H, W], got {images.dtype} {list(images.shape)}"
+            f"{path}: images must be uint8 [N, C, H, W] with C of 1 or 3, got {images.dtype} "
+            f"{list(images.shape)}"
         )
     return arrays
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from erk_guid.errors import ErkGuidError
 
 PARTIAL = ".partial"
 """Part of the name of every file that is being written (never of a finished one)."""
@@ -33,6 +36,23 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     """Write `data` to `path`, whole or not at all."""
     with replacing(path) as partial:
         partial.write_bytes(data)
+
+
+def check_writable(path: str | Path) -> None:
+    """Find out before hours of work, not after, that a file cannot be written.
+
+    Raises:
+        ErkGuidError: `path` is a folder, or its folder cannot be made or written to.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ErkGuidError(f"cannot write {path}: it is a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ErkGuidError(f"cannot write to {path.parent}: {error.strerror}") from error
 
 
 def sha256_of(path: str | Path) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import platform
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from erk_guid._version import __version__
 from erk_guid.errors import ErkGuidError
-from erk_guid.files import PARTIAL, write_bytes
+from erk_guid.files import PARTIAL, check_writable, write_bytes
 from erk_guid.generation import Batch, generate
 from erk_guid.pictures import is_whole_png, save_picture, save_png, tile
 from erk_guid.recipe import Models, Recipe
@@ -92,12 +91,7 @@ def _check_outputs(job: GenerationJob) -> None:
         )
     for path in (job.trace, job.grid):
         if path is not None:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=path.parent):
-                    pass
-            except OSError as error:
-                raise ErkGuidError(f"cannot write to {path.parent}: {error.strerror}") from error
+            check_writable(path)
 
 
 def _prepare(job: GenerationJob, models: Models) -> list[int]:

@@ -135,8 +135,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
 
     def offline(*args: Any, **kwargs: Any) -> None:
-        raise OSError("no network")
+        raise ErkGuidError("no network")
 
+    monkeypatch.setattr(detectors, "download", offline)
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setattr(torch.hub, "urlopen", offline)
     return tmp_path / "hub"

@@ -233,7 +233,7 @@ def test_inception_score_of_certain_and_uncertain_classifiers() -> None:
     # Ten classes, each surely known; in splits of 200 their frequencies are uneven, which costs
     # (10 - 1) / (2 * 200) of entropy.
     assert mean == pytest.approx(10 * np.exp(-9 / 400), rel=0.01)
-    assert 0 < deviation < 0.1
+    assert 0 < deviation < 0.2
     assert inception_score(np.zeros((100, 10)))[0] == pytest.approx(1)
     logits = torch.from_numpy(rng.standard_normal((105, 10)))
     expected = isc_features_to_metric(logits, 10, True, 2020)
@@ -251,7 +251,7 @@ def test_bootstrap_errors_are_those_of_new_samples() -> None:
     reference = Statistics(np.zeros(4), np.eye(4))
     fresh = []
     for _ in range(300):
-        x = 1.5 * rng.standard_normal((400, 4)) + 0.5
+        x = 1.5 * rng.standard_normal((400, 4))
         fresh.append(frechet_distance(*statistics(x), reference.mu, reference.sigma))
     estimate = bootstrap_distances([x], reference, 300)[:, 0].std(ddof=1)
     assert estimate == pytest.approx(np.std(fresh), rel=0.25)

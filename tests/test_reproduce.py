@@ -85,14 +85,16 @@ def test_a_dry_run_prints_commands_that_parse() -> None:
     commands = [shlex.split(line) for line in done.output.splitlines() if line[0] != "#"]
     generate = [c for c in commands if "generate" in c]
     assert len(generate) == 10 + 8
+    name = plan(Reproduction(rows=[], gpus=8), TABLES["2"][0]).name
+    assert re.fullmatch("2-32-plain-[0-9a-f]{8}", name)
     assert generate[0] == shlex.split(
         "torchrun --standalone --nproc_per_node=8 -m -- erk_guid generate "
-        "--preset=edm2-img512-s-fid --outdir=output/images/2-32-plain --subdirs "
+        f"--preset=edm2-img512-s-fid --outdir=output/images/{name} --subdirs "
         "--seeds=100000-149999 --batch=125 --steps=32 --resume"
     )
     score = next(c for c in commands if "metrics" in c)
     assert {"--ref=img512", "--metrics=fid,fd_dinov2", "--num=50000"} <= set(score)
-    assert ["rm", "-r", "output/images/2-32-plain"] in commands
+    assert ["rm", "-r", f"output/images/{name}"] in commands
     # Every option that is printed exists.
     for command in commands:
         if command[0] == "rm":
@@ -127,6 +129,12 @@ def test_other_models_take_the_papers_place() -> None:
     assert "--net=mine.pkl --gnet=uncond:mine.pkl --guidance=1.4" in commands_of(
         *mine, "--row", "3-32-guid-plain"
     )
+    strong = ("--row", "3-32-guid-plain,3-16-autog-plain", "--gnet", "w.pkl")
+    both = commands_of("--model", "digits", "--num", 20, *strong)
+    assert "--preset=digits-guid" in both  # classifier-free guidance has a network of its own
+    assert "--preset=digits --gnet=w.pkl --guidance=1.55" in both
+    plain = commands_of("--model", "digits-autog", "--num", 20, "--row", "2-8-plain")
+    assert "--preset=digits-autog --guidance=1 " in plain
     weak = commands_of(*mine, "--gnet", "weak.pkl", "--row", "3-16-autog-plain")
     assert "--net=mine.pkl --gnet=weak.pkl --guidance=1.55" in weak
     some = commands_of("--row", "2-8-plain", "--seeds", "3,5,9", "--keep-images")
@@ -148,6 +156,9 @@ def test_other_models_take_the_papers_place() -> None:
         (("--table", "4"), "none of these rows can be run by this version"),
         (("--row", "2-8-plain", "--seeds", "1"), "1 images are too few"),
         (("--row", "2-8-plain", "--metrics", "fdi"), "unknown metric 'fdi'"),
+        (("--row", "2-8-plain", "--gnet", "x.pkl"), "--gnet x.pkl goes with --model"),
+        (("--row", "2-8-plain", "--num", 9, "--seeds", "1-8"), "lists 8 seeds, --num asks for 9"),
+        (("--row", "2-8-plain", "--bootstrap", 1), "needs at least 2 resamples"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_run_is_said(args: tuple[Any, ...], message: str, tmp_path: Path) -> None:
@@ -161,19 +172,19 @@ def test_what_cannot_be_run_is_said(args: tuple[Any, ...], message: str, tmp_pat
 
 
 def line(row: str, **scores: float) -> str:
-    return json.dumps({"key": {"row": row}, "scores": scores})
+    return json.dumps({"key": {"row": row}, "scores": scores, "standard_errors": {}})
 
 
 def test_a_line_cut_short_is_made_again(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    path.write_text(line("a", fid=1) + "\n" + line("b", fid=2)[:20])
+    path.write_text(line("a", fid=1.0) + "\n" + line("b", fid=2.0)[:20])
     assert [r["key"]["row"] for r in read_results(tmp_path)] == ["a"]
-    _mend(path)
-    assert path.read_text() == line("a", fid=1) + "\n"
-    path.write_text(line("a", fid=1) + "\n" + line("b", fid=2))  # whole but for its end
-    _mend(path)
+    _mend(tmp_path)
+    assert path.read_text() == line("a", fid=1.0) + "\n"
+    path.write_text(line("a", fid=1.0) + "\n" + line("b", fid=2.0))  # whole but for its end
+    _mend(tmp_path)
     assert len(read_results(tmp_path)) == 2
-    path.write_text("nonsense\n" + line("b", fid=2) + "\n")
+    path.write_text("nonsense\n" + line("b", fid=2.0) + "\n")
     done = run("--row", "2-8-plain", "--outdir", tmp_path)
     assert "line 1 is no result; mend or remove it" in done.output
 
@@ -187,7 +198,8 @@ def test_paper_measured_and_difference_stand_side_by_side(tmp_path: Path) -> Non
                 continue
             result = {
                 "key": plan(job, row).key, "scores": {"fid": known[row.id]}, "num": 50000,
-                "commands": ["x"], "device": "cuda", "processes": 8, "detectors": [],
+                "standard_errors": {}, "commands": ["x"], "device": "cuda", "processes": 8,
+                "detectors": [],
                 "reference": {"source": "img512", "sha256": "0" * 64}, "versions": {},
             }  # fmt: skip
             file.write(json.dumps(result) + "\n")
@@ -211,7 +223,9 @@ def test_results_of_other_settings_are_not_taken(tmp_path: Path) -> None:
     rows = choose_rows([], ["2-8-plain"])
     one = Reproduction(rows=rows, outdir=tmp_path, num=100)
     other = Reproduction(rows=rows, outdir=tmp_path, num=200)
-    results = [{"key": plan(one, rows[0]).key, "scores": {"fid": 3.0}}]
+    results = [
+        {"key": plan(one, rows[0]).key, "scores": {"fid": 3.0}, "standard_errors": {}, "num": 100}
+    ]
     assert Findings(one, results).by_row
     assert not Findings(other, results).by_row
 
@@ -238,8 +252,7 @@ def test_a_killed_run_continues_where_it_was(tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = start(out)
     deadline = time.monotonic() + 120
-    images = out / "images" / "2-8-w0.5"
-    while not list(images.rglob("[0-9]*.png")):  # in the middle of the second row
+    while not list(out.glob("images/2-8-w0.5-*/*/[0-9]*.png")):  # in the middle of the second row
         assert time.monotonic() < deadline
         assert first.poll() is None, first.communicate()[0]
         time.sleep(0.05)

@@ -96,7 +96,9 @@ def name_and_path(
     return found
 
 
-def load_plugins(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> None:
+def load_plugins(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> tuple[str, ...]:
     """Callback for ``--plugin``: import a module, or run a .py file, that registers things."""
     for value in values:
         try:
@@ -104,8 +106,10 @@ def load_plugins(ctx: click.Context, param: click.Parameter, values: tuple[str, 
                 runpy.run_path(value)
             else:
                 importlib.import_module(value)
-        except (ImportError, OSError, SyntaxError, ValueError) as error:
-            raise click.BadParameter(f"cannot import {value}: {error}", ctx, param) from error
+        except Exception as error:  # it is the user's program: anything may happen
+            reason = f"{type(error).__name__}: {error}"
+            raise click.BadParameter(f"cannot import {value}: {reason}", ctx, param) from error
+    return values
 
 
 def reporting_errors(command: F) -> F:

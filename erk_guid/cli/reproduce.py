@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from erk_guid.cli.common import Names, SeedList, name_and_path, reporting_errors
+from erk_guid.cli.common import Names, SeedList, load_plugins, name_and_path, reporting_errors
 from erk_guid.errors import ErkGuidError
 from erk_guid.reproduce.report import write_report
-from erk_guid.reproduce.runner import Reproduction, plan, run
-from erk_guid.reproduce.tables import PAPER_TABLES, TABLES, Row, choose_rows
+from erk_guid.reproduce.runner import RESULTS, Reproduction, plan, run
+from erk_guid.reproduce.tables import PAPER_NUM, PAPER_TABLES, TABLES, Row, choose_rows
 
 JOB = Reproduction
 
@@ -29,15 +29,15 @@ JOB = Reproduction
     "--model", metavar="STR", help="Preset or file in place of the paper's models, e.g. digits."
 )
 @click.option(
-    "--gnet", metavar="STR", help="Guiding network of --model for the rows with autoguidance."
+    "--gnet",
+    metavar="STR",
+    help="Weaker network for the rows with autoguidance.",
 )
 @click.option(
     "--num",
     metavar="INT",
     type=click.IntRange(min=2),
-    default=JOB.num,
-    show_default=True,
-    help="Images per row.",
+    help=f"Images per row.  [default: {PAPER_NUM}, or as many as --seeds]",
 )
 @click.option(
     "--seeds", metavar="LIST", type=SeedList(), help="Their seeds.  [default: from 100000]"
@@ -69,6 +69,14 @@ JOB = Reproduction
     multiple=True,
     callback=name_and_path,
     help="Local weights of a detector.",
+)
+@click.option(
+    "--plugin",
+    metavar="MODULE|FILE.py",
+    multiple=True,
+    callback=load_plugins,
+    is_eager=True,
+    help="Python that is run first, to register detectors of your own.",
 )
 @click.option(
     "--bootstrap",
@@ -107,6 +115,7 @@ def reproduce_command(
     refused = [row for row in rows if row.refusal]
     runnable = [row for row in rows if not row.refusal]
     job = Reproduction(rows=runnable, **fields)
+    job.check()
     if dry_run:
         _print_plans(job, rows)
         return
@@ -114,9 +123,13 @@ def reproduce_command(
         click.echo(f"{row.id} is left out: it {row.refusal}", err=True)
     if not runnable:
         raise ErkGuidError("none of these rows can be run by this version (see above)")
-    run(job)
-    for path in write_report(Reproduction(rows=rows, **fields)):
-        click.echo(f"Report: {path}")
+    try:
+        run(job)
+    finally:
+        # Also of what was measured before a row failed.
+        if (job.outdir / RESULTS).is_file():
+            for path in write_report(Reproduction(rows=rows, **fields)):
+                click.echo(f"Report: {path}")
 
 
 def _print_plans(job: Reproduction, rows: list[Row]) -> None:

@@ -9,6 +9,8 @@ import numpy as np
 from erk_guid.metrics.frechet import frechet_distance
 from erk_guid.metrics.statistics import Statistics
 
+ROWS = 4096
+
 
 def bootstrap_distances(
     features: Sequence[np.ndarray], reference: Statistics, resamples: int, seed: int = 0
@@ -36,14 +38,23 @@ def bootstrap_distances(
         raise ValueError(f"sets of {[len(f) for f in features]} images cannot be paired")
     if resamples < 2:
         raise ValueError(f"a standard error needs at least 2 resamples, got {resamples}")
-    sets = [np.asarray(f, dtype=np.float64) for f in features]
     rng = np.random.default_rng(seed)
-    distances = np.empty([resamples, len(sets)])
+    distances = np.empty([resamples, len(features)])
     for row in distances:
         weights = rng.multinomial(n, np.full(n, 1 / n))[:, None].astype(np.float64)
-        for k, x in enumerate(sets):
-            mu = (weights * x).sum(0) / n
-            centred = x - mu
-            sigma = centred.T @ (weights * centred) / (n - 1)
-            row[k] = frechet_distance(mu, sigma, reference.mu, reference.sigma)
+        for k, x in enumerate(features):
+            one = _weighted(x, weights)
+            row[k] = frechet_distance(one.mu, one.sigma, reference.mu, reference.sigma)
     return distances
+
+
+def _weighted(x: np.ndarray, weights: np.ndarray) -> Statistics:
+    """Statistics of rows that count several times; a few thousand rows are widened at a time."""
+    n = weights.sum()
+    parts = range(0, len(x), ROWS)
+    mu = sum((weights[i : i + ROWS] * x[i : i + ROWS]).sum(0) for i in parts) / n
+    sigma = np.zeros([x.shape[1]] * 2)
+    for i in parts:
+        centred = x[i : i + ROWS] - mu
+        sigma += centred.T @ (weights[i : i + ROWS] * centred)
+    return Statistics(mu, sigma / (n - 1), len(x))

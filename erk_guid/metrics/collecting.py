@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -60,6 +61,7 @@ def collect(
     group: ProcessGroup | None = None,
     total: int | None = None,
     description: str = "images",
+    statistics: bool = True,
     keep_features: bool = False,
     keep_logits: bool = False,
 ) -> Collected:
@@ -67,6 +69,7 @@ def collect(
 
     Args:
         total: images of this process, for the progress bar that rank 0 shows.
+        statistics: compute means and covariances.
         keep_features: also return every image's features.
         keep_logits: also return every image's logits; the detectors must be classifiers.
 
@@ -74,7 +77,7 @@ def collect(
         ErkGuidError: a detector cannot use the images, or the device ran out of memory.
     """
     group = group or ProcessGroup()
-    moments = {d.name: Moments(d.feature_dim, device) for d in detectors}
+    moments = {d.name: Moments(d.feature_dim, device) for d in detectors if statistics}
     kept: _Kept = {d.name: [] for d in detectors}
     logits: _Kept = {d.name: [] for d in detectors}
     if group.world_size > 1:
@@ -83,10 +86,13 @@ def collect(
         for indices, images in source:
             group.check()
             with torch.no_grad():
-                moved = images.to(device)
+                with reporting_memory(device, len(images)):
+                    moved = images.to(device)
                 for detector in detectors:
-                    features, classes = _run(detector, moved, keep_logits)
-                    moments[detector.name].add(features)
+                    with reporting_memory(device, len(images)):
+                        features, classes = _run(detector, moved, keep_logits)
+                    if statistics:
+                        moments[detector.name].add(features)
                     if keep_features:
                         kept[detector.name].append(_row_block(indices, features))
                     if classes is not None:
@@ -99,22 +105,27 @@ def collect(
     )
 
 
-def _run(detector: Detector, images: Tensor, with_logits: bool) -> tuple[Tensor, Tensor | None]:
-    logits = None
+@contextlib.contextmanager
+def reporting_memory(device: torch.device, batch: int) -> Iterator[None]:
+    """Say which option helps when a GPU is too small."""
     try:
-        if with_logits:
-            if not isinstance(detector, Classifier):
-                raise DetectorError(
-                    f"{detector.name} does not classify, so it gives no inception score"
-                )
-            features, logits = detector.features_and_logits(images)
-        else:
-            features = detector(images)
+        yield
     except torch.cuda.OutOfMemoryError as error:
         raise ErkGuidError(
-            f"{images.device} ran out of memory with batches of {len(images)} images; choose a "
-            "smaller --batch"
+            f"{device} ran out of memory with batches of {batch} images; choose a smaller --batch"
         ) from error
+
+
+def _run(detector: Detector, images: Tensor, with_logits: bool) -> tuple[Tensor, Tensor | None]:
+    logits = None
+    if with_logits:
+        if not isinstance(detector, Classifier):
+            raise DetectorError(
+                f"{detector.name} does not classify, so it gives no inception score"
+            )
+        features, logits = detector.features_and_logits(images)
+    else:
+        features = detector(images)
     if tuple(features.shape) != (len(images), detector.feature_dim):
         raise DetectorError(
             f"{detector.name} promised [{len(images)}, {detector.feature_dim}] features and "
@@ -128,9 +139,20 @@ def _run(detector: Detector, images: Tensor, with_logits: bool) -> tuple[Tensor,
 def _in_order(kept: _Kept, group: ProcessGroup) -> dict[str, np.ndarray]:
     """All processes' rows, sorted by their places; on rank 0."""
     found = {}
-    for name, parts in kept.items():
-        everyone = [part for rank in group.gather(parts) for part in rank]
-        if everyone:
-            places = np.concatenate([places for places, _ in everyone])
-            found[name] = np.concatenate([rows for _, rows in everyone])[np.argsort(places)]
+    for name in list(kept):
+        everyone = [part for rank in group.gather(kept.pop(name)) for part in rank]
+        if not everyone:
+            continue
+        order = np.argsort(np.concatenate([places for places, _ in everyone]))
+        target = np.empty_like(order)
+        target[order] = np.arange(len(order))
+        # Block by block, each forgotten once copied: twice the features would be too much.
+        rows = np.empty([len(order), everyone[0][1].shape[1]], everyone[0][1].dtype)
+        begin = 0
+        everyone.reverse()
+        while everyone:
+            _, block = everyone.pop()
+            rows[target[begin : begin + len(block)]] = block
+            begin += len(block)
+        found[name] = rows
     return found

@@ -7,6 +7,7 @@ of your own with `register_detector`.
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from erk_guid.checkpoints.download import download
 from erk_guid.errors import ErkGuidError, MissingExtraError
 from erk_guid.files import sha256_of
 from erk_guid.networks.digits import load_digit_classifier
@@ -278,27 +280,26 @@ class _DINOv2:
 
 
 def fetch_weights(name: str, url: str) -> Path:
-    """The file of weights in torch.hub's cache, downloaded if it is not there.
+    """The file of weights in torch.hub's cache or our own, downloaded if it is in neither.
 
     Raises:
         DetectorError: it cannot be fetched; the message says which file to put where.
     """
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    path = folder / url.rpartition("/")[2]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if path.is_file():
         return path
-    stem = path.stem.rpartition("-")[2]  # torch.hub's convention: the first digits of the SHA-256
-    prefix = stem if len(stem) == 8 and set(stem) <= set("0123456789abcdef") else None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        print(f"Downloading {url} to {path}", file=sys.stderr)
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix)
-    except (OSError, RuntimeError, ValueError) as error:
+        found = download(url)
+        stem = path.stem.rpartition("-")[2]  # the names' convention: the first of the SHA-256
+        if re.fullmatch("[0-9a-f]{8}", stem) and not sha256_of(found).startswith(stem):
+            found.unlink()
+            raise DetectorError(f"what {url} sent is another file; the copy was deleted")
+    except ErkGuidError as error:
         raise DetectorError(
             f"cannot fetch the weights of {name} ({_first_line(error)}). Fetch {url} elsewhere and "
             f"put it at {path}, or give --detector-weights {name}=FILE"
         ) from error
-    return path
+    return found
 
 
 def _check_weights(name: str, path: Path) -> dict[str, Tensor]:

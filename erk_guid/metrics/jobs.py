@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import sys
@@ -17,10 +18,10 @@ import torch
 from erk_guid._version import __version__
 from erk_guid.datasets import ImageSource, open_images
 from erk_guid.errors import ErkGuidError
-from erk_guid.files import write_bytes
+from erk_guid.files import check_writable, write_bytes
 from erk_guid.generation import generate
 from erk_guid.metrics.bootstrap import bootstrap_distances
-from erk_guid.metrics.collecting import Block, Collected, blocks, collect
+from erk_guid.metrics.collecting import Block, Collected, blocks, collect, reporting_memory
 from erk_guid.metrics.detectors import Detector, check_detector_name, describe, load_detector
 from erk_guid.metrics.frechet import frechet_distance
 from erk_guid.metrics.references import (
@@ -53,18 +54,21 @@ class Scoring:
 
         Raises:
             ErkGuidError: an unknown metric, weights for a metric that is not asked for, or a
-                file of features that cannot be written.
+                file that cannot be written.
         """
         for name in self.metrics:
             check_detector_name(name)
-        for name in self.detector_weights:
-            if name not in self.metrics:
+        check_weights_are_used(self.detector_weights, self.metrics)
+        if self.bootstrap == 1:
+            raise ErkGuidError("--bootstrap 1: a standard error needs at least 2 resamples")
+        if self.features is not None:
+            if self.features.suffix != ".npz":
                 raise ErkGuidError(
-                    f"--detector-weights {name}=...: {name} is not among the metrics "
-                    f"{', '.join(self.metrics)}"
+                    f"cannot write features to {self.features}: end its name in .npz"
                 )
-        if self.features is not None and self.features.suffix != ".npz":
-            raise ErkGuidError(f"cannot write features to {self.features}: end its name in .npz")
+            check_writable(self.features)
+        if self.json is not None:
+            check_writable(self.json)
 
     def open_detectors(self, device: torch.device, group: ProcessGroup) -> list[Detector]:
         """Load the detectors, rank 0 first: it downloads, the others find the files."""
@@ -90,21 +94,27 @@ def calc(images: Path, ref: str, scoring: Scoring) -> dict[str, Any]:
     Raises:
         ErkGuidError: anything the user can put right.
     """
-    scoring.check()
     device = choose_device(scoring.device)
     with process_group(device) as group:
-        group.agree(lambda: tell_ignored(images))
+
+        def look() -> Reference:
+            scoring.check()
+            tell_ignored(images)
+            choose(open_images(images), scoring.num, scoring.seed)
+            return read_reference(ref)
+
+        # Rank 0 looks first and says alone what is wrong.
+        reference = group.agree(look)
         source = open_images(images)
         chosen = choose(source, scoring.num, scoring.seed)
-        reference = group.agree(lambda: read_reference(ref))
         detectors = scoring.open_detectors(device, group)
-        _check_reference(reference, detectors)
+        group.agree(lambda: _check_reference(reference, detectors))
         parts = blocks(chosen, scoring.batch, group)
         collected = collect(
             read_blocks(source, parts, scoring.workers), detectors, device,
             group=group, total=sum(map(len, parts)), keep_features=_keeps(scoring),
         )  # fmt: skip
-        about = {"path": str(images), "available": len(source), "names": _names(source, chosen)}
+        about = {"path": str(images), "available": len(source), "names": names_of(source, chosen)}
         return _finish(scoring, collected, reference, detectors, device, group, about)
 
 
@@ -113,14 +123,18 @@ def gen(recipe: Recipe, ref: str, scoring: Scoring) -> dict[str, Any]:
 
     Returns and raises as `calc`.
     """
-    scoring.check()
     device = recipe.choose_device()
-    _check_count(scoring.num, "--num")
     with process_group(device) as group:
-        reference = group.agree(lambda: read_reference(ref))
+
+        def look() -> Reference:
+            scoring.check()
+            _check_count(scoring.num, "--num")
+            return read_reference(ref)
+
+        reference = group.agree(look)
         models = recipe.open(device, group)
         detectors = scoring.open_detectors(device, group)
-        _check_reference(reference, detectors)
+        group.agree(lambda: _check_reference(reference, detectors))
         parts = blocks(range(scoring.num), recipe.batch, group)
 
         def source() -> Iterator[Block]:
@@ -130,8 +144,9 @@ def gen(recipe: Recipe, ref: str, scoring: Scoring) -> dict[str, Any]:
                 batches = generate(
                     models.loaded.net, seeds, batch_size=len(seeds), **models.generation_options
                 )
-                for batch in batches:
-                    yield part, batch.images
+                with reporting_memory(device, len(seeds)):
+                    images = torch.cat([batch.images for batch in batches])
+                yield part, images
 
         collected = collect(
             source(), detectors, device,
@@ -165,16 +180,21 @@ def make_reference(
     Raises:
         ErkGuidError: anything the user can put right.
     """
-    scoring.check()
-    check_destination(dest)
-    if keep and dest.suffix != ".npz":
-        raise ErkGuidError(f"--keep-features needs a .npz, not {dest}")
     device = choose_device(scoring.device)
     with process_group(device) as group:
-        group.agree(lambda: tell_ignored(data))
+
+        def look() -> None:
+            scoring.check()
+            check_destination(dest)
+            if keep and dest.suffix != ".npz":
+                raise ErkGuidError(f"--keep-features needs a .npz, not {dest}")
+            tell_ignored(data)
+            count = len(range(len(open_images(data)))[first:last])
+            _check_count(count, f"{data}, from image {first} on,")
+
+        group.agree(look)
         source = open_images(data)
         indices = range(len(source))[first:last]
-        _check_count(len(indices), f"{data}, images {first} to {last or len(source)},")
         detectors = scoring.open_detectors(device, group)
         parts = blocks(indices, scoring.batch, group)
         collected = collect(
@@ -196,6 +216,18 @@ def make_reference(
         }
         write_reference(dest, collected.statistics, features, about)
         return {name: s.count or 0 for name, s in collected.statistics.items()}
+
+
+def check_weights_are_used(weights: Mapping[str, str], metrics: Sequence[str]) -> None:
+    """
+    Raises:
+        ErkGuidError: weights for a detector that is not asked for.
+    """
+    for name in weights:
+        if name not in metrics:
+            raise ErkGuidError(
+                f"--detector-weights {name}=...: {name} is not among {', '.join(metrics)}"
+            )
 
 
 def choose(source: ImageSource, num: int, seed: int) -> list[int]:
@@ -253,8 +285,11 @@ def _keeps(scoring: Scoring) -> bool:
     return scoring.features is not None or scoring.bootstrap > 0
 
 
-def _names(source: ImageSource, chosen: Sequence[int]) -> dict[str, str]:
-    return {"first": source.names[chosen[0]], "last": source.names[chosen[-1]]}
+def names_of(source: ImageSource, chosen: Sequence[int]) -> dict[str, str]:
+    """Which images were taken: the first, the last, and a digest of all their names."""
+    names = [source.names[i] for i in chosen]
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    return {"first": names[0], "last": names[-1], "sha256": digest}
 
 
 def _finish(

@@ -60,7 +60,7 @@ def precision_recall(
 
 
 def _features(value: Any, name: str, k: int) -> Tensor:
-    features = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    features = value.detach() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
     if features.ndim != 2 or not features.dtype.is_floating_point:
         raise ValueError(
             f"{name} features must be floating-point [n, d], got {features.dtype} "

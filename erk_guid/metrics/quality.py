@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,13 +13,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from erk_guid.datasets import ImageSource, open_images
+from erk_guid.datasets import ImageSource, holds_images, open_images
 from erk_guid.errors import ErkGuidError, MissingExtraError
+from erk_guid.files import sha256_of
 from erk_guid.metrics.collecting import Collected, blocks, collect
 from erk_guid.metrics.detectors import Detector, check_detector_name, describe, load_detector
-from erk_guid.metrics.jobs import read_blocks, tell_ignored, versions
+from erk_guid.metrics.jobs import (
+    check_weights_are_used,
+    names_of,
+    read_blocks,
+    tell_ignored,
+    versions,
+)
 from erk_guid.metrics.neighbours import NEIGHBOURS, precision_recall
-from erk_guid.metrics.references import SHIPPED, read_reference
+from erk_guid.metrics.references import SHIPPED, locate_reference, read_reference
 from erk_guid.runtime import ProcessGroup, choose_device
 
 METRICS = ("precision", "recall", "is")
@@ -81,8 +89,17 @@ class _Set:
     images: ImageSource | None = None
     features: Mapping[str, np.ndarray] = field(default_factory=dict)
 
-    def __len__(self) -> int:
-        return len(self.images) if self.images is not None else 0
+    def record(self) -> dict[str, Any]:
+        """What identifies the set, in JSON's types."""
+        if self.images is None:
+            return {"path": self.path, "sha256": sha256_of(locate_reference(self.path))}
+        return {"path": self.path, "names": names_of(self.images, range(len(self.images)))}
+
+
+def _count(side: _Set, detector: str) -> int:
+    if side.images is not None:
+        return len(side.images)
+    return len(side.features.get(detector, ()))
 
 
 def quality(job: Quality) -> dict[str, Any]:
@@ -95,30 +112,37 @@ def quality(job: Quality) -> dict[str, Any]:
     Raises:
         ErkGuidError: anything the user can put right.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ErkGuidError("precision and recall run in one process; start it without torchrun")
     device = choose_device(job.device)
     manifold = job.detector or MANIFOLD_DETECTOR
     classifier = job.detector or SCORE_DETECTOR
     compares = bool({"precision", "recall"} & set(job.metrics))
     scores = "is" in job.metrics
-    for name in (manifold, classifier, *job.detector_weights):
+    used = [name for name, needed in ((manifold, compares), (classifier, scores)) if needed]
+    for name in used:
         check_detector_name(name)
+    check_weights_are_used(job.detector_weights, used)
     generated = _open(str(job.generated), classifier if scores else manifold)
     if scores and generated.images is None:
         raise ErkGuidError(f"{job.generated} holds features; the inception score needs images")
-    real = _open(job.real, manifold) if compares else None
+    real = _open(job.real, manifold, shipped=True) if compares else None
     try:
         _check_counts(job, generated, real, manifold)
-        detectors: dict[str, Detector] = {}
-        for name, needed in ((manifold, compares), (classifier, scores)):
-            if needed and name not in detectors:
-                detectors[name] = load_detector(name, device, job.detector_weights.get(name))
+        detectors: dict[str, Detector] = {
+            name: load_detector(name, device, job.detector_weights.get(name))
+            for name in dict.fromkeys(used)
+        }
         result: dict[str, Any] = {}
         made = {
-            name: _collect(job, generated, detectors[name], device, scores and name == classifier)
-            for name in detectors
-        }
+            name: _collect(
+                job, generated, detector, device,
+                features=compares and name == manifold, logits=scores and name == classifier,
+            )
+            for name, detector in detectors.items()
+        }  # fmt: skip
         if real is not None:
-            theirs = _collect(job, real, detectors[manifold], device, False)
+            theirs = _collect(job, real, detectors[manifold], device, features=True, logits=False)
             a, b = theirs.features[manifold], made[manifold].features[manifold]
             with tqdm(total=2 * (len(a) + len(b)), desc="neighbours", unit="row") as bar:
                 found = precision_recall(
@@ -131,7 +155,7 @@ def quality(job: Quality) -> dict[str, Any]:
                 if name in job.metrics
             }
             result["k"] = job.k
-            result["num_real"], result["real"] = len(a), job.real
+            result["num_real"], result["real"] = len(a), real.record()
         if scores:
             mean, deviation = inception_score(made[classifier].logits[classifier])
             result["inception_score_mean"], result["inception_score_std"] = mean, deviation
@@ -140,8 +164,8 @@ def quality(job: Quality) -> dict[str, Any]:
         raise ErkGuidError(str(error)) from error
     return {
         **result,
-        "num_generated": len(next(iter(made.values())).features[next(iter(made))]),
-        "generated": str(job.generated),
+        "num_generated": _count(generated, manifold),
+        "generated": generated.record(),
         "detectors": [describe(d) for d in detectors.values()],
         "batch": job.batch,
         "device": str(device),
@@ -149,22 +173,20 @@ def quality(job: Quality) -> dict[str, Any]:
     }
 
 
-def _open(source: str, detector: str) -> _Set:
+def _open(source: str, detector: str, shipped: bool = False) -> _Set:
     """Images, or a file with features (an .npz that `ref` or `calc --features` wrote)."""
     path = Path(source).expanduser()
-    if source == SHIPPED and not path.exists():
-        return _Set(source, None, read_reference(source).features)
+    features = shipped and source == SHIPPED and not path.exists()
     if path.suffix == ".npz" and path.is_file():
-        with np.load(path, allow_pickle=False) as data:
-            plain = "images" in data.files
-        if not plain:
-            reference = read_reference(source)
-            if detector not in reference.features:
-                raise ErkGuidError(
-                    f"{source} holds no features of {detector}; it has "
-                    f"{', '.join(reference.features) or 'none'}"
-                )
-            return _Set(source, None, reference.features)
+        features = not holds_images(path)
+    if features:
+        reference = read_reference(source)
+        if detector not in reference.features:
+            raise ErkGuidError(
+                f"{source} holds no features of {detector}; it has "
+                f"{', '.join(reference.features) or 'none'} (see --detector)"
+            )
+        return _Set(source, None, reference.features)
     if source == REAL and not path.exists():
         raise ErkGuidError(
             f"there is no folder {REAL} here; name the folder of real images with --real"
@@ -175,35 +197,40 @@ def _open(source: str, detector: str) -> _Set:
 
 def _check_counts(job: Quality, generated: _Set, real: _Set | None, manifold: str) -> None:
     for side in (generated, real):
-        if side is None:
-            continue
-        count = len(side) if side.images is not None else len(side.features.get(manifold, ()))
-        if real is not None and count <= job.k:
+        if side is not None and real is not None and _count(side, manifold) <= job.k:
             raise ErkGuidError(
-                f"{side.path} has {count} images; --k {job.k} needs at least {job.k + 1}"
+                f"{side.path} has {_count(side, manifold)} images; --k {job.k} needs at least "
+                f"{job.k + 1}"
             )
-    if "is" in job.metrics and len(generated) < SPLITS:
+    if "is" in job.metrics and _count(generated, manifold) < SPLITS:
         raise ErkGuidError(
-            f"{generated.path} has {len(generated)} images; the inception score's {SPLITS} splits "
-            "need at least as many"
+            f"{generated.path} has {_count(generated, manifold)} images; the inception score's "
+            f"{SPLITS} splits need at least as many"
         )
 
 
 def _collect(
-    job: Quality, side: _Set, detector: Detector, device: torch.device, logits: bool
+    job: Quality,
+    side: _Set,
+    detector: Detector,
+    device: torch.device,
+    *,
+    features: bool,
+    logits: bool,
 ) -> Collected:
     if side.images is None:
-        if detector.name not in side.features:
+        rows = side.features[detector.name].astype(np.float32)
+        if rows.ndim != 2 or rows.shape[1] != detector.feature_dim:
             raise ErkGuidError(
-                f"{side.path} holds no features of {detector.name}; it has "
-                f"{', '.join(side.features) or 'none'}"
+                f"{side.path}: its features of {detector.name} are {list(rows.shape)}, not "
+                f"[N, {detector.feature_dim}]"
             )
-        return Collected({}, {detector.name: side.features[detector.name].astype(np.float32)})
+        return Collected({}, {detector.name: rows})
     parts = blocks(range(len(side.images)), job.batch, ProcessGroup())
     return collect(
         read_blocks(side.images, parts, job.workers), [detector], device,
         total=len(side.images), description=Path(side.path).name,
-        keep_features=True, keep_logits=logits,
+        statistics=False, keep_features=features, keep_logits=logits,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from erk_guid.checkpoints.download import download, is_url
 from erk_guid.checkpoints.inert import array_of, read_pickle
 from erk_guid.errors import ErkGuidError
-from erk_guid.files import replacing, sha256_of
+from erk_guid.files import check_writable, replacing, sha256_of
 from erk_guid.metrics.statistics import Statistics
 
 FOLDER = Path("dataset-refs")
@@ -114,7 +114,12 @@ def read_reference(source: str | Path) -> Reference:
         return _read_npz(source, path) if packed else _read_pkl(source, path)
     except ErkGuidError as error:
         raise ReferenceFileError(f"{source}: {error}") from error
-    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+    except MemoryError as error:
+        raise ReferenceFileError(f"{source}: it needs more memory than there is") from error
+    except (
+        OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, NotImplementedError,
+        zipfile.BadZipFile, zlib.error,
+    ) as error:  # fmt: skip
         raise ReferenceFileError(f"{source}: cannot read it: {error}") from error
 
 
@@ -195,6 +200,7 @@ def check_destination(dest: Path) -> None:
     """
     if dest.suffix not in SUFFIXES:
         raise ReferenceFileError(f"cannot write {dest}: end its name in {' or '.join(SUFFIXES)}")
+    check_writable(dest)
 
 
 def write_reference(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cached_property
@@ -26,12 +26,12 @@ from erk_guid.metrics.references import Reference, read_reference
 from erk_guid.reproduce.plots import Curve, draw
 from erk_guid.reproduce.runner import (
     RESAMPLES,
+    Plan,
     Reproduction,
-    features_path,
-    grid_path,
     plan,
     read_results,
     result_of,
+    spell,
 )
 from erk_guid.reproduce.tables import CAPTIONS, PAPER_NUM, TABLES, Row
 
@@ -59,7 +59,8 @@ class Change:
 
     def __str__(self) -> str:
         scatter = "" if self.error is None else f" ± {_number(self.error, sign=False)}"
-        return f"{_number(self.value, sign=True)}{scatter} ({100 * self.relative:+.0f} %)"
+        percent = f"{100 * self.relative:+.0f} %".replace("-", "−")
+        return f"{_number(self.value, sign=True)}{scatter} ({percent})"
 
 
 @dataclass(frozen=True)
@@ -98,17 +99,21 @@ class Findings:
         self.rows = [row for table in tables for row in TABLES[table]]
 
     @cached_property
-    def by_row(self) -> dict[str, Any]:
-        """Result by row id, for rows that were run with this job's settings."""
+    def plans(self) -> dict[str, Plan]:
+        """Plan by row id, for rows that this job can run."""
         found = {}
         for row in self.rows:
             try:
-                result = result_of(self.results, plan(self.job, row).key)
+                found[row.id] = plan(self.job, row)
             except ErkGuidError:
                 continue
-            if result:
-                found[row.id] = result
         return found
+
+    @cached_property
+    def by_row(self) -> dict[str, Any]:
+        """Result by row id, for rows that were run with this job's settings."""
+        found = {name: result_of(self.job, self.results, p) for name, p in self.plans.items()}
+        return {name: result for name, result in found.items() if result}
 
     @cached_property
     def metrics(self) -> list[str]:
@@ -127,8 +132,9 @@ class Findings:
 
     @property
     def comparable(self) -> bool:
-        """Whether the paper has numbers of these very models."""
-        return self.job.model is None and any(row.paper for row in self.rows)
+        """Whether the paper has numbers of these very models, scored alike."""
+        numbers = any(row.paper for row in self.rows)
+        return numbers and bool(self.plans) and all(p.papers for p in self.plans.values())
 
     def baseline(self, row: Row) -> Row | None:
         return next((r for r in self.rows if r.group == row.group and not r.guided), None)
@@ -148,7 +154,8 @@ class Findings:
         ours, plain = self.score(row, metric), self.score(baseline, metric)
         if ours is None or plain is None:
             return None
-        return Change(ours - plain, ours / plain - 1, self._paired.get((row.id, metric)))
+        relative = ours / plain - 1 if plain else math.inf
+        return Change(ours - plain, relative, self._paired.get((row.id, metric)))
 
     @cached_property
     def references(self) -> dict[str, Reference]:
@@ -161,55 +168,59 @@ class Findings:
                 continue  # scored elsewhere; the scores stand without it
         return found
 
-    @cached_property
-    def features(self) -> dict[tuple[str, str], np.ndarray]:
-        """(row, metric) to features, of rows that kept them."""
-        found = {}
-        for row_id in self.by_row:
-            path = features_path(self.job, row_id)
-            if path.is_file():
-                for metric, rows in read_reference(path).features.items():
-                    found[row_id, metric] = rows
-        return found
+    def _features(self, row: Row, metric: str) -> np.ndarray | None:
+        """The features of a row that kept them; read when needed, for they may be large."""
+        path = self.plans[row.id].features
+        if row.id not in self.by_row or not path.is_file():
+            return None
+        return read_reference(path).features.get(metric)
 
     @cached_property
     def _paired(self) -> dict[tuple[str, str], float]:
         """Standard errors of differences: all rows of a group are resampled alike."""
-        errors = {}
-        groups = dict.fromkeys(row.group for row in self.rows)
-        for group in groups:
-            members = [row for row in self.rows if row.group == group]
+        errors: dict[tuple[str, str], float] = {}
+        for group in dict.fromkeys(row.group for row in self.rows):
+            members = [r for r in self.rows if r.group == group and r.id in self.by_row]
             for metric in self.metrics:
-                kept = [r for r in members if (r.id, metric) in self.features]
-                plain = next((k for k, r in enumerate(kept) if not r.guided), None)
-                reference = self._reference(kept[0], metric) if kept else None
-                if plain is None or reference is None:
-                    continue
-                distances = bootstrap_distances(
-                    [self.features[r.id, metric] for r in kept],
-                    reference.of(metric),
-                    self.job.bootstrap or RESAMPLES,
-                )
-                apart = distances - distances[:, plain : plain + 1]
-                for row, error in zip(kept, apart.std(0, ddof=1), strict=True):
-                    errors[row.id, metric] = float(error)
+                errors |= self._paired_in(members, metric)
         return errors
+
+    def _paired_in(self, members: Sequence[Row], metric: str) -> dict[tuple[str, str], float]:
+        kept = {r: f for r in members if (f := self._features(r, metric)) is not None}
+        plain = next((r for r in kept if not r.guided), None)
+        reference = self._reference(plain, metric) if plain else None
+        if plain is None or reference is None or self.job.bootstrap == 0:
+            return {}
+        try:
+            distances = bootstrap_distances(
+                list(kept.values()), reference.of(metric), self.job.bootstrap or RESAMPLES
+            )
+        except ValueError:  # features that do not go together: then there is nothing to pair
+            return {}
+        apart = distances - distances[:, [list(kept).index(plain)]]
+        spread = apart.std(0, ddof=1)
+        return {(r.id, metric): float(e) for r, e in zip(kept, spread, strict=True)}
 
     def _reference(self, row: Row, metric: str) -> Reference | None:
         reference = self.references.get(self.by_row[row.id]["key"]["ref"])
         return reference if reference and metric in reference.statistics else None
 
+    @cached_property
+    def _qualities(self) -> dict[tuple[str, str], tuple[float, float]]:
+        found = {}
+        for row in self.rows:
+            for metric in self.metrics if row.id in self.by_row else ():
+                features = self._features(row, metric)
+                reference = self._reference(row, metric) if features is not None else None
+                if reference is not None and metric in reference.features:
+                    found[row.id, metric] = precision_recall(
+                        real=reference.features[metric].astype(np.float32), generated=features
+                    )
+        return found
+
     def precision_recall(self, row: Row, metric: str) -> tuple[float, float] | None:
         """Where the row's and the reference's features were kept."""
-        if (row.id, metric) not in self.features:
-            return None
-        reference = self._reference(row, metric)
-        if reference is None or metric not in reference.features:
-            return None
-        return precision_recall(
-            real=reference.features[metric].astype(np.float32),
-            generated=self.features[row.id, metric],
-        )
+        return self._qualities.get((row.id, metric))
 
 
 def write_report(job: Reproduction) -> list[Path]:
@@ -261,22 +272,32 @@ def _name(metric: str) -> str:
 
 
 def _facts(findings: Findings) -> list[tuple[str, str]]:
-    job = findings.job
-    seeds = job.chosen_seeds
-    facts = [
-        ("Model", findings.model),
-        ("Images per row", f"{len(seeds):,}, seeds {seeds[0]} to {seeds[-1]}"),
-    ]
-    latest = next(reversed(findings.by_row.values()), None)
-    if latest:
-        about, detectors = latest["reference"], latest["detectors"]
+    """What the numbers depend on; all values that occur, should rows differ."""
+    seeds = findings.job.chosen_seeds
+    spelled = spell(seeds)
+    several = spelled if len(spelled) < 60 else f"{spelled[:57]}…"
+    results = findings.by_row.values()
+
+    def distinct(describe: Callable[[Any], str]) -> str:
+        return "; ".join(dict.fromkeys(map(describe, results)))
+
+    facts = [("Model", findings.model), ("Images per row", f"{len(seeds):,}, seeds {several}")]
+    if results:
         facts += [
-            ("Reference", f"{about['source']} (SHA-256 {about['sha256'][:12]}…)"),
-            ("Detectors", "; ".join(f"{d['name']}: {d['preprocessing']}" for d in detectors)),
-            ("Device", f"{latest['device']}, {latest['processes']} process(es)"),
-            ("Versions", ", ".join(f"{k} {v}" for k, v in latest["versions"].items())),
-        ]  # fmt: skip
+            ("Reference", distinct(lambda r: _reference_fact(r["reference"]))),
+            ("Detectors", distinct(lambda r: "; ".join(map(_detector_fact, r["detectors"])))),
+            ("Device", distinct(lambda r: f"{r['device']}, {r['processes']} process(es)")),
+            ("Versions", distinct(lambda r: ", ".join(map(" ".join, r["versions"].items())))),
+        ]
     return facts
+
+
+def _reference_fact(reference: Mapping[str, Any]) -> str:
+    return f"{reference['source']} (SHA-256 {reference['sha256'][:12]}…)"
+
+
+def _detector_fact(detector: Mapping[str, Any]) -> str:
+    return f"{detector['name']}: {detector['preprocessing']}"
 
 
 def _summary(findings: Findings) -> list[str]:
@@ -284,10 +305,10 @@ def _summary(findings: Findings) -> list[str]:
     rows = [r for r in findings.rows if r.refusal is None]
     done = [r for r in rows if r.id in findings.by_row]
     lines = [f"{len(done)} of {len(rows)} rows measured."]
-    if findings.job.model is not None and any(row.paper for row in rows):
+    if not findings.comparable and any(row.paper for row in rows):
         lines.append(
-            f"The model is {findings.job.model}, not the paper's: the paper's numbers stand "
-            "beside its own for orientation and are not comparable."
+            f"The model ({findings.model}) or its scoring is not the paper's: the paper's "
+            "numbers stand beside for orientation and are not comparable."
         )
     elif findings.comparable and len(findings.job.chosen_seeds) < PAPER_NUM:
         lines.append(
@@ -467,9 +488,9 @@ def _samples(findings: Findings) -> list[tuple[str, list[Picture]]]:
     """By group of rows, the grids of the same seeds."""
     groups: dict[str, list[Picture]] = {}
     for row in findings.rows:
-        path = grid_path(findings.job.outdir, row)
-        if row.id not in findings.by_row or not path.is_file():
+        if row.id not in findings.by_row or not findings.plans[row.id].grid.is_file():
             continue
+        path = findings.plans[row.id].grid
         name = f"{row.steps} steps" + ("" if row.family == "plain" else f", {row.family}")
         relative = path.relative_to(findings.job.outdir)
         groups.setdefault(name, []).append(Picture(row.title, relative, _embedded(path)))

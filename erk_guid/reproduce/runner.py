@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import json
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,11 +23,12 @@ from PIL import Image
 
 from erk_guid.checkpoints.presets import PRESETS
 from erk_guid.errors import ErkGuidError
-from erk_guid.files import write_bytes
+from erk_guid.files import sha256_of, write_bytes
 from erk_guid.jobs import image_path
 from erk_guid.metrics.detectors import check_detector_name
 from erk_guid.pictures import save_picture, tile
 from erk_guid.reproduce.tables import FIRST_SEED, PAPER_BATCH, PAPER_NUM, Row
+from erk_guid.runtime import choose_device
 
 RESULTS, LINES = "results.jsonl", "result.txt"
 GRID_IMAGES, GRID_COLUMNS, GRID_SIDE = 24, 8, 128
@@ -38,7 +42,7 @@ class Reproduction:
 
     rows: Sequence[Row]
     outdir: Path = Path("output")
-    num: int = PAPER_NUM
+    num: int | None = None
     seeds: Sequence[int] | None = None
     batch: int = PAPER_BATCH
     gpus: int | None = None
@@ -49,14 +53,34 @@ class Reproduction:
     ref: str | None = None
     bootstrap: int | None = None
     detector_weights: Mapping[str, str] = field(default_factory=dict)
+    plugin: Sequence[str] = ()
     keep_images: bool = False
+
+    def check(self) -> None:
+        """
+        Raises:
+            ErkGuidError: options that cannot be followed, or contradict each other.
+        """
+        if self.gnet is not None and self.model is None:
+            raise ErkGuidError(f"--gnet {self.gnet} goes with --model; the paper's are presets")
+        if self.seeds is not None and self.num is not None and len(self.seeds) != self.num:
+            raise ErkGuidError(
+                f"--seeds lists {len(self.seeds)} seeds, --num asks for {self.num} images; leave "
+                "one of them out"
+            )
+        if len(self.chosen_seeds) < 2:
+            raise ErkGuidError(
+                f"{len(self.chosen_seeds)} images are too few; scores need at least 2"
+            )
+        if self.bootstrap == 1:
+            raise ErkGuidError("--bootstrap 1: a standard error needs at least 2 resamples")
 
     @property
     def chosen_seeds(self) -> list[int]:
-        """The first `num` of `seeds`, by default counted from 100000."""
-        if self.seeds is None:
-            return list(range(FIRST_SEED, FIRST_SEED + self.num))
-        return list(self.seeds)[: self.num]
+        """`seeds`, or `num` of them (by default the paper's 50,000) from 100000."""
+        if self.seeds is not None:
+            return list(self.seeds)
+        return list(range(FIRST_SEED, FIRST_SEED + (self.num or PAPER_NUM)))
 
     @property
     def processes(self) -> int:
@@ -72,15 +96,35 @@ class Plan:
 
     Attributes:
         generate, score: command lines; 'python' and 'torchrun' stand for this interpreter's.
-        key: a result with the same key need not be made again.
+        key: all that the scores depend on; a result with the same key need not be made again.
+        name: of the row's files: its id, and a few digits that stand for the key.
+        papers: whether model, reference and detectors are the paper's, so that its numbers can
+            be compared.
     """
 
     row: Row
+    outdir: Path
     generate: list[str]
     score: list[str]
     key: dict[str, Any]
-    images: Path
-    scores: Path
+    name: str
+    papers: bool
+
+    @property
+    def images(self) -> Path:
+        return self.outdir / "images" / self.name
+
+    @property
+    def scores(self) -> Path:
+        return self.outdir / "scores" / f"{self.name}.json"
+
+    @property
+    def features(self) -> Path:
+        return self.outdir / "features" / f"{self.name}.npz"
+
+    @property
+    def grid(self) -> Path:
+        return self.outdir / "grids" / f"{self.name}.png"
 
     def lines(self, keep_images: bool) -> Iterator[str]:
         """The commands as a shell would take them."""
@@ -100,29 +144,8 @@ def plan(job: Reproduction, row: Row) -> Plan:
         raise ErkGuidError(f"row {row.id} {row.refusal}")
     model = _model_options(job, row)
     metrics, ref = _scoring(job, row)
-    resamples = _resamples(job, metrics)
-    seeds = _spell(job.chosen_seeds)
-    images = job.outdir / "images" / row.id
-    scores = job.outdir / "scores" / f"{row.id}.json"
-    launcher = ["python", "-m", "erk_guid"]
-    if job.processes > 1:
-        # Behind '--' torchrun does not take --num for an abbreviation of an option of its own.
-        nproc = f"--nproc_per_node={job.processes}"
-        launcher = ["torchrun", "--standalone", nproc, "-m", "--", "erk_guid"]
-    device = [f"--device={job.device}"] if job.device else []
-    erk = [f"--w_stiff={row.w_stiff:g}", f"--w_con={row.w_con:g}"] if row.guided else []
-    generate = [
-        *launcher, "generate", *model, f"--outdir={images}", "--subdirs", f"--seeds={seeds}",
-        f"--batch={job.batch}", f"--steps={row.steps}", *erk, *device, "--resume",
-    ]  # fmt: skip
-    score = [
-        *launcher, "metrics", "calc", f"--images={images}", f"--ref={ref}",
-        f"--metrics={','.join(metrics)}", f"--num={len(job.chosen_seeds)}", *device,
-        *(f"--detector-weights={name}={path}" for name, path in job.detector_weights.items()),
-        f"--json={scores}",
-    ]  # fmt: skip
-    if resamples:
-        score += [f"--bootstrap={resamples}", f"--features={features_path(job, row.id)}"]
+    seeds = spell(job.chosen_seeds)
+    device = job.device.partition(":")[0] if job.device else choose_device().type
     key = {
         "row": row.id,
         "model": model,
@@ -130,15 +153,70 @@ def plan(job: Reproduction, row: Row) -> Plan:
         "w_stiff": row.w_stiff,
         "w_con": row.w_con,
         "seeds": seeds,
-        "metrics": list(metrics),
+        "metrics": metrics,
         "ref": ref,
+        "detector_weights": dict(job.detector_weights),
+        "device": device,  # each kind has random numbers of its own
+        "files": _fingerprints([*model, ref, *job.detector_weights.values(), *job.plugin]),
     }
-    return Plan(row, generate, score, key, images, scores)
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    standard = _known_scoring(row.model)
+    made = Plan(
+        row, job.outdir, [], [], key, f"{row.id}-{digest[:8]}",
+        papers=model[0] == f"--preset={row.model}"
+        and standard is not None
+        and ref == standard[1]
+        and not job.detector_weights,
+    )  # fmt: skip
+    made.generate.extend(_generate_command(job, made, model, seeds))
+    made.score.extend(_score_command(job, made, metrics, ref))
+    return made
 
 
-def features_path(job: Reproduction, row_id: str) -> Path:
-    """Where the features of a row are kept, if they are."""
-    return job.outdir / "features" / f"{row_id}.npz"
+def _launcher(job: Reproduction) -> list[str]:
+    if job.processes == 1:
+        return ["python", "-m", "erk_guid"]
+    # Behind '--' torchrun does not take --num for an abbreviation of an option of its own.
+    nproc = f"--nproc_per_node={job.processes}"
+    return ["torchrun", "--standalone", nproc, "-m", "--", "erk_guid"]
+
+
+def _generate_command(job: Reproduction, one: Plan, model: list[str], seeds: str) -> list[str]:
+    row = one.row
+    erk = [f"--w_stiff={row.w_stiff:g}", f"--w_con={row.w_con:g}"] if row.guided else []
+    return [
+        *_launcher(job), "generate", *model, f"--outdir={one.images}", "--subdirs",
+        f"--seeds={seeds}", f"--batch={job.batch}", f"--steps={row.steps}", *erk,
+        *_device(job), "--resume",
+    ]  # fmt: skip
+
+
+def _score_command(job: Reproduction, one: Plan, metrics: list[str], ref: str) -> list[str]:
+    command = [
+        *_launcher(job), "metrics", "calc", f"--images={one.images}", f"--ref={ref}",
+        f"--metrics={','.join(metrics)}", f"--num={len(job.chosen_seeds)}", *_device(job),
+        *(f"--detector-weights={name}={path}" for name, path in job.detector_weights.items()),
+        *(f"--plugin={plugin}" for plugin in job.plugin), f"--json={one.scores}",
+    ]  # fmt: skip
+    resamples = _resamples(job, metrics)
+    if resamples:
+        command += [f"--bootstrap={resamples}", f"--features={one.features}"]
+    return command
+
+
+def _device(job: Reproduction) -> list[str]:
+    return [f"--device={job.device}"] if job.device else []
+
+
+def _fingerprints(options: Sequence[str]) -> dict[str, str]:
+    """SHA-256 of the local files among the options' values."""
+    found = {}
+    for option in options:
+        value = option.partition("=")[2] if option.startswith("--") else option
+        path = Path(value.removeprefix("uncond:")).expanduser()
+        if path.is_file():
+            found[value] = sha256_of(path)
+    return found
 
 
 def _model_options(job: Reproduction, row: Row) -> list[str]:
@@ -146,18 +224,22 @@ def _model_options(job: Reproduction, row: Row) -> list[str]:
     strength = [] if row.guidance is None else [f"--guidance={row.guidance:g}"]
     if job.model is None:
         return [f"--preset={row.model}", *strength]
-    preset = job.model if row.family == "plain" else f"{job.model}-{row.family}"
-    if preset in PRESETS:
-        return [f"--preset={preset}", *strength]
-    net = [f"--preset={job.model}" if job.model in PRESETS else f"--net={job.model}"]
+    given = PRESETS.get(job.model)
+    net = [f"--preset={job.model}" if given else f"--net={job.model}"]
     if row.family == "plain":
-        return net
-    gnet = job.gnet or (f"uncond:{job.model}" if row.family == "guid" else None)
+        # A preset may bring model guidance with it, which these rows are without.
+        return [*net, "--guidance=1"] if given and given.gnet else net
+    gnet = job.gnet if row.family == "autog" else None
     if gnet is None:
-        raise ErkGuidError(
-            f"row {row.id} guides {job.model} by a weaker network: name one with --gnet, or leave "
-            "the row out with --table or --row"
-        )
+        preset = f"{job.model}-{row.family}"
+        if preset in PRESETS:
+            return [f"--preset={preset}", *strength]
+        if row.family == "autog":
+            raise ErkGuidError(
+                f"row {row.id} guides {job.model} by a weaker network: name one with --gnet, or "
+                "leave the row out with --table or --row"
+            )
+        gnet = f"uncond:{job.model}"
     own = PRESETS[row.model].guidance if row.guidance is None else row.guidance
     return [*net, f"--gnet={gnet}", f"--guidance={own:g}"]
 
@@ -167,12 +249,18 @@ _KNOWN_SCORING = {
     "edm2-img512": (["fid", "fd_dinov2"], "img512"),
     "edm2-img64": (["fid", "fd_dinov2"], "img64"),
 }
-"""Beginning of a model's name to metrics and reference."""
+"""Beginning of a preset's name to metrics and reference."""
+
+
+def _known_scoring(model: str) -> tuple[list[str], str] | None:
+    if model not in PRESETS:
+        return None
+    return next((v for k, v in _KNOWN_SCORING.items() if model.startswith(k)), None)
 
 
 def _scoring(job: Reproduction, row: Row) -> tuple[list[str], str]:
     model = job.model or row.model
-    known = next((v for k, v in _KNOWN_SCORING.items() if model.startswith(k)), None)
+    known = _known_scoring(model)
     if known is None and (job.metrics is None or job.ref is None):
         raise ErkGuidError(
             f"which data set does --model {model} belong to? Give --metrics and --ref"
@@ -190,7 +278,7 @@ def _resamples(job: Reproduction, metrics: Sequence[str]) -> int:
     return RESAMPLES if list(metrics) == ["fd_digits"] else 0
 
 
-def _spell(seeds: Sequence[int]) -> str:
+def spell(seeds: Sequence[int]) -> str:
     """'100000-100499', or the list itself where it is no range."""
     if list(seeds) == list(range(seeds[0], seeds[0] + len(seeds))):
         return f"{seeds[0]}-{seeds[-1]}"
@@ -198,30 +286,54 @@ def _spell(seeds: Sequence[int]) -> str:
 
 
 def read_results(outdir: Path) -> list[dict[str, Any]]:
-    """What `results.jsonl` says, oldest first; a line that a killed run cut short is left out."""
+    """What `results.jsonl` says, oldest first; a last line that was cut short is left out.
+
+    Raises:
+        ErkGuidError: another line is no result.
+    """
     path = outdir / RESULTS
-    results = []
     try:
         lines = path.read_text().splitlines()
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError) as error:
-        raise ErkGuidError(f"cannot read {path}: {error}") from error
+        raise ErkGuidError(f"cannot read {path}: {error}; mend or remove it") from error
+    results = []
     for number, line in enumerate(lines, 1):
-        try:
-            result = json.loads(line)
-            result["key"]["row"], result["scores"]
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):
-                continue
-            raise ErkGuidError(f"{path}, line {number} is no result; mend or remove it") from error
-        results.append(result)
+        result = _result(line)
+        if result is not None:
+            results.append(result)
+        elif number < len(lines):
+            raise ErkGuidError(f"{path}, line {number} is no result; mend or remove it")
     return results
 
 
-def result_of(results: Sequence[Mapping[str, Any]], key: Mapping[str, Any]) -> Any:
-    """The latest result with that key, or None."""
-    return next((r for r in reversed(results) if r["key"] == key), None)
+def _result(line: str) -> dict[str, Any] | None:
+    """A line of `results.jsonl`, or None if it is not a whole result."""
+    try:
+        result = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(result, dict) or not isinstance(result.get("key"), dict):
+        return None
+    for name in ("scores", "standard_errors"):
+        values = result.get(name)
+        if not isinstance(values, dict) or not all(isinstance(v, float) for v in values.values()):
+            return None
+    return result
+
+
+def result_of(job: Reproduction, results: Sequence[Mapping[str, Any]], one: Plan) -> Any:
+    """The latest result of that plan that has the standard errors asked for, or None."""
+    needed = set(one.key["metrics"]) if _resamples(job, one.key["metrics"]) else set()
+    return next(
+        (
+            r
+            for r in reversed(results)
+            if r["key"] == one.key and needed <= set(r["standard_errors"])
+        ),
+        None,
+    )
 
 
 def run(job: Reproduction) -> None:
@@ -230,37 +342,40 @@ def run(job: Reproduction) -> None:
     Raises:
         ErkGuidError: a row cannot be run, a command failed, or another run is at work there.
     """
-    if len(job.chosen_seeds) < 2:
-        raise ErkGuidError(f"{len(job.chosen_seeds)} images are too few; scores need at least 2")
+    job.check()
     plans = [plan(job, row) for row in job.rows]
+    # So that a polite end of this process ends the command it waits for, too.
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         job.outdir.mkdir(parents=True, exist_ok=True)
         with FileLock(job.outdir / ".lock", timeout=0):
-            _mend(job.outdir / RESULTS)
+            _mend(job.outdir)
             for number, one in enumerate(plans, 1):
                 heading = f"[{number}/{len(plans)}] {one.row.id}"
-                if result_of(read_results(job.outdir), one.key):
+                if result_of(job, read_results(job.outdir), one):
                     print(f"{heading}: already in {job.outdir / RESULTS}", flush=True)
-                    continue
-                print(f"{heading}: {one.row.steps} steps, {one.row.title}", flush=True)
-                _run_row(job, one)
+                else:
+                    print(f"{heading}: {one.row.steps} steps, {one.row.title}", flush=True)
+                    _run_row(job, one)
+                if not job.keep_images and one.images.exists():
+                    shutil.rmtree(one.images)
     except Timeout as error:
         raise ErkGuidError(f"another run is at work in {job.outdir}; choose --outdir") from error
     except OSError as error:
         raise ErkGuidError(f"cannot write to {job.outdir}: {error}") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _mend(path: Path) -> None:
+def _mend(outdir: Path) -> None:
     """Settle the line that a killed run left unfinished, so that the next begins a new one."""
-    if not path.exists() or path.read_bytes().endswith(b"\n"):
-        return
-    *lines, last = path.read_text().split("\n")
-    try:
-        json.loads(last)
-        lines.append(last)
-    except ValueError:
-        pass
-    write_bytes(path, "".join(f"{line}\n" for line in lines).encode())
+    path = outdir / RESULTS
+    results = read_results(outdir)  # refuses what is not ours to mend
+    if path.exists():
+        lines = path.read_text().splitlines()
+        if len(lines) > len(results) or not path.read_bytes().endswith(b"\n"):
+            whole = lines[: len(results)]
+            write_bytes(path, "".join(f"{line}\n" for line in whole).encode())
 
 
 def _run_row(job: Reproduction, one: Plan) -> None:
@@ -269,8 +384,14 @@ def _run_row(job: Reproduction, one: Plan) -> None:
     _call(one.row, one.generate)
     seconds = time.monotonic() - begun
     _call(one.row, one.score)
-    _keep_grid(job, one)
     scored = json.loads(one.scores.read_text())
+    seeds = job.chosen_seeds
+    if scored["images"]["available"] != len(seeds):
+        raise ErkGuidError(
+            f"{one.images} holds {scored['images']['available']} images, not the {len(seeds)} of "
+            "this row; remove the folder and run again"
+        )
+    _keep_grid(one, seeds)
     result = {
         "key": one.key,
         "scores": scored["scores"],
@@ -287,16 +408,14 @@ def _run_row(job: Reproduction, one: Plan) -> None:
         "versions": scored["versions"],
     }
     text = ", ".join(f"{name} {value:.4g}" for name, value in scored["scores"].items())
+    with open(job.outdir / RESULTS, "a") as file:
+        file.write(json.dumps(result) + "\n")
     with open(job.outdir / LINES, "a") as file:
         file.write(
             f"{result['finished']}  {one.row.id}: {' '.join(one.key['model'])}, steps "
             f"{one.row.steps}, {one.row.title}, {scored['num']} images: {text}\n"
         )
-    with open(job.outdir / RESULTS, "a") as file:
-        file.write(json.dumps(result) + "\n")
     print(f"  {text}", flush=True)
-    if not job.keep_images:
-        shutil.rmtree(one.images, ignore_errors=True)
 
 
 def _call(row: Row, command: Sequence[str]) -> None:
@@ -304,7 +423,8 @@ def _call(row: Row, command: Sequence[str]) -> None:
         "python": [sys.executable],
         "torchrun": [sys.executable, "-m", "torch.distributed.run"],
     }[command[0]]
-    done = subprocess.run([*real, *command[1:]], check=False)
+    die = _die_with_parent if sys.platform == "linux" else None
+    done = subprocess.run([*real, *command[1:]], check=False, preexec_fn=die)
     if done.returncode:
         raise ErkGuidError(
             f"row {row.id}: '{command[0]} ... {' '.join(command[1:])[:60]}...' ended with exit "
@@ -312,19 +432,20 @@ def _call(row: Row, command: Sequence[str]) -> None:
         )
 
 
-def grid_path(outdir: Path, row: Row) -> Path:
-    """Where the sample pictures of a row are kept."""
-    return outdir / "grids" / f"{row.id}.png"
+def _die_with_parent() -> None:
+    """In the child: be told to end when the parent is killed, lest two runs write one folder."""
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
-def _keep_grid(job: Reproduction, one: Plan) -> None:
+def _keep_grid(one: Plan, seeds: Sequence[int]) -> None:
     """The first images, small, for the report."""
     pictures = []
-    for seed in job.chosen_seeds[:GRID_IMAGES]:
+    for seed in seeds[:GRID_IMAGES]:
         with Image.open(image_path(one.images, seed, subdirs=True)) as image:
             picture = image.convert("RGB")
         if max(picture.size) > GRID_SIDE:
             picture.thumbnail((GRID_SIDE, GRID_SIDE), Image.Resampling.LANCZOS)
         pictures.append(picture)
     scale = max(1, 64 // pictures[0].width)
-    save_picture(grid_path(job.outdir, one.row), tile(pictures, GRID_COLUMNS, scale))
+    save_picture(one.grid, tile(pictures, GRID_COLUMNS, scale))
