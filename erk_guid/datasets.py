@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import zipfile
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,15 +20,14 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from erk_guid.errors import ErkGuidError
+from erk_guid.files import user_path
+from erk_guid.npz import NpzError, npz_names, read_npz
 
 FORMATS = {
-    "PNG": (".png", ".apng"),
+    "PNG": (".png",),
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "WEBP": (".webp",),
     "BMP": (".bmp",),
-    "TIFF": (".tif", ".tiff"),
-    "PPM": (".ppm", ".pgm", ".pnm"),
-    "GIF": (".gif",),
 }
 """Formats that are read; Pillow knows more, some of which run other programs."""
 
@@ -36,8 +35,8 @@ SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffi
 COMPANIONS = frozenset({"run.json", "dataset.json"})
 """Files that belong among images."""
 
-MAX_PIXELS = 1 << 26
-MAX_BYTES = 1 << 28
+MAX_PIXELS = 1 << 24
+MAX_BYTES = 1 << 26
 """Of one image, and of one file in a zip: nothing larger is unpacked."""
 
 
@@ -64,11 +63,15 @@ class ImageSource:
     def __len__(self) -> int:
         return len(self.names)
 
-    def read(self, index: int) -> np.ndarray:
+    def read(self, index: int, size: tuple[int, ...] | None = None) -> np.ndarray:
         """One image, uint8 [C, H, W] with C of 1 or 3.
 
+        Args:
+            size: (H, W) that it must have; an image of another size is not even decoded.
+
         Raises:
-            DatasetError: it cannot be read, or is neither 8-bit RGB nor 8-bit greyscale.
+            DatasetError: it cannot be read, is neither 8-bit RGB nor 8-bit greyscale, or has
+                another size.
         """
         name = self.names[index]
         if self._arrays is not None:
@@ -76,13 +79,15 @@ class ImageSource:
             return image
         assert self._read is not None
         try:
-            return _decode(self._read(name), name)
+            return _decode(self._read(name), name, size)
+        except _OtherSizeError as error:
+            raise DatasetError(
+                f"{self.path}: {name} is {error}, {self.names[0]} is "
+                f"{size[1] if size else 0}x{size[0] if size else 0}; all images must have one size"
+            ) from error
         except DatasetError as error:
             raise DatasetError(f"{self.path}: {error}") from error
-        except (
-            UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, RuntimeError,
-            zlib.error, zipfile.BadZipFile, NotImplementedError, Image.DecompressionBombError,
-        ) as error:  # fmt: skip
+        except Exception as error:  # what decoders raise for damaged files has no end
             reason = "it is no image" if isinstance(error, UnidentifiedImageError) else error
             raise DatasetError(f"{self.path}: cannot read the image {name}: {reason}") from error
 
@@ -103,30 +108,27 @@ class ImageSource:
             return
         size = self.read(0).shape[1:]
         with ThreadPoolExecutor(max(workers, 1)) as pool:
-            ahead: deque[dict[int, Future[np.ndarray]]] = deque()
+            ahead: deque[list[Future[np.ndarray]]] = deque()
             try:
                 for part in parts:
-                    ahead.append({i: pool.submit(self.read, i) for i in part})
+                    ahead.append([pool.submit(self.read, i, size) for i in part])
                     if len(ahead) > (2 if workers else 0):
-                        yield self._together(ahead.popleft(), size)
+                        yield _together(ahead.popleft())
                 while ahead:
-                    yield self._together(ahead.popleft(), size)
+                    yield _together(ahead.popleft())
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _together(self, images: dict[int, Future[np.ndarray]], size: tuple[int, ...]) -> np.ndarray:
-        arrays = []
-        for index, image in images.items():
-            array = image.result()
-            if array.shape[1:] != size:
-                raise DatasetError(
-                    f"{self.path}: {self.names[index]} is {array.shape[2]}x{array.shape[1]}, "
-                    f"{self.names[0]} is {size[1]}x{size[0]}; all images must have one size"
-                )
-            arrays.append(array)
-        if len({len(a) for a in arrays}) > 1:
-            arrays = [a if len(a) == 3 else np.repeat(a, 3, axis=0) for a in arrays]
-        return np.stack(arrays)
+
+def _together(images: list[Future[np.ndarray]]) -> np.ndarray:
+    arrays = [image.result() for image in images]
+    if len({len(a) for a in arrays}) > 1:
+        arrays = [a if len(a) == 3 else np.repeat(a, 3, axis=0) for a in arrays]
+    return np.stack(arrays)
+
+
+class _OtherSizeError(DatasetError):
+    """The message is the size found."""
 
 
 def open_images(path: str | Path) -> ImageSource:
@@ -137,14 +139,17 @@ def open_images(path: str | Path) -> ImageSource:
     Raises:
         DatasetError: nothing is there, it is none of these, or it holds no image.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     try:
         if path.is_dir():
-            files = [p for p in path.rglob("*") if p.is_file()]
+            files = [Path(top, n) for top, _, names in os.walk(path) for n in names]
+            files = [p for p in files if p.is_file()]
             names = [p.relative_to(path).as_posix() for p in files]
             return _listed(path, names, lambda name: (path / name).read_bytes())
         if not path.exists():
             raise DatasetError(f"no such folder, zip or .npz: {path}")
+        if not path.is_file():
+            raise DatasetError(f"{path} is neither a folder nor a file")
         if path.suffix == ".npz":
             arrays = _arrays_of(path)
             names = [f"image {k}" for k in range(len(arrays["images"]))]
@@ -152,8 +157,11 @@ def open_images(path: str | Path) -> ImageSource:
         if zipfile.is_zipfile(path):
             archive = zipfile.ZipFile(path)
             names = [n for n in archive.namelist() if not n.endswith("/")]
+            if len(set(names)) < len(names):
+                twice = next(n for k, n in enumerate(names) if n in names[:k])
+                raise DatasetError(f"{path} holds {twice} more than once")
             return _listed(path, names, lambda name: _unpack(archive, name))
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, zipfile.BadZipFile, RecursionError) as error:
         raise DatasetError(f"cannot read {path}: {error}") from error
     if path.suffix.lower() == ".zip":
         raise DatasetError(f"{path} is a damaged zip, or none; make or fetch it again")
@@ -193,17 +201,24 @@ _UNUSABLE = {
 }  # fmt: skip
 
 
-def _decode(data: bytes, name: str) -> np.ndarray:
+def _decode(data: bytes, name: str, size: tuple[int, ...] | None) -> np.ndarray:
     with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
         if image.width * image.height > MAX_PIXELS:
             raise DatasetError(f"{name} has {image.width}x{image.height} pixels, too many")
+        if size is not None and (image.height, image.width) != size:
+            raise _OtherSizeError(f"{image.width}x{image.height}")
         what = None
-        if image.mode.startswith("I;") or (image.format == "PNG" and data[24:25] == b"\x10"):
-            what = _UNUSABLE["I"]  # Pillow would drop the lower byte of coloured ones silently
+        if image.mode.startswith("I;"):
+            what = _UNUSABLE["I"]
         elif image.mode not in ("L", "RGB"):
             what = _UNUSABLE.get(image.mode, f"mode {image.mode}")
+        elif image.format == "PNG" and (data[12:16], data[24:25]) != (b"IHDR", b"\x08"):
+            # Of 16 bits Pillow would silently drop eight; fewer than 8 it would spread.
+            what = "other than 8 bits a channel"
         elif "transparency" in image.info:
             what = "a transparent colour"
+        elif getattr(image, "n_frames", 1) > 1:
+            what = "more than one frame"
         if what is not None:
             raise DatasetError(f"{name} has {what}; convert it to 8-bit RGB or greyscale")
         pixels = np.asarray(image)
@@ -214,28 +229,19 @@ def holds_images(path: Path) -> bool:
     """Whether an .npz is a set of images (rather than features or statistics).
 
     Raises:
-        DatasetError: it cannot be read.
+        ErkGuidError: it cannot be read.
     """
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            return "images" in data.files
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DatasetError(f"cannot read {path}: {error}") from error
+    return "images" in npz_names(path)
 
 
 def _arrays_of(path: Path) -> dict[str, np.ndarray]:
     """The arrays `images` [N, C, H, W] and, if it is there, `labels` of an .npz."""
     try:
-        with np.load(path, allow_pickle=False) as data:
-            if "images" not in data.files:
-                raise DatasetError(
-                    f"{path} lacks the array images; it has {', '.join(data.files) or 'none'}"
-                )
-            arrays = {key: data[key] for key in ("images", "labels") if key in data.files}
-    except DatasetError:
-        raise
-    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        raise DatasetError(f"cannot read {path}: {error}") from error
+        arrays = read_npz(path, {"images": "biufc", "labels": "iu"}.get)
+    except NpzError as error:
+        raise DatasetError(str(error)) from error
+    if "images" not in arrays:
+        raise DatasetError(f"{path} lacks the array images")
     images = arrays["images"]
     arrays["images"] = images[:, None] if images.ndim == 3 else images
     shape = arrays["images"].shape

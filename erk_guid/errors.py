@@ -16,3 +16,10 @@ class MissingExtraError(ErkGuidError, ImportError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs the package {package}: pip install 'erk-guid[{extra}]'")
+
+
+def printable(message: object, limit: int = 400) -> str:
+    """One line of moderate length: messages quote what files say, and terminals obey it."""
+    text = str(message)
+    text = text if len(text) <= limit else text[: limit - 1] + "…"
+    return "".join(c if c.isprintable() else "?" for c in text)

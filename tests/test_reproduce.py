@@ -171,8 +171,16 @@ def test_what_cannot_be_run_is_said(args: tuple[Any, ...], message: str, tmp_pat
 # --- results --------------------------------------------------------------------------------
 
 
+def result(key: dict[str, Any], **scores: float) -> dict[str, Any]:
+    return {
+        "key": key, "scores": scores, "standard_errors": {}, "num": 50000, "commands": ["x"],
+        "device": "cuda", "processes": 8, "detectors": [], "versions": {},
+        "reference": {"source": "img512", "sha256": "0" * 64},
+    }  # fmt: skip
+
+
 def line(row: str, **scores: float) -> str:
-    return json.dumps({"key": {"row": row}, "scores": scores, "standard_errors": {}})
+    return json.dumps(result({"row": row}, **scores))
 
 
 def test_a_line_cut_short_is_made_again(tmp_path: Path) -> None:
@@ -184,6 +192,10 @@ def test_a_line_cut_short_is_made_again(tmp_path: Path) -> None:
     path.write_text(line("a", fid=1.0) + "\n" + line("b", fid=2.0))  # whole but for its end
     _mend(tmp_path)
     assert len(read_results(tmp_path)) == 2
+    for broken in ('{"key": 1}', '{"key": {}, "scores": {"fid": NaN}}', "[" * 100_000):
+        path.write_text(line("a", fid=1.0) + "\n" + broken + "\n")
+        _mend(tmp_path)
+        assert len(read_results(tmp_path)) == 1
     path.write_text("nonsense\n" + line("b", fid=2.0) + "\n")
     done = run("--row", "2-8-plain", "--outdir", tmp_path)
     assert "line 1 is no result; mend or remove it" in done.output
@@ -196,13 +208,8 @@ def test_paper_measured_and_difference_stand_side_by_side(tmp_path: Path) -> Non
         for row in job.rows:
             if row.id not in known:
                 continue
-            result = {
-                "key": plan(job, row).key, "scores": {"fid": known[row.id]}, "num": 50000,
-                "standard_errors": {}, "commands": ["x"], "device": "cuda", "processes": 8,
-                "detectors": [],
-                "reference": {"source": "img512", "sha256": "0" * 64}, "versions": {},
-            }  # fmt: skip
-            file.write(json.dumps(result) + "\n")
+            found = result(plan(job, row).key, fid=known[row.id])
+            file.write(json.dumps(found) + "\n")
     html, markdown = (path.read_text() for path in write_report(job))
     assert "2 of 10 rows measured" in markdown
     rows = [re.split(r" *\| *", li)[1:-1] for li in markdown.splitlines() if li[:2] == "| "]
@@ -223,9 +230,7 @@ def test_results_of_other_settings_are_not_taken(tmp_path: Path) -> None:
     rows = choose_rows([], ["2-8-plain"])
     one = Reproduction(rows=rows, outdir=tmp_path, num=100)
     other = Reproduction(rows=rows, outdir=tmp_path, num=200)
-    results = [
-        {"key": plan(one, rows[0]).key, "scores": {"fid": 3.0}, "standard_errors": {}, "num": 100}
-    ]
+    results = [result(plan(one, rows[0]).key, fid=3.0)]
     assert Findings(one, results).by_row
     assert not Findings(other, results).by_row
 

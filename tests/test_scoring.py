@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import zipfile
@@ -312,7 +313,57 @@ def test_sixteen_bit_colour_is_not_silently_cut(tmp_path: Path) -> None:
             b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
             + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
         )  # fmt: skip
-    fails_with(run("calc", "--images", tmp_path, "--num", 2, *COMMON), "0.png has more than 8 bits")
+    fails_with(
+        run("calc", "--images", tmp_path, "--num", 2, *COMMON), "0.png has other than 8 bits"
+    )
+
+
+def test_images_that_would_be_taken_for_what_they_are_not(tmp_path: Path) -> None:
+    frames = [Image.new("L", (32, 32), k) for k in (1, 200)]
+    for k in range(2):
+        frames[0].save(tmp_path / f"{k}.png", save_all=True, append_images=frames[1:])
+    fails_with(run("calc", "--images", tmp_path, "--num", 2, *COMMON), "more than one frame")
+    with zipfile.ZipFile(tmp_path / "twice.zip", "w") as archive:
+        archive.writestr("a.png", b"x")
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("a.png", b"x")
+    fails_with(
+        run("calc", "--images", tmp_path / "twice.zip", "--num", 2, *COMMON),
+        "holds a.png more than once",
+    )
+
+
+def test_a_small_file_does_not_take_much_memory(folder: Path, tmp_path: Path) -> None:
+    # 34 bytes of lossless WebP decode to 200 MB; another size than the first's is not decoded.
+    big = tmp_path / "big"
+    shutil.copytree(folder, big)
+    Image.new("RGB", (8192, 8192)).save(big / "00" / "z.webp", lossless=True)
+    fails_with(run("calc", "--images", big, "--num", 61, *COMMON), "z.webp has 8192x8192 pixels")
+    np.savez_compressed(tmp_path / "zeros.npz", images=np.zeros((100_000, 32, 32), np.uint8))
+    fails_with(run("calc", "--images", tmp_path / "zeros.npz", "--num", 2, *COMMON), "would unpack")
+
+
+def test_outputs_are_not_written_over_inputs_or_devices(folder: Path, tmp_path: Path) -> None:
+    from erk_guid.files import write_bytes
+
+    mine = tmp_path / "mine.npz"
+    shutil.copy(locate_reference("digits"), mine)
+    before = mine.read_bytes()
+    calc = ("calc", "--images", folder, "--num", 60, "--ref", mine, "--metrics", "fd_digits")
+    fails_with(run(*calc, "--json", mine), "is an input; write to another file")
+    fails_with(run(*calc, "--features", mine), "is an input; write to another file")
+    assert mine.read_bytes() == before
+    # A link is followed; what is no file is written to, and stays what it is.
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write_bytes(tmp_path / "link", b"x")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_bytes() == b"x"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_bytes(tmp_path / "pipe", b"y")
+    assert os.read(reader, 9) == b"y"
+    os.close(reader)
+    fails_with(run("calc", "--images", tmp_path / "pipe", *COMMON), "neither a folder nor a file")
 
 
 def test_grey_among_colours_is_repeated(tmp_path: Path) -> None:
@@ -341,6 +392,8 @@ def test_folders_and_zips_that_cannot_be_used(folder: Path, tmp_path: Path) -> N
         archive.writestr("a.png", bytes(1 << 29))
         archive.writestr("b.png", b"")
     np.savez(tmp_path / "floats.npz", images=np.zeros((4, 3, 8, 8)))
+    np.savez(tmp_path / "nhwc.npz", images=np.zeros((4, 8, 8, 3), np.uint8))
+    (tmp_path / "text.npz").write_text("hello")
     for source, message in (
         ("nowhere", "no such folder, zip or .npz"),
         ("empty", "no images in"),
@@ -349,6 +402,8 @@ def test_folders_and_zips_that_cannot_be_used(folder: Path, tmp_path: Path) -> N
         ("crc.zip", "cannot read the image"),
         ("bomb.zip", "a.png would unpack to 536,870,912 bytes"),
         ("floats.npz", "images must be uint8"),
+        ("nhwc.npz", "with C of 1 or 3, got uint8 [4, 8, 8, 3]"),
+        ("text.npz", "damaged, or no .npz"),
     ):
         fails_with(run("calc", "--images", tmp_path / source, "--num", 2, *COMMON), message)
 
@@ -423,6 +478,31 @@ def test_references_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
             "not finite",
         ),
         (saved("other.npz", x=np.zeros(3)), "no arrays mu and sigma"),
+        (
+            saved("far.npz", **{"fd_digits/mu": np.full(64, 1e200), "fd_digits/sigma": np.eye(64)}),
+            "beyond the numbers",
+        ),
+        (
+            saved(
+                "odd2.npz",
+                **{
+                    "fd_digits/mu": np.zeros(64),
+                    "fd_digits/sigma": np.eye(64),
+                    "fd_digits/count": np.zeros(3),
+                },
+            ),
+            "not what belongs there",
+        ),
+        (
+            saved(
+                "indefinite.npz",
+                **{
+                    "fd_digits/mu": np.zeros(64),
+                    "fd_digits/sigma": np.eye(64) + 2 * (np.eye(64, k=1) + np.eye(64, k=-1)),
+                },
+            ),
+            "negative eigenvalue",
+        ),
         (saved("object.npz", mu=np.array([{}]), sigma=np.array([{}])), "object.npz: "),
         (lying, "declares more than it holds"),
     ):
@@ -452,10 +532,16 @@ def test_options_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
         "end its name in .npz or .pkl",
     )
     (tmp_path / "file").write_text("")
-    fails_with(
-        run(*calc, "--metrics", "fd_digits", "--json", tmp_path / "file" / "s.json"),
-        "cannot write",
-    )
+    # Found out before the work, not after it.
+    for unwritable in (tmp_path / "file" / "s.json", ""):
+        done = run(*calc, "--metrics", "fd_digits", "--json", unwritable)
+        fails_with(done, "cannot write")
+        assert "image/s" not in done.output
+    fails_with(run(*calc, "--metrics", "fd_digits", "--bootstrap", 1), "at least 2 resamples")
+    fails_with(run("calc", "--images", "", *COMMON), "an empty path")
+    fails_with(run("calc", "--images", "~nobody-here/x", *COMMON), "home")
+    done = prc(folder, "--real", "digits")  # whose features are not those of the default
+    fails_with(done, "digits holds no features of vgg16; it has fd_digits (see --detector)")
 
 
 PLUGIN = """

@@ -18,7 +18,7 @@ from erk_guid.checkpoints.presets import PRESETS, SHIPPED, Preset
 from erk_guid.checkpoints.snapshot import read_snapshot
 from erk_guid.checkpoints.trusted import read_trusted
 from erk_guid.encoders import ENCODERS, Encoder, StandardRGBEncoder
-from erk_guid.errors import CheckpointError, ErkGuidError
+from erk_guid.errors import CheckpointError, ErkGuidError, printable
 from erk_guid.files import sha256_of
 from erk_guid.networks import Unconditional
 
@@ -88,7 +88,7 @@ def load(
     try:
         loaded = _read(path, source, trust)
     except CheckpointError as error:
-        raise CheckpointError(f"{source}: {_printable(error)}") from error
+        raise CheckpointError(f"{source}: {printable(error)}") from error
     except OSError as error:
         raise CheckpointError(f"{source}: cannot read it: {error}") from error
     except MemoryError as error:
@@ -96,15 +96,9 @@ def load(
     except Exception as error:
         # A backstop for files made to hit what the checks before did not think of.
         reason = f"damaged ({type(error).__name__}: {error})"
-        raise CheckpointError(f"{source}: {_printable(reason)}") from error
+        raise CheckpointError(f"{source}: {printable(reason)}") from error
     loaded.net.to(device or "cpu")
     return replace(loaded, preset=PRESETS.get(source))
-
-
-def _printable(message: object) -> str:
-    """One line of moderate length: messages quote what files say, and terminals obey it."""
-    text = str(message)[:400]
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def locate(source: str) -> Path:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
-from erk_guid.errors import ErkGuidError
+from erk_guid.errors import ErkGuidError, printable
 from erk_guid.runtime import OtherRankError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -28,7 +28,7 @@ class SeedList(click.ParamType):
             return value
         seeds: dict[int, None] = {}
         for part in str(value).split(","):
-            match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+            match = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part)
             if match is None:
                 self.fail(
                     f"{part.strip()!r} in {value!r} is neither a whole number nor a range such as "
@@ -122,6 +122,6 @@ def reporting_errors(command: F) -> F:
         except OtherRankError:
             sys.exit(1)  # rank 0 has said why
         except ErkGuidError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(printable(error, 1000)) from error
 
     return wrapped  # type: ignore[return-value]

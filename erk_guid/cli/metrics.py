@@ -33,13 +33,17 @@ REF = click.option(
 NUM = click.option(
     "--num",
     metavar="INT",
-    type=click.IntRange(min=2),
+    type=click.IntRange(min=2, max=10_000_000),
     default=Scoring.num,
     show_default=True,
     help="How many images to score.",
 )
 SEED = click.option(
-    "--seed", metavar="INT", type=click.IntRange(min=0), default=Scoring.seed, show_default=True
+    "--seed",
+    metavar="INT",
+    type=click.IntRange(min=0, max=1 << 48),
+    default=Scoring.seed,
+    show_default=True,
 )
 BATCH = click.option(
     "--batch",
@@ -92,7 +96,7 @@ FEATURES = click.option(
 BOOTSTRAP = click.option(
     "--bootstrap",
     metavar="INT",
-    type=click.IntRange(min=0),
+    type=click.IntRange(min=0, max=1_000_000),
     default=Scoring.bootstrap,
     show_default=True,
     help="Resamples for a standard error beside each distance; 0 for none.",

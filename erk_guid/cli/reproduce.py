@@ -36,7 +36,7 @@ JOB = Reproduction
 @click.option(
     "--num",
     metavar="INT",
-    type=click.IntRange(min=2),
+    type=click.IntRange(min=2, max=10_000_000),
     help=f"Images per row.  [default: {PAPER_NUM}, or as many as --seeds]",
 )
 @click.option(
@@ -81,7 +81,7 @@ JOB = Reproduction
 @click.option(
     "--bootstrap",
     metavar="INT",
-    type=click.IntRange(min=0),
+    type=click.IntRange(min=0, max=1_000_000),
     help="Resamples for standard errors.  [default: 200 with fd_digits alone, else none]",
 )
 @click.option(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from erk_guid.checkpoints.download import download
 from erk_guid.errors import ErkGuidError, MissingExtraError
-from erk_guid.files import sha256_of
+from erk_guid.files import sha256_of, user_path
 from erk_guid.networks.digits import load_digit_classifier
 
 
@@ -64,7 +64,10 @@ def register_detector(name: str, factory: Factory) -> None:
 
     Raises:
         ValueError: the name is taken or has other characters.
+        TypeError: the factory cannot be called.
     """
+    if not callable(factory):
+        raise TypeError(f"the factory of {name!r} must be callable, got {factory!r}")
     if not name.replace("_", "").replace("-", "").isalnum():
         raise ValueError(f"a detector's name has letters, digits, '_' and '-' only, got {name!r}")
     if name in _FACTORIES:
@@ -99,7 +102,7 @@ def load_detector(
             file to put where.
     """
     check_detector_name(name)
-    path = Path(weights).expanduser() if weights is not None else None
+    path = user_path(weights) if weights is not None else None
     if path is not None and not path.is_file():
         raise DetectorError(f"--detector-weights {name}={weights}: there is no such file")
     return _FACTORIES[name](torch.device(device), path)

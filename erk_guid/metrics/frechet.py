@@ -33,15 +33,15 @@ def frechet_distance(mu1: Any, sigma1: Any, mu2: Any, sigma2: Any) -> float:
         raise ValueError(
             f"the distance needs features of one kind: {len(m1)} against {len(m2)} dimensions"
         )
-    factor, other = _cholesky(s1), s2
-    if factor is not None and _cholesky(s2) is None:
-        factor, other = None, s1  # reduce the deficient one
-        factor = _range_factor(s2)
-    elif factor is None:
-        factor = _range_factor(s1)
+    l1, l2 = _cholesky(s1), _cholesky(s2)
+    # Both are looked at, for only a covariance has such factors; a deficient one is reduced.
+    f1, f2 = (_range_factor(s) if f is None else f for s, f in ((s1, l1), (s2, l2)))
+    factor, other = (f2, s1) if l1 is not None and l2 is None else (f1, s2)
     eigenvalues = torch.linalg.eigvalsh(factor.mT @ other @ factor)
     roots = eigenvalues.clamp(min=0).sqrt().sum()
     distance = (m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * roots
+    if not distance.isfinite():
+        raise ValueError("the distance is beyond the numbers; a mean or a covariance is far off")
     return max(float(distance), 0.0)
 
 

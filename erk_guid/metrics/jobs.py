@@ -99,6 +99,7 @@ def calc(images: Path, ref: str, scoring: Scoring) -> dict[str, Any]:
 
         def look() -> Reference:
             scoring.check()
+            refuse_overwriting((scoring.json, scoring.features), (str(images), ref))
             tell_ignored(images)
             choose(open_images(images), scoring.num, scoring.seed)
             return read_reference(ref)
@@ -128,6 +129,7 @@ def gen(recipe: Recipe, ref: str, scoring: Scoring) -> dict[str, Any]:
 
         def look() -> Reference:
             scoring.check()
+            refuse_overwriting((scoring.json, scoring.features), (recipe.net, ref))
             _check_count(scoring.num, "--num")
             return read_reference(ref)
 
@@ -185,6 +187,7 @@ def make_reference(
 
         def look() -> None:
             scoring.check()
+            refuse_overwriting((dest,), (str(data),))
             check_destination(dest)
             if keep and dest.suffix != ".npz":
                 raise ErkGuidError(f"--keep-features needs a .npz, not {dest}")
@@ -216,6 +219,17 @@ def make_reference(
         }
         write_reference(dest, collected.statistics, features, about)
         return {name: s.count or 0 for name, s in collected.statistics.items()}
+
+
+def refuse_overwriting(outputs: Sequence[Path | None], inputs: Sequence[str]) -> None:
+    """
+    Raises:
+        ErkGuidError: an output file is one of the inputs.
+    """
+    for output in outputs:
+        for source in inputs:
+            if output and output.exists() and Path(source).exists() and output.samefile(source):
+                raise ErkGuidError(f"{output} is an input; write to another file")
 
 
 def check_weights_are_used(weights: Mapping[str, str], metrics: Sequence[str]) -> None:
@@ -344,7 +358,7 @@ def write_json(path: Path, result: Mapping[str, Any]) -> None:
         ErkGuidError: it cannot be written.
     """
     try:
-        write_bytes(path, (json.dumps(result, indent=1) + "\n").encode())
+        write_bytes(path, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     except OSError as error:
         raise ErkGuidError(f"cannot write {path}: {error.strerror or error}") from error
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from erk_guid.datasets import ImageSource, holds_images, open_images
 from erk_guid.errors import ErkGuidError, MissingExtraError
-from erk_guid.files import sha256_of
+from erk_guid.files import sha256_of, user_path
 from erk_guid.metrics.collecting import Collected, blocks, collect
 from erk_guid.metrics.detectors import Detector, check_detector_name, describe, load_detector
 from erk_guid.metrics.jobs import (
@@ -175,7 +175,7 @@ def quality(job: Quality) -> dict[str, Any]:
 
 def _open(source: str, detector: str, shipped: bool = False) -> _Set:
     """Images, or a file with features (an .npz that `ref` or `calc --features` wrote)."""
-    path = Path(source).expanduser()
+    path = user_path(source)
     features = shipped and source == SHIPPED and not path.exists()
     if path.suffix == ".npz" and path.is_file():
         features = not holds_images(path)

@@ -23,6 +23,7 @@ from erk_guid.files import write_bytes
 from erk_guid.metrics.bootstrap import bootstrap_distances
 from erk_guid.metrics.neighbours import NEIGHBOURS, precision_recall
 from erk_guid.metrics.references import Reference, read_reference
+from erk_guid.pictures import is_whole_png
 from erk_guid.reproduce.plots import Curve, draw
 from erk_guid.reproduce.runner import (
     RESAMPLES,
@@ -173,7 +174,12 @@ class Findings:
         path = self.plans[row.id].features
         if row.id not in self.by_row or not path.is_file():
             return None
-        return read_reference(path).features.get(metric)
+        try:
+            features = read_reference(path).features.get(metric)
+        except ErkGuidError:
+            return None  # a damaged file: the scores stand without it
+        sound = features is not None and len(features) == self.by_row[row.id]["num"]
+        return features if sound else None
 
     @cached_property
     def _paired(self) -> dict[tuple[str, str], float]:
@@ -212,7 +218,9 @@ class Findings:
             for metric in self.metrics if row.id in self.by_row else ():
                 features = self._features(row, metric)
                 reference = self._reference(row, metric) if features is not None else None
-                if reference is not None and metric in reference.features:
+                if reference is None or features is None or len(features) <= NEIGHBOURS:
+                    continue
+                if metric in reference.features:
                     found[row.id, metric] = precision_recall(
                         real=reference.features[metric].astype(np.float32), generated=features
                     )
@@ -488,7 +496,7 @@ def _samples(findings: Findings) -> list[tuple[str, list[Picture]]]:
     """By group of rows, the grids of the same seeds."""
     groups: dict[str, list[Picture]] = {}
     for row in findings.rows:
-        if row.id not in findings.by_row or not findings.plans[row.id].grid.is_file():
+        if row.id not in findings.by_row or not is_whole_png(findings.plans[row.id].grid):
             continue
         path = findings.plans[row.id].grid
         name = f"{row.steps} steps" + ("" if row.family == "plain" else f", {row.family}")

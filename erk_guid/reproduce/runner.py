@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import math
 import shlex
 import shutil
 import signal
@@ -23,7 +24,7 @@ from PIL import Image
 
 from erk_guid.checkpoints.presets import PRESETS
 from erk_guid.errors import ErkGuidError
-from erk_guid.files import sha256_of, write_bytes
+from erk_guid.files import sha256_of, user_path, write_bytes
 from erk_guid.jobs import image_path
 from erk_guid.metrics.detectors import check_detector_name
 from erk_guid.pictures import save_picture, tile
@@ -213,8 +214,9 @@ def _fingerprints(options: Sequence[str]) -> dict[str, str]:
     found = {}
     for option in options:
         value = option.partition("=")[2] if option.startswith("--") else option
-        path = Path(value.removeprefix("uncond:")).expanduser()
-        if path.is_file():
+        name = value.removeprefix("uncond:")
+        path = user_path(name) if name else None
+        if path is not None and path.is_file():
             found[value] = sha256_of(path)
     return found
 
@@ -312,15 +314,25 @@ def _result(line: str) -> dict[str, Any] | None:
     """A line of `results.jsonl`, or None if it is not a whole result."""
     try:
         result = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    if not isinstance(result, dict) or not isinstance(result.get("key"), dict):
+    shape: dict[str, type] = {
+        "key": dict, "scores": dict, "standard_errors": dict, "num": int, "commands": list,
+        "device": str, "processes": int, "reference": dict, "detectors": list, "versions": dict,
+    }  # fmt: skip
+    if not isinstance(result, dict):
         return None
-    for name in ("scores", "standard_errors"):
-        values = result.get(name)
-        if not isinstance(values, dict) or not all(isinstance(v, float) for v in values.values()):
-            return None
-    return result
+    if not all(isinstance(result.get(name), kind) for name, kind in shape.items()):
+        return None
+    numbers = [*result["scores"].values(), *result["standard_errors"].values()]
+    texts = [
+        *(result["reference"].get(name) for name in ("source", "sha256")),
+        *(d.get(n) for d in result["detectors"] for n in ("name", "preprocessing")),
+        *result["versions"].values(),
+        *result["commands"],
+    ]
+    sound = all(isinstance(n, float) and math.isfinite(n) for n in numbers)
+    return result if sound and all(isinstance(t, str) for t in texts) else None
 
 
 def result_of(job: Reproduction, results: Sequence[Mapping[str, Any]], one: Plan) -> Any:
