@@ -192,20 +192,22 @@ class Findings:
         return errors
 
     def _paired_in(self, members: Sequence[Row], metric: str) -> dict[tuple[str, str], float]:
-        kept = {r: f for r in members if (f := self._features(r, metric)) is not None}
-        plain = next((r for r in kept if not r.guided), None)
-        reference = self._reference(plain, metric) if plain else None
-        if plain is None or reference is None or self.job.bootstrap == 0:
+        rows = [r for r in members if self._features(r, metric) is not None]
+        plain = next((k for k, r in enumerate(rows) if not r.guided), None)
+        if plain is None or self.job.bootstrap == 0:
+            return {}
+        reference = self._reference(rows[plain], metric)
+        kept = [f for r in rows if (f := self._features(r, metric)) is not None]
+        if reference is None:
             return {}
         try:
             distances = bootstrap_distances(
-                list(kept.values()), reference.of(metric), self.job.bootstrap or RESAMPLES
+                kept, reference.of(metric), self.job.bootstrap or RESAMPLES
             )
         except ValueError:  # features that do not go together: then there is nothing to pair
             return {}
-        apart = distances - distances[:, [list(kept).index(plain)]]
-        spread = apart.std(0, ddof=1)
-        return {(r.id, metric): float(e) for r, e in zip(kept, spread, strict=True)}
+        spread = (distances - distances[:, [plain]]).std(0, ddof=1)
+        return {(r.id, metric): float(e) for r, e in zip(rows, spread, strict=True)}
 
     def _reference(self, row: Row, metric: str) -> Reference | None:
         reference = self.references.get(self.by_row[row.id]["key"]["ref"])
