@@ -50,7 +50,7 @@ def draw(title: str, curves: list[Curve], x_label: str, y_label: str, log_x: boo
         "svg.fonttype": "none", "svg.hashsalt": "erk_guid", "font.family": "sans-serif",
     }  # fmt: skip
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        figure = Figure(figsize=(6.4, 4.6), layout="constrained")
         axes = figure.add_subplot()
         for k, curve in enumerate(sorted(curves, key=lambda c: not c.plain)):
             colour = PLAIN if curve.plain else COLOURS[k % len(COLOURS)]
@@ -81,7 +81,7 @@ def draw(title: str, curves: list[Curve], x_label: str, y_label: str, log_x: boo
         axes.set_ylabel(y_label)
         axes.set_title(title, fontsize=12, loc="left")
         axes.grid(alpha=0.25)
-        axes.legend(frameon=False, fontsize=9, ncols=1 if len(curves) < 7 else 2)
+        figure.legend(loc="outside lower center", frameon=False, fontsize=9, ncols=3)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
