@@ -10,15 +10,19 @@ import torch
 
 from erk_guid.checkpoints import PRESETS
 from erk_guid.cli.generate import generate_command
+from erk_guid.cli.metrics import metrics_command
+from erk_guid.cli.quality import quality_command
+from erk_guid.cli.reproduce import reproduce_command
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_python_blocks_run_in_order() -> None:
     torch.manual_seed(0)
     scope: dict[str, Any] = {}
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(block, scope)
         assert scope["images"].shape == (4, 1, 32, 32)
@@ -30,14 +34,29 @@ def test_the_python_blocks_run_in_order() -> None:
 
 
 def test_the_options_and_presets_named_exist() -> None:
-    known = {name for parameter in generate_command.params for name in parameter.opts}
-    commands = re.findall(r"generate_images\.py (.*?)\n(?! {8})", README, re.S)
-    assert len(commands) >= 4
-    for command in commands:
-        for option in re.findall(r"(--\w[\w-]*)", command):
-            assert option in known, option
-        for preset in re.findall(r"--preset=(\S+)", command):
-            assert preset in PRESETS
+    groups = {
+        r"generate_images\.py": [generate_command],
+        r"calculate_metrics\.py": list(metrics_command.commands.values()),
+        r"calculate_precision_recall_is\.py": [quality_command],
+        r"reproduce\.sh": [reproduce_command],
+    }
+    for script, commands in groups.items():
+        known = {o for c in commands for parameter in c.params for o in parameter.opts}
+        texts = [README, (ROOT / "dataset-refs" / "README.md").read_text()]
+        used = [u for text in texts for u in re.findall(script + r" (.*?)\n(?! {8})", text, re.S)]
+        assert len(used) >= 2
+        for command in used:
+            shell = command.split("#")[0].split("`")[0]
+            for option in re.findall(r"(--\w[\w-]*)", shell):
+                assert option in known, option
+            for preset in re.findall(r"--preset=(\S+)", shell):
+                assert preset in PRESETS
+
+
+def test_torchrun_does_not_take_num_for_its_own() -> None:
+    # It would say: ambiguous option: --num could match --numa-binding.
+    for line in re.findall(r"^ {4}torchrun .*?\n(?! {8})", README, re.S | re.M):
+        assert "--num=" not in line or " -- " in line
 
 
 def test_nothing_is_left_to_be_filled_in() -> None:
