@@ -35,6 +35,15 @@ class Recipe:
     w_stiff: float = 0.0
     w_con: float = 0.5
     solver: str = "heun"
+    order: int | None = None
+    r: float | None = None
+    deis_mode: str | None = None
+    predict_x0: bool | None = None
+    variant: str | None = None
+    lower_order_final: bool | None = None
+    schedule: str | tuple[float, ...] = "polynomial"
+    afs: bool = False
+    denoise_to_zero: bool = True
     dtype: str = "float32"
     device: str | None = None
     encoder_batch: int | None = None
@@ -53,13 +62,31 @@ class Recipe:
             "w_stiff": self.w_stiff,
             "w_con": self.w_con,
             "solver": self.solver,
+            **self.solver_options,
+            "schedule": self.schedule,
+            "afs": self.afs,
+            "denoise_to_zero": self.denoise_to_zero,
             "dtype": getattr(torch, self.dtype),
+        }
+
+    @property
+    def solver_options(self) -> dict[str, Any]:
+        """Keyword arguments that go with the solver; None leaves one at its default."""
+        return {
+            "order": self.order,
+            "r": self.r,
+            "deis_mode": self.deis_mode,
+            "predict_x0": self.predict_x0,
+            "variant": self.variant,
+            "lower_order_final": self.lower_order_final,
         }
 
     def describe(self) -> str:
         """One line that says what was used, as the images carry it."""
+        chosen = "".join(f" {k}={v}" for k, v in self.solver_options.items() if v is not None)
+        spaced = "" if self.schedule == "polynomial" else f", schedule {self.schedule}"
         parts = [
-            f"model {self.net}", f"solver {self.solver}", f"steps {self.num_steps}",
+            f"model {self.net}", f"solver {self.solver}{chosen}", f"steps {self.num_steps}{spaced}",
             f"w_stiff {self.w_stiff:g}", f"w_con {self.w_con:g}", f"guidance {self.guidance:g}",
         ]  # fmt: skip
         if self.gnet and self.guidance != 1:

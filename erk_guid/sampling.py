@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from erk_guid.denoisers import Denoiser, ModelGuidance
 from erk_guid.guidance import Guidance, guide, measure
-from erk_guid.schedules import karras_sigmas
-from erk_guid.steps import SOLVERS, EulerStep, Step
+from erk_guid.schedules import make_sigmas
+from erk_guid.solvers import Solver, guided_solvers, make_solver
+from erk_guid.steps import EulerStep, Step
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,16 @@ def sample(
     x: Tensor,
     sigmas: Tensor,
     *,
-    solver: str | Step = "heun",
+    solver: str | Solver | Step = "heun",
     guidance: Guidance | None = None,
     callback: Callback | None = None,
+    afs: bool = False,
+    order: int | None = None,
+    r: float | None = None,
+    deis_mode: str | None = None,
+    predict_x0: bool | None = None,
+    variant: str | None = None,
+    lower_order_final: bool | None = None,
 ) -> Tensor:
     """Integrate the probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma.
 
@@ -68,10 +76,23 @@ def sample(
             device.
         sigmas: noise levels, [M >= 2], strictly decreasing. A trailing 0 is reached by an
             Euler step; without one the sampler stops at the last level.
-        solver: "heun" (order 2) or "euler", or a step object (`erk_guid.Step`).
+        solver: "heun", "euler", "dpm2", "deis", "ipndm", "ipndm_v", "dpmpp" or "unipc"; or a
+            solver with its options (`erk_guid.solvers`), or one step (`erk_guid.Step`) that is
+            taken again and again.
         guidance: ERK guidance, or None for the plain solver. With ``w_stiff=0`` the result is
             that of the plain solver, bit for bit. Costs no evaluation of the denoiser.
         callback: called with a `StepInfo` after each step.
+        afs: analytical first step: at the first noise level the drift is taken to be
+            x / sqrt(1 + sigma^2), which saves an evaluation.
+        order: evaluations combined in a step (deis, ipndm, ipndm_v: 1 to 4, dpmpp: 1 to 3,
+            unipc: 1 to 4), known elsewhere as max_order.
+        r: where dpm2 puts its midpoint, sigma_next^r sigma^(1 - r).
+        deis_mode: "tab" or "rhoab".
+        predict_x0: whether dpmpp and unipc combine denoised images, or noise.
+        variant: unipc's "bh1" or "bh2".
+        lower_order_final: whether dpmpp and unipc lower the order near the end.
+            An option that is None is left at the solver's own default; the solver's class in
+            `erk_guid.solvers` says which that is.
 
     Returns:
         x at ``sigmas[-1]``. A Heun run over N levels and a trailing 0 takes 2 N - 1 evaluations.
@@ -80,8 +101,8 @@ def sample(
     (networks from `erk_guid.load` do not ask for any).
 
     Raises:
-        ValueError: unusable sigmas, an unknown solver, guidance for a solver without a pair, a
-            denoiser whose answer has another shape.
+        ValueError: unusable sigmas, an unknown solver, an option that it does not have, guidance
+            for a solver without a pair, a denoiser whose answer has another shape.
         TypeError: `guidance` is not a `Guidance`.
     """
     if guidance is not None and not isinstance(guidance, Guidance):
@@ -90,15 +111,18 @@ def sample(
             f"{guidance!r}; for classifier-free guidance or autoguidance with a strength, wrap "
             "the denoisers: ModelGuidance(main, guide, strength)"
         )
+    options = {
+        "order": order, "r": r, "deis_mode": deis_mode, "predict_x0": predict_x0,
+        "variant": variant, "lower_order_final": lower_order_final,
+    }  # fmt: skip
     if isinstance(solver, str):
-        if solver not in SOLVERS:
-            raise ValueError(f"unknown solver {solver!r}; known: {', '.join(sorted(SOLVERS))}")
-        solver = SOLVERS[solver]
+        solver = make_solver(solver, **options)
+    elif given := [name for name, value in options.items() if value is not None]:
+        raise ValueError(f"{given[0]} is set where the solver is made, not beside a solver object")
     if guidance is not None and guidance.active and not solver.has_pair:
-        guided = ", ".join(name for name, step in sorted(SOLVERS.items()) if step.has_pair)
         raise ValueError(
             f"{type(solver).__name__} has no embedded pair to guide with (w_stiff "
-            f"{guidance.w_stiff}); solvers that have one: {guided}"
+            f"{guidance.w_stiff}); solvers that have one: {', '.join(guided_solvers())}"
         )
     if not x.is_floating_point() or x.ndim < 2:
         raise ValueError(f"x must be a floating tensor [N, ...], got {x.dtype} {list(x.shape)}")
@@ -109,10 +133,13 @@ def sample(
 
     state: Any = None
     evaluations = 0
+    steps = _plan(solver, levels)
     for i, (level, level_next) in enumerate(pairwise(levels)):
-        step = solver if level_next > 0 else EulerStep()
-        result, state = step(denoiser, x, sigmas[i], sigmas[i + 1], state)
-        evaluations += result.evaluations
+        sigma, sigma_next = sigmas[i], sigmas[i + 1]
+        analytic = afs and i == 0
+        where = _analytic_at(sigma, denoiser) if analytic else denoiser
+        result, state = steps[i](where, x, sigma, sigma_next, state)
+        evaluations += result.evaluations - analytic
         x_before, x, measured = x, result.x, None
         if result.pair is not None and guidance.active:
             x, measured = guide(x, result.pair, guidance)
@@ -135,6 +162,28 @@ def sample(
                 )
             )
     return x
+
+
+def _plan(solver: Solver | Step, levels: list[float]) -> list[Step]:
+    """A step for each interval; the one to 0, if there is one, is Euler's."""
+    positive = [level for level in levels if level > 0]
+    again = len(positive) - 1
+    steps = solver.plan(positive) if isinstance(solver, Solver) else [solver] * again
+    return steps if levels[-1] > 0 else [*steps, EulerStep()]
+
+
+def _analytic_at(first: Tensor, denoiser: Denoiser) -> Denoiser:
+    """The denoiser, but at the noise level `first` that of standard normal data's drift.
+
+    x / sqrt(1 + sigma^2) is the drift's usual stand-in at high noise (AFS, Dockhorn et al. 2022).
+    """
+
+    def analytic(x: Tensor, sigma: Tensor, /) -> Tensor:
+        if sigma is first:
+            return x - sigma * x / (1 + sigma**2).sqrt()
+        return denoiser(x, sigma)
+
+    return analytic
 
 
 def _check_levels(sigmas: Tensor) -> list[float]:
@@ -171,13 +220,22 @@ def edm_sampler(
     w_stiff: float = 0.0,
     w_con: float = 0.5,
     *,
-    solver: str | Step = "heun",
+    solver: str | Solver | Step = "heun",
     callback: Callback | None = None,
+    schedule: str | Sequence[float] = "polynomial",
+    denoise_to_zero: bool = True,
+    afs: bool = False,
+    order: int | None = None,
+    r: float | None = None,
+    deis_mode: str | None = None,
+    predict_x0: bool | None = None,
+    variant: str | None = None,
+    lower_order_final: bool | None = None,
 ) -> Tensor:
     """EDM2's sampler with ERK guidance, under EDM2's own signature.
 
-    Drops into an EDM2 checkout as its ``sampler_fn``. A thin front to `sample`: the last two,
-    keyword-only arguments are the only ones EDM2 does not know besides `w_stiff` and `w_con`.
+    Drops into an EDM2 checkout as its ``sampler_fn``. A thin front to `sample`: the keyword-only
+    arguments are the ones EDM2 does not know, besides `w_stiff` and `w_con`.
 
     Args:
         net: called as ``net(x, sigma, labels)``.
@@ -192,6 +250,11 @@ def edm_sampler(
             accepted for the signature's sake.
         dtype: the loop runs in it; the networks' output is cast to it.
         w_stiff, w_con: see `Guidance`.
+        schedule: how the noise levels are spaced, see `make_sigmas`; or the levels themselves,
+            falling to above 0, which then `num_steps` and the range have no part in.
+        denoise_to_zero: end with an Euler step to sigma = 0; False stops at the last level.
+
+    The other arguments are those of `sample`.
 
     Returns:
         The samples, like noise, in `dtype`.
@@ -215,12 +278,22 @@ def edm_sampler(
         assert gnet is not None  # checked above, and not called at guidance = 1
         return gnet(x, sigma, labels)
 
-    sigmas = karras_sigmas(num_steps, sigma_min, sigma_max, rho)
+    if isinstance(schedule, str):
+        sigmas = make_sigmas(schedule, num_steps, sigma_min, sigma_max, rho)
+    else:
+        sigmas = torch.tensor([*schedule, 0.0], dtype=torch.float64)
     return sample(
         main if guidance == 1 else ModelGuidance(main, guiding, guidance),
         noise.to(dtype) * sigmas[0].to(device=noise.device, dtype=dtype),
-        sigmas,
+        sigmas if denoise_to_zero else sigmas[:-1],
         solver=solver,
         guidance=Guidance(w_stiff, w_con),
         callback=callback,
+        afs=afs,
+        order=order,
+        r=r,
+        deis_mode=deis_mode,
+        predict_x0=predict_x0,
+        variant=variant,
+        lower_order_final=lower_order_final,
     )

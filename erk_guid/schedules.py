@@ -29,26 +29,125 @@ def karras_sigmas(
     Raises:
         ValueError: naming the argument that is out of range.
     """
-    if isinstance(num_steps, bool) or not isinstance(num_steps, Integral) or num_steps < 1:
-        raise ValueError(f"num_steps must be a whole number of at least 1, got {num_steps!r}")
-    for name, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max), ("rho", rho)):
-        if not isinstance(value, Real) or not math.isfinite(value) or value <= 0:
-            raise ValueError(f"{name} must be a positive, finite number, got {value!r}")
-    if sigma_min >= sigma_max:
-        raise ValueError(f"sigma_min {sigma_min} must be below sigma_max {sigma_max}")
-
+    _check_range(num_steps, sigma_min, sigma_max)
+    if not isinstance(rho, Real) or not math.isfinite(rho) or rho <= 0:
+        raise ValueError(f"rho must be a positive, finite number, got {rho!r}")
     ramp = torch.linspace(0, 1, int(num_steps), dtype=torch.float64)
     try:
         a, b = float(sigma_max) ** (1 / rho), float(sigma_min) ** (1 / rho)
         sigmas = (a + ramp * (b - a)) ** rho
     except OverflowError:
         sigmas = torch.full_like(ramp, torch.inf)
-    if num_steps > 1:
+    return _finished(sigmas, sigma_min, sigma_max, f"rho {rho}")
+
+
+def _check_range(num_steps: int, sigma_min: float, sigma_max: float) -> None:
+    if isinstance(num_steps, bool) or not isinstance(num_steps, Integral) or num_steps < 1:
+        raise ValueError(f"num_steps must be a whole number of at least 1, got {num_steps!r}")
+    for name, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max)):
+        if not isinstance(value, Real) or not math.isfinite(value) or value <= 0:
+            raise ValueError(f"{name} must be a positive, finite number, got {value!r}")
+    if sigma_min >= sigma_max:
+        raise ValueError(f"sigma_min {sigma_min} must be below sigma_max {sigma_max}")
+
+
+def _finished(sigmas: Tensor, sigma_min: float, sigma_max: float, spacing: str) -> Tensor:
+    if len(sigmas) > 1:
         sigmas[-1] = sigma_min  # the ends are what was asked for, not what the powers round to
     sigmas[0] = sigma_max
     if not torch.isfinite(sigmas).all() or (sigmas.diff() >= 0).any():
         raise ValueError(
-            f"{num_steps} levels from sigma_max {sigma_max} to sigma_min {sigma_min} with rho "
-            f"{rho} cannot be told apart in double precision; EDM's rho is 7"
+            f"{len(sigmas)} levels from sigma_max {sigma_max} to sigma_min {sigma_min} with "
+            f"{spacing} cannot be told apart in double precision; EDM's rho is 7"
         )
     return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+VP_SIGMA_MIN, VP_SIGMA_MAX, VP_EPSILON = 0.002, 80.0, 1e-3
+
+
+def vp_betas(
+    sigma_min: float = VP_SIGMA_MIN, sigma_max: float = VP_SIGMA_MAX, epsilon: float = VP_EPSILON
+) -> tuple[float, float]:
+    """(beta_d, beta_min) of the variance-preserving SDE whose sigma is `sigma_min` at time
+    `epsilon` and `sigma_max` at time 1 (Song et al. 2021, in the notation of Karras et al. 2022).
+    """
+    low, high = math.log(sigma_min**2 + 1), math.log(sigma_max**2 + 1)
+    beta_d = 2 * (low / epsilon - high) / (epsilon - 1)
+    return beta_d, high - beta_d / 2
+
+
+def vp_sigma(time: float, betas: tuple[float, float] | None = None) -> float:
+    """The noise level at a time of the variance-preserving SDE."""
+    beta_d, beta_min = betas or vp_betas()
+    return math.sqrt(math.expm1(beta_d * time**2 / 2 + beta_min * time))
+
+
+def vp_time(sigma: float) -> float:
+    """The time at which `vp_sigma` reaches a noise level."""
+    beta_d, beta_min = vp_betas()
+    exponent = math.log1p(sigma**2)
+    # The root that vanishes with sigma, without subtracting nearly equal numbers.
+    return 2 * exponent / (math.sqrt(beta_min**2 + 2 * beta_d * exponent) + beta_min)
+
+
+def vp_sigma_slope(time: float) -> float:
+    """d sigma / d time of `vp_sigma`."""
+    beta_d, beta_min = vp_betas()
+    sigma = vp_sigma(time)
+    return (beta_d * time + beta_min) * (sigma**2 + 1) / (2 * sigma)
+
+
+def logsnr_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80) -> Tensor:
+    """Noise levels at equal distances in log sigma, and a trailing 0.
+
+    Args, returns and raises as `karras_sigmas`.
+    """
+    _check_range(num_steps, sigma_min, sigma_max)
+    ramp = torch.linspace(0, 1, int(num_steps), dtype=torch.float64)
+    low, high = math.log(sigma_min), math.log(sigma_max)
+    return _finished((high + ramp * (low - high)).exp(), sigma_min, sigma_max, "logsnr")
+
+
+def time_uniform_sigmas(
+    num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80, rho: float = 1
+) -> Tensor:
+    """Noise levels at times of the variance-preserving SDE, from 1 down to 1e-3, and a trailing 0.
+
+    Args:
+        rho: 1 spaces the times equally, 2 quadratically (more of them near the end).
+
+    Other arguments, returns and raises as `karras_sigmas`.
+    """
+    _check_range(num_steps, sigma_min, sigma_max)
+    if not isinstance(rho, Real) or not math.isfinite(rho) or rho <= 0:
+        raise ValueError(f"rho must be a positive, finite number, got {rho!r}")
+    betas = vp_betas(sigma_min, sigma_max)
+    ramp = torch.linspace(0, 1, int(num_steps), dtype=torch.float64)
+    times = (1 + ramp * (VP_EPSILON ** (1 / rho) - 1)) ** rho
+    sigmas = torch.tensor([vp_sigma(t, betas) for t in times.tolist()], dtype=torch.float64)
+    return _finished(sigmas, sigma_min, sigma_max, "time_uniform")
+
+
+SCHEDULES = ("polynomial", "logsnr", "time_uniform")
+
+
+def make_sigmas(
+    schedule: str, num_steps: int, sigma_min: float, sigma_max: float, rho: float
+) -> Tensor:
+    """Noise levels by the name of their schedule, and a trailing 0.
+
+    Args:
+        schedule: 'polynomial' (`karras_sigmas`), 'logsnr' (`rho` plays no part) or
+            'time_uniform'.
+
+    Raises:
+        ValueError: an unknown name, or a value out of range.
+    """
+    if schedule == "polynomial":
+        return karras_sigmas(num_steps, sigma_min, sigma_max, rho)
+    if schedule == "logsnr":
+        return logsnr_sigmas(num_steps, sigma_min, sigma_max)
+    if schedule == "time_uniform":
+        return time_uniform_sigmas(num_steps, sigma_min, sigma_max, rho)
+    raise ValueError(f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}")

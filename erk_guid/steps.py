@@ -134,7 +134,3 @@ class HeunStep:
         if state is not None:
             pair = Pair(x, state.x_low, f, state.f_low, sigma - sigma_next)
         return StepResult(x_high, denoised, f, 2, pair), Companion(x_low, f_low)
-
-
-SOLVERS: dict[str, Step] = {"euler": EulerStep(), "heun": HeunStep()}
-"""The steps `erk_guid.sample` knows by name."""

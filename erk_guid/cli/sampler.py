@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from difflib import get_close_matches
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -14,8 +17,8 @@ from erk_guid.cli.common import NumberOr
 from erk_guid.guidance import Guidance, nearest_paper_steps
 from erk_guid.recipe import Recipe
 from erk_guid.runtime import launched_rank
-from erk_guid.schedules import karras_sigmas
-from erk_guid.steps import SOLVERS
+from erk_guid.schedules import SCHEDULES, make_sigmas
+from erk_guid.solvers import SOLVERS, guided_solvers, make_solver
 
 F = TypeVar("F", bound=Callable[..., Any])
 JOB = Recipe  # its field defaults are the one home of these options' defaults
@@ -146,7 +149,48 @@ _OPTIONS = [
         type=click.Choice(sorted(SOLVERS)),
         default=JOB.solver,
         show_default=True,
-        help="How to step; euler has no embedded pair, so no ERK guidance.",
+        help=f"How to step. ERK guidance works with {', '.join(guided_solvers())}.",
+    ),
+    click.option(
+        "--order",
+        metavar="INT",
+        type=int,
+        help="Evaluations combined in a step: deis, ipndm, ipndm_v, unipc 1-4, dpmpp 1-3.  "
+        "[default: the solver's]",
+    ),
+    click.option("--r", metavar="FLOAT", type=float, help="dpm2's midpoint.  [default: 0.5]"),
+    click.option(
+        "--deis_mode", type=click.Choice(["tab", "rhoab"]), help="deis only.  [default: tab]"
+    ),
+    click.option(
+        "--predict_x0",
+        metavar="BOOL",
+        type=bool,
+        help="dpmpp, unipc: combine denoised images, not noise.  [default: true]",
+    ),
+    click.option(
+        "--variant", type=click.Choice(["bh1", "bh2"]), help="unipc only.  [default: bh2]"
+    ),
+    click.option(
+        "--lower_order_final",
+        metavar="BOOL",
+        type=bool,
+        help="dpmpp, unipc: lower the order near the end.  [default: true]",
+    ),
+    click.option(
+        "--schedule",
+        metavar="|".join(SCHEDULES) + "|LIST|FILE",
+        default=JOB.schedule,
+        show_default=True,
+        callback=lambda ctx, param, value: _schedule(value),
+        help="Spacing of the noise levels, or the levels themselves: 80,20,5,1,0.1 or a file.",
+    ),
+    click.option("--afs", is_flag=True, help="Analytical first step: saves one evaluation."),
+    click.option(
+        "--denoise-to-zero/--no-denoise-to-zero",
+        default=JOB.denoise_to_zero,
+        show_default=True,
+        help="End with an Euler step to sigma = 0, or stop at the last noise level.",
     ),
     click.option("--device", metavar="STR", help="cuda, mps or cpu.  [default: the best present]"),
     click.option(
@@ -214,17 +258,52 @@ def recipe_fields(
         )
     try:
         guidance = _erk_guidance(w_stiff, w_con, options["num_steps"], preset)
-        karras_sigmas(
-            options["num_steps"], options["sigma_min"], options["sigma_max"], options["rho"]
-        )
+        _check_levels(options)
+        solver = make_solver(options["solver"], **{name: options[name] for name in SOLVER_OPTIONS})
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    if guidance.active and not SOLVERS[options["solver"]].has_pair:
+    if guidance.active and not solver.has_pair:
         raise click.UsageError(
-            f"--solver {options['solver']} has no embedded pair to guide with; use heun, or "
-            "--w_stiff 0"
+            f"--solver {options['solver']} has no embedded pair to guide with; use "
+            f"{' or '.join(guided_solvers())}, or --w_stiff 0"
         )
     return {**options, "w_stiff": guidance.w_stiff, "w_con": guidance.w_con}
+
+
+SOLVER_OPTIONS = ("order", "r", "deis_mode", "predict_x0", "variant", "lower_order_final")
+
+
+def _schedule(value: str) -> str | tuple[float, ...]:
+    """A schedule's name, or noise levels from a list or a file (a 0 at the end is implied)."""
+    if value in SCHEDULES:
+        return value
+    path = Path(value)
+    text = value
+    if "," not in value:
+        if not path.is_file():
+            raise click.BadParameter(
+                f"{value!r} is none of {', '.join(SCHEDULES)}, no list such as 80,5,0.1, no file"
+            )
+        text = path.read_text(errors="replace")
+    try:
+        levels = [float(part) for part in re.split(r"[\s,]+", text.strip())]
+    except ValueError as error:
+        raise click.BadParameter(f"noise levels are numbers: {error}") from error
+    return tuple(levels[:-1] if levels[-1] == 0 else levels)
+
+
+def _check_levels(options: dict[str, Any]) -> None:
+    schedule = options["schedule"]
+    if isinstance(schedule, str):
+        names = ("num_steps", "sigma_min", "sigma_max", "rho")
+        make_sigmas(schedule, *(options[name] for name in names))
+        return
+    falling = all(a > b for a, b in pairwise([*schedule, 0.0]))
+    if not falling or not all(math.isfinite(level) for level in schedule):
+        raise ValueError(f"--schedule: noise levels must fall and stay above 0, got {schedule}")
+    # These play no part any more; what is recorded should say what was done.
+    options["num_steps"] = len(schedule)
+    options["sigma_max"], options["sigma_min"] = schedule[0], schedule[-1]
 
 
 def _with_preset(name: str, options: dict[str, Any]) -> dict[str, Any]:

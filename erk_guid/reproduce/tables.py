@@ -9,7 +9,6 @@ from typing import Literal
 
 from erk_guid.errors import ErkGuidError
 from erk_guid.guidance import PAPER_SETTINGS
-from erk_guid.steps import SOLVERS
 
 Family = Literal["plain", "guid", "autog"]
 """Without model guidance, with classifier-free guidance, with autoguidance."""
@@ -61,9 +60,7 @@ class Row:
     def refusal(self) -> str | None:
         """Why this version cannot run it, or None."""
         if self.table == "4":
-            missing = [] if self.solver in SOLVERS else [f"the solver {self.solver}"]
-            missing.append("EDM (2022) networks")
-            return f"needs {' and '.join(missing)}, not part of this version"
+            return "needs EDM (2022) networks, not part of this version"
         return None
 
     @property
