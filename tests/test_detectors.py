@@ -197,14 +197,16 @@ def test_dinov2s_code_that_cannot_be_had_is_named(hub: Path, tmp_path: Path) -> 
 
 
 class Evil:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
     def __reduce__(self) -> Any:
-        return (os.system, ("touch /tmp/erk-guid-was-here",))
+        return (os.system, (f"touch {self.marker}",))
 
 
 def test_files_of_weights_run_nothing(tmp_path: Path) -> None:
-    marker = Path("/tmp/erk-guid-was-here")
-    marker.unlink(missing_ok=True)
-    torch.save({"a": Evil()}, tmp_path / "evil.pth")
+    marker = tmp_path / "was-here"
+    torch.save({"a": Evil(marker)}, tmp_path / "evil.pth")
     (tmp_path / "text.pth").write_text("hello")
     torch.save([1, 2], tmp_path / "list.pth")
     for name in ("fid", "vgg16", "fd_dinov2"):

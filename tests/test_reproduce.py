@@ -14,8 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from conftest import DATA
 
 from erk_guid.cli import main
 from erk_guid.cli.reproduce import reproduce_command
@@ -84,7 +86,7 @@ def test_a_dry_run_prints_commands_that_parse() -> None:
     assert done.exit_code == 0, done.output
     commands = [shlex.split(line) for line in done.output.splitlines() if line[0] != "#"]
     generate = [c for c in commands if "generate" in c]
-    assert len(generate) == 10 + 8
+    assert len(generate) == 10 + 8 + 6
     name = plan(Reproduction(rows=[], gpus=8), TABLES["2"][0]).name
     assert re.fullmatch("2-32-plain-[0-9a-f]{8}", name)
     assert generate[0] == shlex.split(
@@ -103,12 +105,19 @@ def test_a_dry_run_prints_commands_that_parse() -> None:
         known = main.commands[name]
         if name == "metrics":
             known = known.commands["calc"]  # type: ignore[attr-defined]
-        options = {o for p in known.params for o in p.opts}
+        options = {o for p in known.params for o in (*p.opts, *p.secondary_opts)}
         used = {a.partition("=")[0] for a in command[command.index(name) :] if a[:2] == "--"}
         assert used <= options
-    for solver in ("heun", "dpm2", "deis"):
-        assert f"# 4-{solver}-plain: 6 steps" in done.output
-    assert "left out: needs EDM (2022) networks" in done.output
+    # Table 4: six evaluations from sigma_max to sigma_min; what is not known is a question mark.
+    table4 = [c for c in generate if "edm-imagenet-64x64-cond-adm" in " ".join(c)]
+    assert [next(a for a in c if a.startswith("--steps")) for c in table4] == [
+        "--steps=4", "--steps=4", "--steps=4", "--steps=4", "--steps=7", "--steps=7"
+    ]  # fmt: skip
+    assert all("--no-denoise-to-zero" in c for c in table4)
+    assert [("--w_stiff=?" in c, "--w_con=?" in c) for c in table4] == [
+        (False, False), (True, True)
+    ] * 3  # fmt: skip
+    assert ["--solver=deis" in c for c in table4] == [False] * 4 + [True] * 2
 
 
 def commands_of(*args: Any) -> str:
@@ -153,7 +162,7 @@ def test_other_models_take_the_papers_place() -> None:
              "3-32-autog-plain"),
             "name one with --gnet",
         ),
-        (("--table", "4"), "none of these rows can be run by this version"),
+        (("--table", "4"), "row 4-heun-erk: the paper's w_stiff and w_con are not known here"),
         (("--row", "2-8-plain", "--seeds", "1"), "1 images are too few"),
         (("--row", "2-8-plain", "--metrics", "fdi"), "unknown metric 'fdi'"),
         (("--row", "2-8-plain", "--gnet", "x.pkl"), "--gnet x.pkl goes with --model"),
@@ -304,3 +313,36 @@ def test_a_killed_run_continues_where_it_was(tmp_path: Path) -> None:
     output, _ = third.communicate(timeout=120)
     assert third.returncode == 0
     assert output.count("already in") == 3
+
+
+PLUGIN = """
+import torch
+from erk_guid.metrics import register_detector
+
+class Corner:
+    name, feature_dim = "corner", 4
+
+    def __call__(self, images):
+        return images.double().flatten(1)[:, :4]
+
+register_detector("corner", lambda device, weights: Corner())
+"""
+
+
+@pytest.mark.slow
+def test_table_4_on_a_tiny_edm_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "corner.py").write_text(PLUGIN)
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "r.npz", **{"corner/mu": rng.random(4), "corner/sigma": np.eye(4)})
+    command = [
+        "bash", str(SCRIPT), "--row=4-dpm2-erk,4-deis-erk", f"--model={DATA / 'edm_ncsnpp.pkl'}",
+        "--metrics=corner", f"--plugin={tmp_path / 'corner.py'}", f"--ref={tmp_path / 'r.npz'}",
+        "--w_stiff=0.3", "--w_con=0", "--num=6", "--device=cpu", f"--outdir={tmp_path / 'out'}",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    results = read_results(tmp_path / "out")
+    assert [r["key"]["solver"] for r in results] == ["dpm2", "deis"]
+    assert [r["key"]["w_stiff"] for r in results] == [0.3, 0.3]
+    assert "4 | dpm2, ERK-Guid 0.3 / 0" in (tmp_path / "out" / "report.md").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from erk_guid.encoders import ENCODERS, Encoder
 from erk_guid.errors import CheckpointError, ErkGuidError
+from erk_guid.networks.edm import EDMPrecond
 from erk_guid.networks.edm2 import Precond
 
-NETWORKS: dict[str, type[nn.Module]] = {"Precond": Precond}
+NETWORKS: dict[str, type[nn.Module]] = {"Precond": Precond, "EDMPrecond": EDMPrecond}
 """Class names in files, and our own class of that name."""
 
 MAX_SIDE = 1 << 16
@@ -34,6 +36,14 @@ def _real(value: Any) -> bool:
 
 def _real_or_none(value: Any) -> bool:
     return value is None or _real(value)
+
+
+def _real_or_infinite(value: Any) -> bool:
+    return value == math.inf or _real(value)
+
+
+def _word(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= 40
 
 
 def _flag(value: Any) -> bool:
@@ -64,7 +74,23 @@ SETTINGS: dict[str, dict[str, Callable[[Any], bool]]] = {
         "channel_mult": _list_of(_whole),
         "attn_resolutions": _list_of(_whole),
         "resample_filter": _list_of(_real),
-    }
+    },
+    "EDMPrecond": {
+        **dict.fromkeys(
+            ("img_resolution", "img_channels", "label_dim", "model_channels", "num_blocks",
+             "channel_mult_emb", "channel_mult_noise", "augment_dim"),
+            _whole,
+        ),
+        **dict.fromkeys(("sigma_min", "sigma_data", "dropout", "label_dropout"), _real),
+        **dict.fromkeys(
+            ("model_type", "embedding_type", "encoder_type", "decoder_type"), _word
+        ),
+        "sigma_max": _real_or_infinite,
+        "use_fp16": _flag,
+        "channel_mult": _list_of(_whole),
+        "attn_resolutions": _list_of(_whole),
+        "resample_filter": _list_of(_real),
+    },
 }  # fmt: skip
 """What a file may say of each class: the constructor's arguments, and which values they take."""
 

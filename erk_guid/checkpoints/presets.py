@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+EDM_URL = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/{}.pkl"
 EDM2_URL = "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/{}.pkl"
 SHIPPED = "shipped:"
 """Prefix of a source that lies in the package's own data folder."""
@@ -28,6 +29,10 @@ class Preset:
     erk: tuple[float, float] | None = None
 
 
+def _edm(*names: str) -> dict[str, Preset]:
+    return {name: Preset(EDM_URL.format(name)) for name in names}
+
+
 def _edm2(table: str) -> dict[str, Preset]:
     """Rows of `name net gnet guidance metric score`; '-' for none, '~' for edm2-img512-."""
     presets = {}
@@ -49,6 +54,13 @@ PRESETS: dict[str, Preset] = {
     "digits-guid": Preset(SHIPPED + "digits.safetensors", "uncond:digits", 1.5),
     "digits-autog": Preset(
         SHIPPED + "digits.safetensors", SHIPPED + "digits-weak.safetensors", 1.5
+    ),
+    **_edm(
+        "edm-cifar10-32x32-uncond-vp",
+        "edm-cifar10-32x32-cond-vp",
+        "edm-ffhq-64x64-uncond-vp",
+        "edm-afhqv2-64x64-uncond-vp",
+        "edm-imagenet-64x64-cond-adm",
     ),
     **_edm2("""
 ~xs-fid               ~xs-2147483-0.135           -                           -    FID 3.53
@@ -89,4 +101,5 @@ edm2-img64-s-autog-fid  edm2-img64-s-1073741-0.045 edm2-img64-xs-0134217-0.110 1
 edm2-img64-s-autog-dino edm2-img64-s-1073741-0.105 edm2-img64-xs-0134217-0.175 2.20 FD-DINOv2 31.85
 """),
 }
-"""Name to preset; the EDM2 ones are those of NVIDIA's generate_images.py."""
+"""Name to preset; the EDM2 ones are those of NVIDIA's generate_images.py, the EDM ones are named
+after their files."""

@@ -18,5 +18,6 @@ def presets_command() -> None:
         click.echo(f"{name:<{width}}  {guidance:<8}  {erk:<9}  {preset.published or '-'}")
     click.echo(
         "\nERK-Guid: w_stiff / w_con that were measured here; '--w_stiff preset' takes them. "
-        "Published scores are their authors'. The edm2-* weights are NVIDIA's, CC BY-NC-SA 4.0."
+        "Published scores are their authors'. The edm-* and edm2-* weights are NVIDIA's, "
+        "CC BY-NC-SA 4.0."
     )

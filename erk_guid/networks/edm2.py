@@ -434,22 +434,39 @@ class Precond(nn.Module):
         `return_logvar` also u(sigma) (arXiv 2312.02696, eq. 21), shaped [N, 1, 1, 1] or
         [1, 1, 1, 1].
         """
-        x = x.to(torch.float32)
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
-        labels: Tensor | None = None
-        if self.label_dim:
-            if class_labels is None:
-                labels = torch.zeros([1, self.label_dim], device=x.device)
-            else:
-                labels = class_labels.to(x.device, torch.float32).reshape(-1, self.label_dim)
-        half = self.use_fp16 and not force_fp32 and x.device.type == "cuda"
-
-        total = sigma**2 + self.sigma_data**2
-        c_noise = sigma.flatten().log() / 4
-        x_in = (x / total.sqrt()).to(torch.float16 if half else torch.float32)
-        out = self.unet(x_in, c_noise, labels).to(torch.float32)
-        denoised = (self.sigma_data**2 / total) * x
-        denoised = denoised + (sigma * self.sigma_data / total.sqrt()) * out
+        denoised, c_noise = preconditioned(self, self.unet, x, sigma, class_labels, force_fp32)
         if not return_logvar:
             return denoised
         return denoised, self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)
+
+
+def preconditioned(
+    precond: Any,
+    unet: nn.Module,
+    x: Tensor,
+    sigma: Tensor | float,
+    class_labels: Tensor | None,
+    force_fp32: bool,
+) -> tuple[Tensor, Tensor]:
+    """EDM's preconditioning around a U-Net: the denoised x, and c_noise [N] or [1].
+
+    Args:
+        precond: has `label_dim`, `sigma_data` and `use_fp16`.
+        unet: called as ``unet(x, c_noise, labels)``.
+    """
+    x = x.to(torch.float32)
+    sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
+    labels: Tensor | None = None
+    if precond.label_dim:
+        if class_labels is None:
+            labels = torch.zeros([1, precond.label_dim], device=x.device)
+        else:
+            labels = class_labels.to(x.device, torch.float32).reshape(-1, precond.label_dim)
+    half = precond.use_fp16 and not force_fp32 and x.device.type == "cuda"
+
+    total = sigma**2 + precond.sigma_data**2
+    c_noise = sigma.flatten().log() / 4
+    x_in = (x / total.sqrt()).to(torch.float16 if half else torch.float32)
+    out = unet(x_in, c_noise, labels).to(torch.float32)
+    denoised = (precond.sigma_data**2 / total) * x
+    return denoised + (sigma * precond.sigma_data / total.sqrt()) * out, c_noise

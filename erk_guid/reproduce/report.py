@@ -32,6 +32,7 @@ from erk_guid.reproduce.runner import (
     plan,
     read_results,
     result_of,
+    settled,
     spell,
 )
 from erk_guid.reproduce.tables import CAPTIONS, PAPER_NUM, TABLES, Row
@@ -97,7 +98,7 @@ class Findings:
 
     def __post_init__(self) -> None:
         tables = dict.fromkeys(row.table for row in self.job.rows)
-        self.rows = [row for table in tables for row in TABLES[table]]
+        self.rows = [settled(self.job, row) for table in tables for row in TABLES[table]]
 
     @cached_property
     def plans(self) -> dict[str, Plan]:
@@ -312,7 +313,7 @@ def _detector_fact(detector: Mapping[str, Any]) -> str:
 
 def _summary(findings: Findings) -> list[str]:
     """What the tables say, in sentences."""
-    rows = [r for r in findings.rows if r.refusal is None]
+    rows = findings.rows
     done = [r for r in rows if r.id in findings.by_row]
     lines = [f"{len(done)} of {len(rows)} rows measured."]
     if not findings.comparable and any(row.paper for row in rows):
@@ -375,8 +376,7 @@ def _table(findings: Findings, table: str) -> Table:
             found = findings.precision_recall(row, metric)
             cells += [Cell(f"{v:.3f}") for v in found] if found else [Cell(EMPTY)] * 2
         body.append(cells)
-    refusal = next((r.refusal for r in rows if r.refusal), None)
-    notes = [f"Not run: {refusal}."] if refusal else []
+    notes = []
     if any(findings.error(r, m) is not None for r in rows for m in metrics):
         notes.append(
             "± is a standard error (bootstrap over images; for the change, over pairs of images "

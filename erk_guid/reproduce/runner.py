@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import json
 import math
+import re
 import shlex
 import shutil
 import signal
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ class Reproduction:
     bootstrap: int | None = None
     detector_weights: Mapping[str, str] = field(default_factory=dict)
     plugin: Sequence[str] = ()
+    w_stiff: float | None = None
+    w_con: float | None = None
     keep_images: bool = False
 
     def check(self) -> None:
@@ -139,10 +142,14 @@ def plan(job: Reproduction, row: Row) -> Plan:
     """The commands of one row.
 
     Raises:
-        ErkGuidError: this version cannot run it, or something is left to choose.
+        ErkGuidError: something is left to choose.
     """
-    if row.refusal:
-        raise ErkGuidError(f"row {row.id} {row.refusal}")
+    row = settled(job, row)
+    if row.w_stiff is None or (row.guided and row.w_con is None):
+        raise ErkGuidError(
+            f"row {row.id}: the paper's w_stiff and w_con are not known here; choose them with "
+            "--w_stiff and --w_con"
+        )
     model = _model_options(job, row)
     metrics, ref = _scoring(job, row)
     seeds = spell(job.chosen_seeds)
@@ -153,6 +160,8 @@ def plan(job: Reproduction, row: Row) -> Plan:
         "steps": row.steps,
         "w_stiff": row.w_stiff,
         "w_con": row.w_con,
+        "solver": row.solver,
+        "denoise_to_zero": row.denoise_to_zero,
         "seeds": seeds,
         "metrics": metrics,
         "ref": ref,
@@ -174,6 +183,24 @@ def plan(job: Reproduction, row: Row) -> Plan:
     return made
 
 
+def settled(job: Reproduction, row: Row) -> Row:
+    """The row with the user's settings where the paper's are not known."""
+    if row.w_stiff is not None:
+        return row
+    return replace(row, w_stiff=job.w_stiff, w_con=job.w_con)
+
+
+def commands(job: Reproduction, row: Row) -> list[str]:
+    """The row's commands as a shell would take them, '?' standing for what is left to choose."""
+    one = settled(job, row)
+    if one.w_stiff is not None and (not one.guided or one.w_con is not None):
+        return list(plan(job, row).lines(job.keep_images))
+    # Any numbers will do to make the commands with: they are taken out again.
+    lines = plan(replace(job, w_stiff=1.0, w_con=1.0), row).lines(job.keep_images)
+    marked = [re.sub(r"--(w_stiff|w_con)=1\b", r"--\1=?", line) for line in lines]
+    return [re.sub(rf"{row.id}-[0-9a-f]{{8}}", f"{row.id}-?", line) for line in marked]
+
+
 def _launcher(job: Reproduction) -> list[str]:
     if job.processes == 1:
         return ["python", "-m", "erk_guid"]
@@ -188,6 +215,8 @@ def _generate_command(job: Reproduction, one: Plan, model: list[str], seeds: str
     return [
         *_launcher(job), "generate", *model, f"--outdir={one.images}", "--subdirs",
         f"--seeds={seeds}", f"--batch={job.batch}", f"--steps={row.steps}", *erk,
+        *([] if row.solver == "heun" else [f"--solver={row.solver}"]),
+        *([] if row.denoise_to_zero else ["--no-denoise-to-zero"]),
         *_device(job), "--resume",
     ]  # fmt: skip
 
@@ -250,6 +279,10 @@ _KNOWN_SCORING = {
     "digits": (["fd_digits"], "digits"),
     "edm2-img512": (["fid", "fd_dinov2"], "img512"),
     "edm2-img64": (["fid", "fd_dinov2"], "img64"),
+    "edm-imagenet-64x64": (
+        ["fid"],
+        "https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/imagenet-64x64.npz",
+    ),
 }
 """Beginning of a preset's name to metrics and reference."""
 
