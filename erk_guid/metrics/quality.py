@@ -244,6 +244,6 @@ def warn_unequal(result: Mapping[str, Any]) -> None:
     if "num_real" in result and result["num_real"] > 2 * result["num_generated"]:
         print(
             f"Note: {result['num_real']} real images against {result['num_generated']} generated "
-            "ones: recall is low for that reason alone",
+            "ones: precision and recall depend on both numbers, compare among equal ones only",
             file=sys.stderr,
         )
