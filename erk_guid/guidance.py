@@ -24,6 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+AUTO = "auto"
+"""The word for the parameter-free form."""
+
 EPS = 1e-8
 """Added to norms before dividing by them, as in the published program."""
 
@@ -40,6 +43,8 @@ class Guidance:
             leading error on a linear mode, the paper uses 0.5 (8 steps) to 2.5 (32 steps).
         w_con: the correction acts where the stiffness exceeds this. Its unit is 1/sigma, so
             0.5 acts mainly below sigma = 2 in EDM's units.
+        form: "published", or "auto" for the parameter-free form (`Guidance.auto`), in which the
+            two numbers play no part.
 
     Raises:
         ValueError: a value is not a finite number, or negative; the message names it.
@@ -47,8 +52,11 @@ class Guidance:
 
     w_stiff: float = 0.0
     w_con: float = 0.5
+    form: str = "published"
 
     def __post_init__(self) -> None:
+        if self.form not in ("published", AUTO):
+            raise ValueError(f"form must be 'published' or {AUTO!r}, got {self.form!r}")
         for name in ("w_stiff", "w_con"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
@@ -59,7 +67,34 @@ class Guidance:
     @property
     def active(self) -> bool:
         """Whether there is anything to correct."""
-        return self.w_stiff > 0
+        return self.blends or self.w_stiff > 0
+
+    @property
+    def blends(self) -> bool:
+        """Whether it is the parameter-free form."""
+        return self.form == AUTO
+
+    @classmethod
+    def auto(cls) -> Guidance:
+        """The parameter-free form: the pair blended by the measured response of the denoiser.
+
+        For Heun and DPM-Solver-2; see `blend_weight`. Not the paper's method, but built on its
+        idea.
+        """
+        return cls(form=AUTO)
+
+    @classmethod
+    def of(cls, w_stiff: float | str, w_con: float) -> Guidance:
+        """Settings as users write them: two numbers, or "auto" for the first.
+
+        Raises:
+            ValueError: see `Guidance`.
+        """
+        if isinstance(w_stiff, str):
+            if w_stiff != AUTO:
+                raise ValueError(f"w_stiff must be a number or {AUTO!r}, got {w_stiff!r}")
+            return cls.auto()
+        return cls(w_stiff, w_con)
 
     @classmethod
     def paper(cls, num_steps: int) -> Guidance:
@@ -96,6 +131,96 @@ class Measurement(NamedTuple):
     """The correction is this times (f_high - f_low)."""
     size: Tensor
     """Euclidean norm of the correction."""
+
+
+class Embedded(NamedTuple):
+    """What the parameter-free form blends: the lower-order end of a two-stage step, and its stages.
+
+    The step went from sigma to sigma_next with a second evaluation at the node, a point of
+    Euler's line at noise level ``node * sigma``.
+    """
+
+    x_low: Tensor
+    """Euler's solution at sigma_next."""
+    f: Tensor
+    """The drift at sigma."""
+    f_node: Tensor
+    """The drift at the node."""
+    ratio: Tensor
+    """sigma_next / sigma, without dimensions."""
+    node: Tensor
+    """Noise level of the node over sigma, without dimensions."""
+    weight_node: float
+    """What the high-order slope takes of f_node; it takes 1 - this of f."""
+    companion: Pair | None = None
+    """A pair at sigma itself, from the step before, if there is one."""
+
+
+def response_of_pair(pair: Pair, sigma: Tensor) -> Tensor:
+    """How the denoiser answers along a pair at noise level `sigma`: <dD, dx> / <dx, dx>, [N].
+
+    0 where it does not move, 1 where it follows x; on a Gaussian mode of deviation s it is
+    s^2 / (s^2 + sigma^2). Clipped to [0, 1]; 1 where the pair agrees.
+    """
+    dx = pair.x_high - pair.x_low
+    size = _inner(dx, dx)
+    dd = size - sigma.to(size) * _inner(pair.f_high - pair.f_low, dx)
+    return torch.where(size > 0, dd / size.clamp_min(_tiny(size)), 1).clamp(0, 1)
+
+
+def response_in_step(f: Tensor, f_node: Tensor, node: Tensor) -> Tensor:
+    """The same response from one step's two drifts, [N], when there is no pair at sigma.
+
+    On a Gaussian mode with response mu at sigma, the drift at the node is q times that at sigma,
+    q = node (mu + (1 - mu) node) / (mu + (1 - mu) node^2), wherever the mode is centred: a
+    linear equation for mu. Measured along the drift itself.
+    """
+    size = _inner(f, f)
+    node = node.to(size)
+    q = torch.where(size > 0, _inner(f_node, f) / size.clamp_min(_tiny(size)), 1)
+    q = torch.minimum(torch.maximum(q, node), torch.ones_like(q))
+    return (node**2 * (1 - q) / (q * (1 - node**2) - node * (1 - node))).clamp(0, 1)
+
+
+def blend_weight(
+    mu: Tensor, ratio: Tensor, node: Tensor | None = None, weight_node: float = 0.5
+) -> Tensor:
+    """How much of the high-order solution makes a step exact on a Gaussian mode, [N].
+
+    On a mode whose response at sigma is `mu`, an exact step multiplies by
+    E = sqrt(mu + (1 - mu) ratio^2) and Euler's by A = mu + (1 - mu) ratio. The two-stage
+    solution's factor H lies so that (E - A) / (H - A) has no 0/0 left in it; for Heun it is
+    2 E^2 / (E + A), which rises from `ratio` (mu = 0: Heun in data-prediction form) to 1, so the
+    blend is a convex combination of the two solutions and cannot run away.
+
+    Args:
+        mu: [N], from 0 to 1.
+        ratio: sigma_next / sigma, above 0 and below 1.
+        node: noise level of the second evaluation over sigma; by default `ratio`, as Heun's.
+        weight_node: what the high-order slope takes of that evaluation.
+    """
+    ratio = ratio.to(mu)
+    node = ratio if node is None else node.to(mu)
+    exact = (mu + (1 - mu) * ratio**2).sqrt()
+    euler = mu + (1 - mu) * ratio
+    at_node = mu + (1 - mu) * node**2
+    return (1 - ratio) / (1 - node) * at_node / (weight_node * (exact + euler))
+
+
+def blend(x: Tensor, embedded: Embedded, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """The parameter-free form of a step's solution `x`, and the size of the change, [N]."""
+    if embedded.companion is not None:
+        mu = response_of_pair(embedded.companion, sigma)
+    else:
+        mu = response_in_step(embedded.f, embedded.f_node, embedded.node)
+    weight = blend_weight(mu, embedded.ratio, embedded.node, embedded.weight_node)
+    apart = x - embedded.x_low
+    change = weight - 1
+    return torch.addcmul(x, _per_sample(change, x), apart), change.abs() * _norm(apart)
+
+
+def _tiny(like: Tensor) -> float:
+    return torch.finfo(like.dtype).tiny
 
 
 def stiffness(x_high: Tensor, x_low: Tensor, f_high: Tensor, f_low: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class Recipe:
     sigma_min: float = 0.002
     sigma_max: float = 80
     rho: float = 7
-    w_stiff: float = 0.0
+    w_stiff: float | str = 0.0
     w_con: float = 0.5
     solver: str = "heun"
     order: int | None = None
@@ -87,7 +87,7 @@ class Recipe:
         spaced = "" if self.schedule == "polynomial" else f", schedule {self.schedule}"
         parts = [
             f"model {self.net}", f"solver {self.solver}{chosen}", f"steps {self.num_steps}{spaced}",
-            f"w_stiff {self.w_stiff:g}", f"w_con {self.w_con:g}", f"guidance {self.guidance:g}",
+            f"w_stiff {self.w_stiff}", f"w_con {self.w_con:g}", f"guidance {self.guidance:g}",
         ]  # fmt: skip
         if self.gnet and self.guidance != 1:
             parts.append(f"guiding model {self.gnet}")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from erk_guid.denoisers import Denoiser, ModelGuidance
-from erk_guid.guidance import Guidance, guide, measure
+from erk_guid.guidance import Guidance, blend, guide, measure
 from erk_guid.schedules import make_sigmas
-from erk_guid.solvers import Solver, guided_solvers, make_solver
+from erk_guid.solvers import Solver, check_guidance, make_solver
 from erk_guid.steps import EulerStep, Step
 
 
@@ -31,7 +31,8 @@ class StepInfo:
         denoised: D(x_before; sigma).
         stiffness: rho per sample, [N], unit 1/sigma; None at steps without an embedded pair.
         gate: per sample, [N] bool, whether rho exceeds w_con; None likewise.
-        correction_size: Euclidean norm of the correction per sample, [N]; None likewise.
+        correction_size: Euclidean norm of the correction per sample, [N]; None at steps without
+            one.
         evaluations: calls of the denoiser so far, this step's included.
     """
 
@@ -119,11 +120,8 @@ def sample(
         solver = make_solver(solver, **options)
     elif given := [name for name, value in options.items() if value is not None]:
         raise ValueError(f"{given[0]} is set where the solver is made, not beside a solver object")
-    if guidance is not None and guidance.active and not solver.has_pair:
-        raise ValueError(
-            f"{type(solver).__name__} has no embedded pair to guide with (w_stiff "
-            f"{guidance.w_stiff}); solvers that have one: {', '.join(guided_solvers())}"
-        )
+    if guidance is not None:
+        check_guidance(guidance, solver, type(solver).__name__)
     if not x.is_floating_point() or x.ndim < 2:
         raise ValueError(f"x must be a floating tensor [N, ...], got {x.dtype} {list(x.shape)}")
     # One look at the noise levels from the host; after this the loop never waits for the device.
@@ -141,11 +139,16 @@ def sample(
         result, state = steps[i](where, x, sigma, sigma_next, state)
         evaluations += result.evaluations - analytic
         x_before, x, measured = x, result.x, None
-        if result.pair is not None and guidance.active:
+        size: Tensor | None = None
+        if guidance.blends and result.embedded is not None:
+            x, size = blend(x, result.embedded, sigma)
+        elif result.pair is not None and guidance.active:
             x, measured = guide(x, result.pair, guidance)
         if callback is not None:
             if result.pair is not None and measured is None:
                 measured = measure(result.pair, guidance)
+            if size is None and measured is not None:
+                size = measured.size
             callback(
                 StepInfo(
                     step=i,
@@ -157,7 +160,7 @@ def sample(
                     denoised=result.denoised,
                     stiffness=measured.stiffness if measured else None,
                     gate=measured.gate if measured else None,
-                    correction_size=measured.size if measured else None,
+                    correction_size=size,
                     evaluations=evaluations,
                 )
             )
@@ -217,7 +220,7 @@ def edm_sampler(
     S_noise: float = 1,
     dtype: torch.dtype = torch.float32,
     randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
-    w_stiff: float = 0.0,
+    w_stiff: float | str = 0.0,
     w_con: float = 0.5,
     *,
     solver: str | Solver | Step = "heun",
@@ -249,7 +252,7 @@ def edm_sampler(
             different noise levels. S_min, S_max, S_noise and randn_like belong to it and are
             accepted for the signature's sake.
         dtype: the loop runs in it; the networks' output is cast to it.
-        w_stiff, w_con: see `Guidance`.
+        w_stiff, w_con: see `Guidance`; w_stiff may be "auto".
         schedule: how the noise levels are spaced, see `make_sigmas`; or the levels themselves,
             falling to above 0, which then `num_steps` and the range have no part in.
         denoise_to_zero: end with an Euler step to sigma = 0; False stops at the last level.
@@ -287,7 +290,7 @@ def edm_sampler(
         noise.to(dtype) * sigmas[0].to(device=noise.device, dtype=dtype),
         sigmas if denoise_to_zero else sigmas[:-1],
         solver=solver,
-        guidance=Guidance(w_stiff, w_con),
+        guidance=Guidance.of(w_stiff, w_con),
         callback=callback,
         afs=afs,
         order=order,

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from erk_guid.denoisers import Denoiser
-from erk_guid.guidance import Pair
+from erk_guid.guidance import Embedded, Guidance, Pair
 from erk_guid.schedules import vp_sigma_slope, vp_time
 from erk_guid.steps import EulerStep, Evaluation, HeunStep, Step, StepResult, evaluate
 from erk_guid.weights import lagrange_integrals
@@ -42,6 +42,10 @@ class Solver(Protocol):
     def has_pair(self) -> bool:
         """Whether its steps carry an embedded pair to guide with."""
 
+    @property
+    def blends(self) -> bool:
+        """Whether they carry what the parameter-free form needs."""
+
     def plan(self, levels: Sequence[float]) -> list[Step]:
         """A step for each interval between the levels, which fall strictly and end above 0."""
         ...
@@ -55,6 +59,7 @@ class Euler:
     """Order 1, one evaluation a step, no pair."""
 
     has_pair = False
+    blends = False
 
     def plan(self, levels: Sequence[float]) -> list[Step]:
         return [EulerStep()] * (len(levels) - 1)
@@ -65,6 +70,7 @@ class Heun:
     """Order 2, two evaluations a step; the pair comes from the step before."""
 
     has_pair = True
+    blends = True
 
     def plan(self, levels: Sequence[float]) -> list[Step]:
         return [HeunStep()] * (len(levels) - 1)
@@ -90,7 +96,12 @@ class DPM2Step:
         f_middle = evaluate(denoiser, x_middle, middle).drift
         slope = f_middle * (1 / (2 * self.r)) + f * (1 - 1 / (2 * self.r))
         pair = Pair(x, x_middle, f, f_middle, sigma - sigma_next)
-        return StepResult(x + (sigma_next - sigma) * slope, denoised, f, 2, pair), None
+        embedded = Embedded(
+            x + (sigma_next - sigma) * f, f, f_middle,
+            sigma_next / sigma, middle / sigma, 1 / (2 * self.r),
+        )  # fmt: skip
+        x_high = x + (sigma_next - sigma) * slope
+        return StepResult(x_high, denoised, f, 2, pair, embedded), None
 
 
 @dataclass(frozen=True)
@@ -99,6 +110,7 @@ class DPM2:
 
     r: float = 0.5
     has_pair = True
+    blends = True
 
     def __post_init__(self) -> None:
         if not 0 < self.r <= 1:
@@ -186,6 +198,7 @@ class DEIS:
     order: int = 4
     mode: str = "tab"
     has_pair = True
+    blends = False
 
     def __post_init__(self) -> None:
         _check_order(self.order, MAX_ORDER, "deis")
@@ -220,6 +233,7 @@ class IPNDM:
 
     order: int = 4
     has_pair = False
+    blends = False
 
     def __post_init__(self) -> None:
         _check_order(self.order, MAX_ORDER, "ipndm")
@@ -246,6 +260,7 @@ class IPNDMV:
 
     order: int = 4
     has_pair = False
+    blends = False
 
     def __post_init__(self) -> None:
         _check_order(self.order, MAX_ORDER, "ipndm_v")
@@ -294,6 +309,7 @@ class DPMpp:
     predict_x0: bool = True
     lower_order_final: bool = True
     has_pair = False
+    blends = False
 
     def __post_init__(self) -> None:
         _check_order(self.order, 3, "dpmpp")
@@ -396,6 +412,7 @@ class UniPC:
     variant: str = "bh2"
     lower_order_final: bool = True
     has_pair = False
+    blends = False
 
     def __post_init__(self) -> None:
         _check_order(self.order, MAX_ORDER, "unipc")
@@ -499,3 +516,27 @@ def make_solver(name: str, **options: Any) -> Solver:
 def guided_solvers() -> list[str]:
     """Names of the solvers that have an embedded pair."""
     return [name for name, kind in sorted(SOLVERS.items()) if kind.has_pair]  # type: ignore[attr-defined]
+
+
+def blended_solvers() -> list[str]:
+    """Names of the solvers that the parameter-free form knows."""
+    return [name for name, kind in sorted(SOLVERS.items()) if kind.blends]  # type: ignore[attr-defined]
+
+
+def check_guidance(guidance: Guidance, solver: Any, name: str) -> None:
+    """Whether a solver (or a step) can be guided that way.
+
+    Raises:
+        ValueError: it cannot; the message lists those that can.
+    """
+    if guidance.blends:
+        if not getattr(solver, "blends", False):
+            raise ValueError(
+                f"{name} has no parameter-free form; solvers that have one: "
+                f"{', '.join(blended_solvers())}"
+            )
+    elif guidance.active and not solver.has_pair:
+        raise ValueError(
+            f"{name} has no embedded pair to guide with (w_stiff {guidance.w_stiff}); solvers "
+            f"that have one: {', '.join(guided_solvers())}"
+        )

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from erk_guid.denoisers import Denoiser
-from erk_guid.guidance import Pair
+from erk_guid.guidance import Embedded, Pair
 
 
 class Evaluation(NamedTuple):
@@ -62,6 +62,7 @@ class StepResult:
         drift: dx/dsigma there.
         evaluations: calls of the denoiser spent.
         pair: the embedded pair guidance is computed from, or None (no pair at this step).
+        embedded: what the parameter-free form blends, or None (the solver has no such form).
     """
 
     x: Tensor
@@ -69,6 +70,7 @@ class StepResult:
     drift: Tensor
     evaluations: int
     pair: Pair | None = None
+    embedded: Embedded | None = None
 
 
 class Step(Protocol):
@@ -112,6 +114,7 @@ class HeunStep:
     """
 
     has_pair = True
+    blends = True
 
     def __call__(
         self,
@@ -133,4 +136,6 @@ class HeunStep:
         pair = None
         if state is not None:
             pair = Pair(x, state.x_low, f, state.f_low, sigma - sigma_next)
-        return StepResult(x_high, denoised, f, 2, pair), Companion(x_low, f_low)
+        ratio = sigma_next / sigma
+        embedded = Embedded(x_low, f, f_low, ratio, ratio, 0.5, pair)
+        return StepResult(x_high, denoised, f, 2, pair, embedded), Companion(x_low, f_low)

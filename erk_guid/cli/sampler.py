@@ -14,11 +14,11 @@ import click
 
 from erk_guid.checkpoints.presets import PRESETS
 from erk_guid.cli.common import NumberOr
-from erk_guid.guidance import Guidance, nearest_paper_steps
+from erk_guid.guidance import AUTO, Guidance, nearest_paper_steps
 from erk_guid.recipe import Recipe
 from erk_guid.runtime import launched_rank
 from erk_guid.schedules import SCHEDULES, make_sigmas
-from erk_guid.solvers import SOLVERS, guided_solvers, make_solver
+from erk_guid.solvers import SOLVERS, check_guidance, guided_solvers, make_solver
 
 F = TypeVar("F", bound=Callable[..., Any])
 JOB = Recipe  # its field defaults are the one home of these options' defaults
@@ -131,11 +131,12 @@ _OPTIONS = [
     ),
     click.option(
         "--w_stiff",
-        metavar="FLOAT|paper|preset",
-        type=NumberOr("paper", "preset"),
+        metavar="FLOAT|auto|paper|preset",
+        type=NumberOr(AUTO, "paper", "preset"),
         default=JOB.w_stiff,
         show_default=True,
-        help="Strength of ERK guidance: 0 is the plain solver, 'paper' the paper's choice, "
+        help="Strength of ERK guidance: 0 is the plain solver, 'auto' the parameter-free form "
+        "(heun, dpm2), 'paper' the paper's choice, "
         "'preset' the one measured best for --preset.",
     ),
     click.option(
@@ -260,14 +261,14 @@ def recipe_fields(
         guidance = _erk_guidance(w_stiff, w_con, options["num_steps"], preset)
         _check_levels(options)
         solver = make_solver(options["solver"], **{name: options[name] for name in SOLVER_OPTIONS})
+        check_guidance(guidance, solver, f"--solver {options['solver']}")
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    if guidance.active and not solver.has_pair:
-        raise click.UsageError(
-            f"--solver {options['solver']} has no embedded pair to guide with; use "
-            f"{' or '.join(guided_solvers())}, or --w_stiff 0"
-        )
-    return {**options, "w_stiff": guidance.w_stiff, "w_con": guidance.w_con}
+    return {
+        **options,
+        "w_stiff": AUTO if guidance.blends else guidance.w_stiff,
+        "w_con": guidance.w_con,
+    }
 
 
 SOLVER_OPTIONS = ("order", "r", "deis_mode", "predict_x0", "variant", "lower_order_final")
@@ -324,6 +325,8 @@ def _with_preset(name: str, options: dict[str, Any]) -> dict[str, Any]:
 def _erk_guidance(
     w_stiff: float | str, w_con: float | None, num_steps: int, preset: str | None
 ) -> Guidance:
+    if w_stiff == AUTO:
+        return Guidance.auto()
     if isinstance(w_stiff, float | int):
         return Guidance(float(w_stiff), JOB.w_con if w_con is None else w_con)
     if w_stiff == "paper":

@@ -148,6 +148,7 @@ class _GivenDEIS:
     solver: DEIS
     coefficients: Sequence[Sequence[float]]
     has_pair = True
+    blends = False
 
     def plan(self, levels: Sequence[float]) -> list[Step]:
         steps: list[Step] = []
