@@ -88,6 +88,10 @@ def test_responses_are_those_of_the_mode() -> None:
     same = Pair(x, x, f, f, 0.1)
     assert (response_of_pair(same, sigma) == 1).all()
     assert response_in_step(0 * f, 0 * f, node).isfinite().all()
+    # Drifts that no mode has: the nearest end, not what the formula's pole would give.
+    assert (response_in_step(f, 3 * f, node) == 0).all()
+    assert (response_in_step(f, 0.01 * f, node) == 1).all()
+    assert (response_in_step(f, -f, node) == 1).all()
 
 
 @pytest.mark.parametrize("solver", ["heun", "dpm2"])
