@@ -90,8 +90,8 @@ def test_responses_are_those_of_the_mode() -> None:
     assert response_in_step(0 * f, 0 * f, node).isfinite().all()
     # Drifts that no mode has: the nearest end, not what the formula's pole would give.
     assert (response_in_step(f, 3 * f, node) == 0).all()
-    assert (response_in_step(f, 0.01 * f, node) == 1).all()
-    assert (response_in_step(f, -f, node) == 1).all()
+    for wild in (0.01, -1):
+        assert response_in_step(f, wild * f, node) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("solver", ["heun", "dpm2"])
