@@ -35,7 +35,7 @@ from erk_guid.reproduce.runner import (
     settled,
     spell,
 )
-from erk_guid.reproduce.tables import CAPTIONS, PAPER_NUM, TABLES, Row
+from erk_guid.reproduce.tables import CAPTIONS, NOTES, PAPER_NUM, TABLES, Row
 
 METRIC_NAMES = {"fid": "FID", "fd_dinov2": "FD-DINOv2", "fd_digits": "FD-digits"}
 CLEAR = 2.0
@@ -278,6 +278,11 @@ def _number(value: float | None, sign: bool = False) -> str:
     return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 
 
+def _stated(value: float | None) -> str:
+    """A number of the paper's, with its own digits."""
+    return EMPTY if value is None else f"{value:g}"
+
+
 def _name(metric: str) -> str:
     return METRIC_NAMES.get(metric, metric)
 
@@ -369,14 +374,14 @@ def _table(findings: Findings, table: str) -> Table:
     for row in rows:
         cells = [Cell(str(row.steps)), Cell(row.title + (f" ({row.note})" if row.note else ""))]
         for metric in [m for m in paper_metrics if m not in shared]:
-            cells.append(Cell(_number(row.paper.get(metric)), "paper"))
+            cells.append(Cell(_stated(row.paper.get(metric)), "paper"))
         for metric in metrics:
             cells += _measured(findings, row, metric, metric in shared)
         for metric in quality:
             found = findings.precision_recall(row, metric)
             cells += [Cell(f"{v:.3f}") for v in found] if found else [Cell(EMPTY)] * 2
         body.append(cells)
-    notes = []
+    notes = [NOTES[table]] if table in NOTES else []
     if any(findings.error(r, m) is not None for r in rows for m in metrics):
         notes.append(
             "± is a standard error (bootstrap over images; for the change, over pairs of images "
@@ -392,7 +397,7 @@ def _measured(findings: Findings, row: Row, metric: str, shared: bool) -> list[C
     scatter = "" if error is None else f" ± {_number(error)}"
     cells = []
     if shared:
-        cells.append(Cell(_number(row.paper.get(metric)), "paper"))
+        cells.append(Cell(_stated(row.paper.get(metric)), "paper"))
     cells.append(Cell(_number(score) + scatter, "measured"))
     if shared:
         known = score is not None and metric in row.paper
