@@ -23,7 +23,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/guidance.py
 	$(BIN)/python benchmarks/frechet.py
 
-# The experiment of docs/digits.md: about an hour on two cores; NUM=100 for a first look.
+# The experiment of docs/digits.md: over an hour on two cores; NUM=100 for a first look.
 NUM ?= 1000
 report: $(VENV)/.installed
 	$(BIN)/python -m erk_guid reproduce --table digits --num $(NUM) --outdir output/digits-report
