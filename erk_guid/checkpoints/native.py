@@ -54,7 +54,7 @@ def save_network(
 
 
 def read_native(path: Path) -> tuple[Any, Encoder, dict[str, str]]:
-    """Network, encoder and the remaining header text; the weights are memory-mapped.
+    """Network, encoder and the remaining header text.
 
     Raises:
         CheckpointError: it is no such file, or see `build.build_network`.

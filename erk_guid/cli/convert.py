@@ -18,7 +18,7 @@ def convert_command(source: str, dest: Path) -> None:
     """Turn SOURCE (.pkl file, URL or preset) into the safetensors file DEST.
 
     The new file carries the network's settings and its encoder, runs nothing when it is opened,
-    is memory-mapped, and computes the same as the old one, bit for bit.
+    opens faster, and computes the same as the old one, bit for bit.
 
     \b
     Example: erk-guid convert edm2-img512-xs-fid edm2-xs.safetensors
