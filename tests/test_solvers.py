@@ -11,8 +11,9 @@ import torch
 from conftest import Counting, golden
 
 import erk_guid
+from erk_guid.multistep import DEIS, History
 from erk_guid.schedules import logsnr_sigmas, make_sigmas, vp_sigma, vp_sigma_slope, vp_time
-from erk_guid.solvers import DEIS, History, make_solver
+from erk_guid.solvers import make_solver
 from erk_guid.weights import lagrange_integrals
 
 # --- golden numbers -------------------------------------------------------------------------

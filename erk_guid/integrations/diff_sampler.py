@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from erk_guid.guidance import Guidance
+from erk_guid.multistep import DEIS, MultistepStep
 from erk_guid.sampling import StepInfo, sample
 from erk_guid.schedules import make_sigmas
-from erk_guid.solvers import DEIS, MultistepStep, Solver, make_solver
+from erk_guid.solvers import Solver, make_solver
 from erk_guid.steps import Step
 
 __all__ = [
