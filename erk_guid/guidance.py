@@ -76,10 +76,9 @@ class Guidance:
 
     @classmethod
     def auto(cls) -> Guidance:
-        """The parameter-free form: the pair blended by the measured response of the denoiser.
+        """The parameter-free form, for Heun and DPM-Solver-2; see `erk_guid.auto`.
 
-        For Heun and DPM-Solver-2; see `blend_weight`. Not the paper's method, but built on its
-        idea.
+        Not the paper's method, but built on its idea.
         """
         return cls(form=AUTO)
 
@@ -133,96 +132,6 @@ class Measurement(NamedTuple):
     """Euclidean norm of the correction."""
 
 
-class Embedded(NamedTuple):
-    """What the parameter-free form blends: the lower-order end of a two-stage step, and its stages.
-
-    The step went from sigma to sigma_next with a second evaluation at the node, a point of
-    Euler's line at noise level ``node * sigma``.
-    """
-
-    x_low: Tensor
-    """Euler's solution at sigma_next."""
-    f: Tensor
-    """The drift at sigma."""
-    f_node: Tensor
-    """The drift at the node."""
-    ratio: Tensor
-    """sigma_next / sigma, without dimensions."""
-    node: Tensor
-    """Noise level of the node over sigma, without dimensions."""
-    weight_node: float
-    """What the high-order slope takes of f_node; it takes 1 - this of f."""
-    companion: Pair | None = None
-    """A pair at sigma itself, from the step before, if there is one."""
-
-
-def response_of_pair(pair: Pair, sigma: Tensor) -> Tensor:
-    """How the denoiser answers along a pair at noise level `sigma`: <dD, dx> / <dx, dx>, [N].
-
-    0 where it does not move, 1 where it follows x; on a Gaussian mode of deviation s it is
-    s^2 / (s^2 + sigma^2). Clipped to [0, 1]; 1 where the pair agrees.
-    """
-    dx = pair.x_high - pair.x_low
-    size = _inner(dx, dx)
-    dd = size - sigma.to(size) * _inner(pair.f_high - pair.f_low, dx)
-    return torch.where(size > 0, dd / size.clamp_min(_tiny(size)), 1).clamp(0, 1)
-
-
-def response_in_step(f: Tensor, f_node: Tensor, node: Tensor) -> Tensor:
-    """The same response from one step's two drifts, [N], when there is no pair at sigma.
-
-    On a Gaussian mode with response mu at sigma, the drift at the node is q times that at sigma,
-    q = node (mu + (1 - mu) node) / (mu + (1 - mu) node^2), wherever the mode is centred: a
-    linear equation for mu. Measured along the drift itself.
-    """
-    size = _inner(f, f)
-    node = node.to(size)
-    q = torch.where(size > 0, _inner(f_node, f) / size.clamp_min(_tiny(size)), 1)
-    q = torch.minimum(torch.maximum(q, node), torch.ones_like(q))
-    return (node**2 * (1 - q) / (q * (1 - node**2) - node * (1 - node))).clamp(0, 1)
-
-
-def blend_weight(
-    mu: Tensor, ratio: Tensor, node: Tensor | None = None, weight_node: float = 0.5
-) -> Tensor:
-    """How much of the high-order solution makes a step exact on a Gaussian mode, [N].
-
-    On a mode whose response at sigma is `mu`, an exact step multiplies by
-    E = sqrt(mu + (1 - mu) ratio^2) and Euler's by A = mu + (1 - mu) ratio. The two-stage
-    solution's factor H lies so that (E - A) / (H - A) has no 0/0 left in it; for Heun it is
-    2 E^2 / (E + A), which rises from `ratio` (mu = 0: Heun in data-prediction form) to 1, so the
-    blend is a convex combination of the two solutions and cannot run away.
-
-    Args:
-        mu: [N], from 0 to 1.
-        ratio: sigma_next / sigma, above 0 and below 1.
-        node: noise level of the second evaluation over sigma; by default `ratio`, as Heun's.
-        weight_node: what the high-order slope takes of that evaluation.
-    """
-    ratio = ratio.to(mu)
-    node = ratio if node is None else node.to(mu)
-    exact = (mu + (1 - mu) * ratio**2).sqrt()
-    euler = mu + (1 - mu) * ratio
-    at_node = mu + (1 - mu) * node**2
-    return (1 - ratio) / (1 - node) * at_node / (weight_node * (exact + euler))
-
-
-def blend(x: Tensor, embedded: Embedded, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """The parameter-free form of a step's solution `x`, and the size of the change, [N]."""
-    if embedded.companion is not None:
-        mu = response_of_pair(embedded.companion, sigma)
-    else:
-        mu = response_in_step(embedded.f, embedded.f_node, embedded.node)
-    weight = blend_weight(mu, embedded.ratio, embedded.node, embedded.weight_node)
-    apart = x - embedded.x_low
-    change = weight - 1
-    return torch.addcmul(x, _per_sample(change, x), apart), change.abs() * _norm(apart)
-
-
-def _tiny(like: Tensor) -> float:
-    return torch.finfo(like.dtype).tiny
-
-
 def stiffness(x_high: Tensor, x_low: Tensor, f_high: Tensor, f_low: Tensor) -> Tensor:
     """Estimate of the dominant |eigenvalue| of the drift's Jacobian (arXiv 2603.03692).
 
@@ -237,7 +146,7 @@ def stiffness(x_high: Tensor, x_low: Tensor, f_high: Tensor, f_low: Tensor) -> T
         ValueError: the shapes differ.
     """
     _check_shapes(x_high, x_low, f_high, f_low)
-    return _norm(f_high - f_low) / (_norm(x_high - x_low) + EPS)
+    return norm(f_high - f_low) / (norm(x_high - x_low) + EPS)
 
 
 def dominant_eigenvector(f_high: Tensor, f_low: Tensor) -> Tensor:
@@ -254,7 +163,7 @@ def dominant_eigenvector(f_high: Tensor, f_low: Tensor) -> Tensor:
     """
     _check_shapes(f_high, f_low)
     df = f_high - f_low
-    return df / _per_sample(_norm(df) + EPS, df)
+    return df / per_sample(norm(df) + EPS, df)
 
 
 def correction(
@@ -286,7 +195,7 @@ def correction(
         raise ValueError(f"h must be a number or [{len(x_high)}], got shape {list(h.shape)}")
     df = f_high - f_low
     measured = measure(Pair(x_high, x_low, f_high, f_low, h), guidance, df)
-    return df * _per_sample(measured.coefficient, df)
+    return df * per_sample(measured.coefficient, df)
 
 
 def measure(pair: Pair, guidance: Guidance, df: Tensor | None = None) -> Measurement:
@@ -294,13 +203,13 @@ def measure(pair: Pair, guidance: Guidance, df: Tensor | None = None) -> Measure
     x_high, x_low, f_high, f_low, h = pair
     if df is None:
         df = f_high - f_low
-    f_norm = _norm(df)
-    rho = f_norm / (_norm(x_high - x_low) + EPS)
+    f_norm = norm(df)
+    rho = f_norm / (norm(x_high - x_low) + EPS)
     gate = rho > guidance.w_con
     if isinstance(h, Tensor):
         h = h.to(rho)
     # <v, f> v = <df, f> df / (|df| + eps)^2, divided twice so that tiny norms do not underflow.
-    along = _inner(df, f_high) / (f_norm + EPS) / (f_norm + EPS)
+    along = inner(df, f_high) / (f_norm + EPS) / (f_norm + EPS)
     # where, not a product: a shut gate gives 0 even if the other factor overflowed.
     coefficient = torch.where(
         gate, -h * (guidance.w_stiff * h * rho) ** 2 * along, torch.zeros_like(rho)
@@ -312,15 +221,15 @@ def guide(x: Tensor, pair: Pair, guidance: Guidance) -> tuple[Tensor, Measuremen
     """The guided step ``x + correction(*pair, guidance)``, and what was measured on the way."""
     df = pair.f_high - pair.f_low
     measured = measure(pair, guidance, df)
-    return torch.addcmul(x, _per_sample(measured.coefficient, df), df), measured
+    return torch.addcmul(x, per_sample(measured.coefficient, df), df), measured
 
 
-def _norm(x: Tensor) -> Tensor:
+def norm(x: Tensor) -> Tensor:
     """Euclidean norm per sample, [N], accumulated in float32 at least."""
     return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=_accumulator(x))
 
 
-def _inner(a: Tensor, b: Tensor) -> Tensor:
+def inner(a: Tensor, b: Tensor) -> Tensor:
     """Inner product per sample, [N], accumulated in float32 at least."""
     dtype = _accumulator(a)
     return torch.linalg.vecdot(a.flatten(1).to(dtype), b.flatten(1).to(dtype))
@@ -330,7 +239,7 @@ def _accumulator(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """[N] values shaped to multiply `like` [N, ...], in its dtype."""
     return values.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 

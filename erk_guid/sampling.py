@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from erk_guid.auto import improve
 from erk_guid.denoisers import Denoiser, ModelGuidance
-from erk_guid.guidance import Guidance, blend, guide, measure
+from erk_guid.guidance import Guidance, guide, measure
 from erk_guid.schedules import make_sigmas
 from erk_guid.solvers import Solver, check_guidance, make_solver
 from erk_guid.steps import EulerStep, Step
@@ -77,7 +78,8 @@ def sample(
             device.
         sigmas: noise levels, [M >= 2], strictly decreasing. A trailing 0 is reached by an
             Euler step; without one the sampler stops at the last level.
-        solver: "heun", "euler", "dpm2", "deis", "ipndm", "ipndm_v", "dpmpp" or "unipc"; or a
+        solver: "heun", "euler", "dpm2", "deis", "ipndm", "ipndm_v", "dpmpp", "unipc" or
+            "modal"; or a
             solver with its options (`erk_guid.solvers`), or one step (`erk_guid.Step`) that is
             taken again and again.
         guidance: ERK guidance, or None for the plain solver. With ``w_stiff=0`` the result is
@@ -85,8 +87,8 @@ def sample(
         callback: called with a `StepInfo` after each step.
         afs: analytical first step: at the first noise level the drift is taken to be
             x / sqrt(1 + sigma^2), which saves an evaluation.
-        order: evaluations combined in a step (deis, ipndm, ipndm_v: 1 to 4, dpmpp: 1 to 3,
-            unipc: 1 to 4), known elsewhere as max_order.
+        order: evaluations combined in a step (deis, ipndm, ipndm_v, unipc, modal: 1 to 4,
+            dpmpp: 1 to 3), known elsewhere as max_order.
         r: where dpm2 puts its midpoint, sigma_next^r sigma^(1 - r).
         deis_mode: "tab" or "rhoab".
         predict_x0: whether dpmpp and unipc combine denoised images, or noise.
@@ -141,7 +143,7 @@ def sample(
         x_before, x, measured = x, result.x, None
         size: Tensor | None = None
         if guidance.blends and result.embedded is not None:
-            x, size = blend(x, result.embedded, sigma)
+            x, size = improve(x, result.embedded)
         elif result.pair is not None and guidance.active:
             x, measured = guide(x, result.pair, guidance)
         if callback is not None:

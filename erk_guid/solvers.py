@@ -19,10 +19,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from erk_guid.auto import Blend
 from erk_guid.denoisers import Denoiser
-from erk_guid.guidance import Embedded, Guidance, Pair
-from erk_guid.multistep import DEIS, IPNDM, IPNDMV, DPMpp, UniPC
+from erk_guid.guidance import Guidance, Pair
+from erk_guid.multistep import DEIS, IPNDM, IPNDMV, DPMpp, Modal, UniPC
 from erk_guid.steps import EulerStep, HeunStep, Step, StepResult, evaluate
+from erk_guid.weights import modal_weights
 
 
 @runtime_checkable
@@ -64,7 +66,7 @@ class Heun:
     blends = True
 
     def plan(self, levels: Sequence[float]) -> list[Step]:
-        return [HeunStep()] * (len(levels) - 1)
+        return [HeunStep(modal_weights((t, s), s, t)[0]) for s, t in pairwise(levels)]
 
 
 @dataclass(frozen=True)
@@ -87,11 +89,11 @@ class DPM2Step:
         f_middle = evaluate(denoiser, x_middle, middle).drift
         slope = f_middle * (1 / (2 * self.r)) + f * (1 - 1 / (2 * self.r))
         pair = Pair(x, x_middle, f, f_middle, sigma - sigma_next)
-        embedded = Embedded(
-            x + (sigma_next - sigma) * f, f, f_middle,
+        x_high = x + (sigma_next - sigma) * slope
+        embedded = Blend(
+            x_high, x + (sigma_next - sigma) * f, f, f_middle,
             sigma_next / sigma, middle / sigma, 1 / (2 * self.r),
         )  # fmt: skip
-        x_high = x + (sigma_next - sigma) * slope
         return StepResult(x_high, denoised, f, 2, pair, embedded), None
 
 
@@ -122,6 +124,7 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "ipndm_v": IPNDMV,
     "dpmpp": DPMpp,
     "unipc": UniPC,
+    "modal": Modal,
 }
 """The solvers `erk_guid.sample` knows by name."""
 

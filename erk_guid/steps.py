@@ -24,8 +24,9 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from erk_guid.auto import Answer, Embedded
 from erk_guid.denoisers import Denoiser
-from erk_guid.guidance import Embedded, Pair
+from erk_guid.guidance import Pair
 
 
 class Evaluation(NamedTuple):
@@ -62,7 +63,7 @@ class StepResult:
         drift: dx/dsigma there.
         evaluations: calls of the denoiser spent.
         pair: the embedded pair guidance is computed from, or None (no pair at this step).
-        embedded: what the parameter-free form blends, or None (the solver has no such form).
+        embedded: what the parameter-free form is made of, or None (there is no such form).
     """
 
     x: Tensor
@@ -111,10 +112,18 @@ class HeunStep:
 
     The Euler solution and its drift at sigma_next, which Heun computes anyway, wait there for
     the next step's first evaluation: the two drifts at one noise level are the embedded pair.
+
+    Args:
+        quadrature: what the parameter-free form gives the denoised image at sigma_next, see
+            `erk_guid.auto`; None if that form is not wanted. `erk_guid.solvers.Heun` fills it in.
     """
 
+    quadrature: float | None = None
     has_pair = True
-    blends = True
+
+    @property
+    def blends(self) -> bool:
+        return self.quadrature is not None
 
     def __call__(
         self,
@@ -136,6 +145,7 @@ class HeunStep:
         pair = None
         if state is not None:
             pair = Pair(x, state.x_low, f, state.f_low, sigma - sigma_next)
-        ratio = sigma_next / sigma
-        embedded = Embedded(x_low, f, f_low, ratio, ratio, 0.5, pair)
+        embedded = None
+        if self.quadrature is not None:
+            embedded = Answer(x_low, f, f_low, sigma, sigma_next, self.quadrature, pair)
         return StepResult(x_high, denoised, f, 2, pair, embedded), Companion(x_low, f_low)

@@ -1,4 +1,4 @@
-"""Weights of multistep methods: integrals of the Lagrange basis, on the host, in float64."""
+"""Weights of multistep methods, on the host, in float64."""
 
 from __future__ import annotations
 
@@ -48,3 +48,56 @@ def _gauss_legendre(points: int) -> list[tuple[float, float]]:
     off = k / (4 * k**2 - 1).sqrt()
     places, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
     return list(zip(((places + 1) / 2).tolist(), vectors[0].square().tolist(), strict=True))
+
+
+MODE_DENSITY = 0.5
+"""How modes are weighed against each other in `modal_weights`: by s^-MODE_DENSITY, over evenly
+spaced log s. The one constant in it; 0 to 0.5 fit the tree and the shipped model about equally
+well (docs/accuracy.md)."""
+
+
+def modal_weights(nodes: Sequence[float], sigma: float, sigma_next: float) -> list[float]:
+    """What denoised images at the noise levels `nodes` weigh in a step, fitted to Gaussian modes.
+
+    Along a solution of the ODE, data of standard deviation s has x = m + z e(sigma) and
+    D = m + z s^2 / e(sigma) with e(sigma) = sqrt(s^2 + sigma^2). The weights of
+    ``x' = r x + sum_j w_j D(nodes_j)``, r = sigma_next / sigma, are exact for the mean m (they sum
+    to 1 - r), and have the least mean squared error over modes of all sizes s, log s spread
+    evenly and weighed by `MODE_DENSITY`. They depend on the ratios of the noise levels alone.
+
+    Args:
+        nodes: distinct noise levels above 0; `sigma` itself first, or, to correct a step,
+            `sigma_next` first and `sigma` second.
+        sigma, sigma_next: the step.
+    """
+    r = sigma_next / sigma
+    if len(nodes) == 1:
+        return [1 - r]
+    # Beyond a thousandth and a thousand times sigma the modes say nothing new: D is 0, or x.
+    s = torch.logspace(-3, 3, 121, dtype=torch.float64) * sigma
+
+    def deviation(level: float) -> torch.Tensor:
+        return (s**2 + level**2).sqrt()
+
+    # Everything relative to the first node, whose weight the sum decides, and with no difference
+    # of nearly equal numbers left, so that fine steps keep their digits.
+    first = nodes[0]
+    at_first, at_sigma, at_next = deviation(first), deviation(sigma), deviation(sigma_next)
+
+    def apart(level: float) -> torch.Tensor:
+        """D at `level` minus D at the first node."""
+        at = deviation(level)
+        return s**2 * (first**2 - level**2) / (at * at_first * (at + at_first))
+
+    wanted = (
+        (1 - r) * sigma * s**2 * (sigma**2 - sigma_next**2)
+        / (at_sigma * (at_sigma + at_next) * (sigma * at_next + sigma_next * at_sigma))
+    )  # fmt: skip
+    wanted = wanted + (1 - r) * apart(sigma)
+    columns = torch.stack([apart(node) for node in nodes[1:]], dim=1)
+    share = (s / sigma) ** (-MODE_DENSITY / 2)
+    columns, wanted = columns * share[:, None], wanted * share
+    size = columns.norm(dim=0)
+    solved = torch.linalg.lstsq(columns / size, wanted[:, None]).solution[:, 0] / size
+    later: list[float] = solved.tolist()
+    return [1 - r - sum(later), *later]

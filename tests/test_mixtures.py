@@ -8,6 +8,7 @@ from conftest import golden
 
 import erk_guid
 from erk_guid.mixtures import GaussianMixture, tree_mixture
+from erk_guid.schedules import make_sigmas
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,25 @@ def test_end_point_errors_on_the_tree(
         )  # fmt: skip
         error = (found - data[f"{problem}_end"]).norm(dim=1).mean()
         assert float(error) == pytest.approx(expected, rel=0.1), (name, options)
+
+
+# Of the whole table of that comparison: the best of its eleven columns at each place.
+BEST = {
+    "tree5": {6: 0.0222, 10: 0.00584, 14: 0.00175, 20: 0.00067, 30: 0.00022},
+    "tree80": {6: 0.0546, 10: 0.0236, 14: 0.0109, 20: 0.00358, 30: 0.00094},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("problem", list(BEST))
+def test_the_modal_solver_beats_every_column(tree: GaussianMixture, problem: str) -> None:
+    data = golden("tree")
+    sigma_max = {"tree5": 5.0, "tree80": 80.0}[problem]
+    for evaluations, best in BEST[problem].items():
+        sigmas = make_sigmas("logsnr", evaluations + 1, 0.002, sigma_max, 7)[:-1]
+        found = erk_guid.sample(tree, data[f"{problem}_start"], sigmas, solver="modal")
+        error = (found - data[f"{problem}_end"]).norm(dim=1).mean()
+        assert error < best, evaluations
 
 
 def test_what_is_no_mixture_is_refused() -> None:

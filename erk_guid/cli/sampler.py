@@ -156,7 +156,7 @@ _OPTIONS = [
         "--order",
         metavar="INT",
         type=int,
-        help="Evaluations combined in a step: deis, ipndm, ipndm_v, unipc 1-4, dpmpp 1-3.  "
+        help="Evaluations combined in a step: deis, ipndm, ipndm_v, unipc, modal 1-4, dpmpp 1-3.  "
         "[default: the solver's]",
     ),
     click.option("--r", metavar="FLOAT", type=float, help="dpm2's midpoint.  [default: 0.5]"),
