@@ -44,7 +44,12 @@ class Guidance:
         w_con: the correction acts where the stiffness exceeds this. Its unit is 1/sigma, so
             0.5 acts mainly below sigma = 2 in EDM's units.
         form: "published", or "auto" for the parameter-free form (`Guidance.auto`), in which the
-            two numbers play no part.
+            numbers play no part.
+        bound: the correction is at most this times the distance between the step's solution and
+            the one of lower order embedded in it, which is what the step has reason to doubt.
+            On a linear mode with z = h lambda the error of Heun's step is about z / 3 of that
+            distance, so a correction beyond 0.2 of it supposes z above 0.6, where the expansion
+            it rests on no longer holds. None, as published, lets it grow without limit.
 
     Raises:
         ValueError: a value is not a finite number, or negative; the message names it.
@@ -53,12 +58,15 @@ class Guidance:
     w_stiff: float = 0.0
     w_con: float = 0.5
     form: str = "published"
+    bound: float | None = None
 
     def __post_init__(self) -> None:
         if self.form not in ("published", AUTO):
             raise ValueError(f"form must be 'published' or {AUTO!r}, got {self.form!r}")
-        for name in ("w_stiff", "w_con"):
+        for name in ("w_stiff", "w_con", "bound"):
             value = getattr(self, name)
+            if name == "bound" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, got {value!r}")
             if value < 0:
@@ -83,8 +91,8 @@ class Guidance:
         return cls(form=AUTO)
 
     @classmethod
-    def of(cls, w_stiff: float | str, w_con: float) -> Guidance:
-        """Settings as users write them: two numbers, or "auto" for the first.
+    def of(cls, w_stiff: float | str, w_con: float, bound: float | None = None) -> Guidance:
+        """Settings as users write them: numbers, or "auto" for the first.
 
         Raises:
             ValueError: see `Guidance`.
@@ -93,7 +101,7 @@ class Guidance:
             if w_stiff != AUTO:
                 raise ValueError(f"w_stiff must be a number or {AUTO!r}, got {w_stiff!r}")
             return cls.auto()
-        return cls(w_stiff, w_con)
+        return cls(w_stiff, w_con, bound=bound)
 
     @classmethod
     def paper(cls, num_steps: int) -> Guidance:
@@ -173,6 +181,7 @@ def correction(
     f_low: Tensor,
     h: Tensor | float,
     guidance: Guidance,
+    spread: Tensor | None = None,
 ) -> Tensor:
     """What guidance ADDS to the high-order solution of a Heun or DPM-Solver-2 step.
 
@@ -183,22 +192,28 @@ def correction(
         f_high, f_low: the drifts there; `f_high` is also the one whose projection is removed.
         h: length of the step that is corrected, sigma - sigma_next > 0: a number or [N].
         guidance: the settings.
+        spread: [N], how far the step's solution is from the embedded one of lower order
+            (`StepResult.spread`); needed if the settings have a bound.
 
     Returns:
         Like x; exactly 0 where the gate is shut or the pair agrees.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes differ, or a bound without `spread`.
     """
     _check_shapes(x_high, x_low, f_high, f_low)
     if isinstance(h, Tensor) and h.ndim and h.shape != x_high.shape[:1]:
         raise ValueError(f"h must be a number or [{len(x_high)}], got shape {list(h.shape)}")
     df = f_high - f_low
-    measured = measure(Pair(x_high, x_low, f_high, f_low, h), guidance, df)
+    if guidance.bound is not None and spread is None:
+        raise ValueError("a bound needs spread, e.g. spread=result.spread()")
+    measured = measure(Pair(x_high, x_low, f_high, f_low, h), guidance, df, spread)
     return df * per_sample(measured.coefficient, df)
 
 
-def measure(pair: Pair, guidance: Guidance, df: Tensor | None = None) -> Measurement:
+def measure(
+    pair: Pair, guidance: Guidance, df: Tensor | None = None, spread: Tensor | None = None
+) -> Measurement:
     """Stiffness, gate and size of the correction for `pair` (`df`: its drift difference)."""
     x_high, x_low, f_high, f_low, h = pair
     if df is None:
@@ -214,13 +229,21 @@ def measure(pair: Pair, guidance: Guidance, df: Tensor | None = None) -> Measure
     coefficient = torch.where(
         gate, -h * (guidance.w_stiff * h * rho) ** 2 * along, torch.zeros_like(rho)
     )
-    return Measurement(rho, gate, coefficient, coefficient.abs() * f_norm)
+    size = coefficient.abs() * f_norm
+    if guidance.bound is not None and spread is not None:
+        largest = guidance.bound * spread.to(size)
+        excess = size > largest
+        coefficient = torch.where(excess, coefficient * (largest / size), coefficient)
+        size = torch.where(excess, largest, size)
+    return Measurement(rho, gate, coefficient, size)
 
 
-def guide(x: Tensor, pair: Pair, guidance: Guidance) -> tuple[Tensor, Measurement]:
-    """The guided step ``x + correction(*pair, guidance)``, and what was measured on the way."""
+def guide(
+    x: Tensor, pair: Pair, guidance: Guidance, spread: Tensor | None = None
+) -> tuple[Tensor, Measurement]:
+    """``x + correction(*pair, guidance, spread)``, and what was measured on the way."""
     df = pair.f_high - pair.f_low
-    measured = measure(pair, guidance, df)
+    measured = measure(pair, guidance, df, spread)
     return torch.addcmul(x, per_sample(measured.coefficient, df), df), measured
 
 

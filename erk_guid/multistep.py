@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from erk_guid.auto import PRIOR_RESPONSE
 from erk_guid.denoisers import Denoiser
-from erk_guid.guidance import Pair
+from erk_guid.guidance import Pair, norm
 from erk_guid.schedules import vp_sigma_slope, vp_time
 from erk_guid.steps import Evaluation, Step, StepResult, evaluate
 from erk_guid.weights import lagrange_integrals, modal_weights
@@ -48,6 +48,8 @@ class MultistepStep:
     pair_h: float | None = None
     """Of the embedded pair, the last two points of the trajectory; None for none. The published
     program adds DEIS's correction where it subtracts the others': h is counted backwards."""
+    lower: tuple[float, ...] = ()
+    """The weights of the embedded method of the neighbouring order, if there is one."""
 
     @property
     def has_pair(self) -> bool:
@@ -68,8 +70,13 @@ class MultistepStep:
         if self.pair_h is not None and state is not None:
             pair = Pair(x, state.x, found.drift, state.values[0], self.pair_h)
         x_next = _combine(x, self.scale, self.weights, values)
-        result = StepResult(x_next, found.denoised, found.drift, 1, pair)
+        spread = (lambda: self._spread(values)) if self.lower else None
+        result = StepResult(x_next, found.denoised, found.drift, 1, pair, spread)
         return result, History(values[: MAX_ORDER - 1], x)
+
+    def _spread(self, values: Sequence[Tensor]) -> Tensor:
+        apart = [a - b for a, b in zip_longest(self.weights, self.lower, fillvalue=0.0)]
+        return norm(_combine(torch.zeros_like(values[0]), 1.0, apart, values))
 
 
 def _value(found: Evaluation, predict_x0: bool) -> Tensor:
@@ -114,15 +121,21 @@ class DEIS:
         places = [place(level) for level in levels]
         steps: list[Step] = []
         for i in range(len(levels) - 1):
-            nodes = [places[k] for k in range(i, max(i - self.order, -1), -1)]
-            # The published order 1 is Euler's.
-            weights = (
-                [levels[i + 1] - levels[i]]
-                if len(nodes) == 1
-                else lagrange_integrals(nodes, places[i], places[i + 1], density)
-            )
-            pair_h = -(levels[i - 1] - levels[i]) if i else None
-            steps.append(MultistepStep(tuple(weights), pair_h=pair_h))
+
+            def weights(order: int, i: int = i) -> tuple[float, ...]:
+                if order == 1:  # published: Euler's
+                    return (levels[i + 1] - levels[i],)
+                nodes = [places[k] for k in range(i, i - order, -1)]
+                return tuple(lagrange_integrals(nodes, places[i], places[i + 1], density))
+
+            order = min(self.order, i + 1)
+            if i == 0:
+                steps.append(MultistepStep(weights(order)))
+                continue
+            # Below order 1 there is nothing; the distance to order 2 says the same.
+            lower = weights(order - 1 if order > 1 else 2)
+            pair_h = -(levels[i - 1] - levels[i])
+            steps.append(MultistepStep(weights(order), pair_h=pair_h, lower=lower))
         return steps
 
 

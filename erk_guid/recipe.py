@@ -34,6 +34,7 @@ class Recipe:
     rho: float = 7
     w_stiff: float | str = 0.0
     w_con: float = 0.5
+    bound: float | None = None
     solver: str = "heun"
     order: int | None = None
     r: float | None = None
@@ -61,6 +62,7 @@ class Recipe:
             "guidance": self.guidance,
             "w_stiff": self.w_stiff,
             "w_con": self.w_con,
+            "bound": self.bound,
             "solver": self.solver,
             **self.solver_options,
             "schedule": self.schedule,
@@ -89,6 +91,8 @@ class Recipe:
             f"model {self.net}", f"solver {self.solver}{chosen}", f"steps {self.num_steps}{spaced}",
             f"w_stiff {self.w_stiff}", f"w_con {self.w_con:g}", f"guidance {self.guidance:g}",
         ]  # fmt: skip
+        if self.bound is not None:
+            parts.append(f"bound {self.bound:g}")
         if self.gnet and self.guidance != 1:
             parts.append(f"guiding model {self.gnet}")
         return ", ".join([*parts, f"erk_guid {__version__}"])

@@ -145,7 +145,8 @@ def sample(
         if guidance.blends and result.embedded is not None:
             x, size = improve(x, result.embedded)
         elif result.pair is not None and guidance.active:
-            x, measured = guide(x, result.pair, guidance)
+            limit = result.spread() if guidance.bound is not None and result.spread else None
+            x, measured = guide(x, result.pair, guidance, limit)
         if callback is not None:
             if result.pair is not None and measured is None:
                 measured = measure(result.pair, guidance)
@@ -236,6 +237,7 @@ def edm_sampler(
     predict_x0: bool | None = None,
     variant: str | None = None,
     lower_order_final: bool | None = None,
+    bound: float | None = None,
 ) -> Tensor:
     """EDM2's sampler with ERK guidance, under EDM2's own signature.
 
@@ -254,7 +256,7 @@ def edm_sampler(
             different noise levels. S_min, S_max, S_noise and randn_like belong to it and are
             accepted for the signature's sake.
         dtype: the loop runs in it; the networks' output is cast to it.
-        w_stiff, w_con: see `Guidance`; w_stiff may be "auto".
+        w_stiff, w_con, bound: see `Guidance`; w_stiff may be "auto".
         schedule: how the noise levels are spaced, see `make_sigmas`; or the levels themselves,
             falling to above 0, which then `num_steps` and the range have no part in.
         denoise_to_zero: end with an Euler step to sigma = 0; False stops at the last level.
@@ -292,7 +294,7 @@ def edm_sampler(
         noise.to(dtype) * sigmas[0].to(device=noise.device, dtype=dtype),
         sigmas if denoise_to_zero else sigmas[:-1],
         solver=solver,
-        guidance=Guidance.of(w_stiff, w_con),
+        guidance=Guidance.of(w_stiff, w_con, bound),
         callback=callback,
         afs=afs,
         order=order,

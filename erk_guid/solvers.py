@@ -21,7 +21,7 @@ from torch import Tensor
 
 from erk_guid.auto import Blend
 from erk_guid.denoisers import Denoiser
-from erk_guid.guidance import Guidance, Pair
+from erk_guid.guidance import Guidance, Pair, norm
 from erk_guid.multistep import DEIS, IPNDM, IPNDMV, DPMpp, Modal, UniPC
 from erk_guid.steps import EulerStep, HeunStep, Step, StepResult, evaluate
 from erk_guid.weights import modal_weights
@@ -90,11 +90,12 @@ class DPM2Step:
         slope = f_middle * (1 / (2 * self.r)) + f * (1 - 1 / (2 * self.r))
         pair = Pair(x, x_middle, f, f_middle, sigma - sigma_next)
         x_high = x + (sigma_next - sigma) * slope
+        x_low = x + (sigma_next - sigma) * f
         embedded = Blend(
-            x_high, x + (sigma_next - sigma) * f, f, f_middle,
-            sigma_next / sigma, middle / sigma, 1 / (2 * self.r),
-        )  # fmt: skip
-        return StepResult(x_high, denoised, f, 2, pair, embedded), None
+            x_high, x_low, f, f_middle, sigma_next / sigma, middle / sigma, 1 / (2 * self.r)
+        )
+        result = StepResult(x_high, denoised, f, 2, pair, lambda: norm(x_high - x_low), embedded)
+        return result, None
 
 
 @dataclass(frozen=True)

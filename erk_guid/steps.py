@@ -19,6 +19,7 @@ want the denoised x itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from erk_guid.auto import Answer, Embedded
 from erk_guid.denoisers import Denoiser
-from erk_guid.guidance import Pair
+from erk_guid.guidance import Pair, norm
 
 
 class Evaluation(NamedTuple):
@@ -63,6 +64,8 @@ class StepResult:
         drift: dx/dsigma there.
         evaluations: calls of the denoiser spent.
         pair: the embedded pair guidance is computed from, or None (no pair at this step).
+        spread: computes how far x is from the embedded solution of lower order, [N]; None if
+            there is none.
         embedded: what the parameter-free form is made of, or None (there is no such form).
     """
 
@@ -71,6 +74,7 @@ class StepResult:
     drift: Tensor
     evaluations: int
     pair: Pair | None = None
+    spread: Callable[[], Tensor] | None = None
     embedded: Embedded | None = None
 
 
@@ -148,4 +152,5 @@ class HeunStep:
         embedded = None
         if self.quadrature is not None:
             embedded = Answer(x_low, f, f_low, sigma, sigma_next, self.quadrature, pair)
-        return StepResult(x_high, denoised, f, 2, pair, embedded), Companion(x_low, f_low)
+        result = StepResult(x_high, denoised, f, 2, pair, lambda: norm(x_high - x_low), embedded)
+        return result, Companion(x_low, f_low)

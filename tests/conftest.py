@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from erk_guid.mixtures import tree_mixture
 from erk_guid.networks.edm2 import Precond
 
 DATA = Path(__file__).parent / "data"
@@ -28,6 +29,22 @@ def golden(name: str) -> dict[str, Any]:
             else:
                 found[key] = torch.from_numpy(value)
     return found
+
+
+def gauss_problem() -> tuple[Any, torch.Tensor, torch.Tensor]:
+    stds = torch.tensor([1, 0.5, 0.2, 0.05, 0.01], dtype=torch.float64)
+    noise = torch.randn(150, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    start = noise * (stds**2 + 80**2).sqrt()
+    end = noise * (stds**2 + 0.002**2).sqrt()
+    return (lambda x, s: x * stds**2 / (stds**2 + s**2)), start, end
+
+
+def oracle(name: str) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """An exact problem: its denoiser, start points, and where the ODE takes them at 0.002."""
+    if name == "gauss":
+        return gauss_problem()
+    data = golden("tree")
+    return tree_mixture(), data[f"{name}_start"], data[f"{name}_end"]
 
 
 def network_of(name: str) -> Precond:

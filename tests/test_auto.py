@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import golden
+from conftest import oracle
 from test_solvers import BEGIN, END, carried, denoise
 
 import erk_guid
@@ -199,21 +199,6 @@ def test_the_order_stays_two(solver: str) -> None:
         found = erk_guid.sample(denoise, x0, sigmas, solver=solver, guidance=AUTO)
         errors.append(float((found - carried(x0, BEGIN, END)).abs().max()))
     assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.25)
-
-
-def gauss_problem() -> tuple[Any, torch.Tensor, torch.Tensor]:
-    stds = torch.tensor([1, 0.5, 0.2, 0.05, 0.01], dtype=torch.float64)
-    noise = torch.randn(150, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    start = noise * (stds**2 + 80**2).sqrt()
-    end = noise * (stds**2 + 0.002**2).sqrt()
-    return (lambda x, s: x * stds**2 / (stds**2 + s**2)), start, end
-
-
-def oracle(name: str) -> tuple[Any, torch.Tensor, torch.Tensor]:
-    if name == "gauss":
-        return gauss_problem()
-    data = golden("tree")
-    return tree_mixture(), data[f"{name}_start"], data[f"{name}_end"]
 
 
 # The method's text has two tables; 400 and 150 points there, so the comparison is to within

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
@@ -146,6 +147,13 @@ _OPTIONS = [
         help=f"Stiffness above which it acts.  [default: {JOB.w_con:g}, or with a word its own]",
     ),
     click.option(
+        "--bound",
+        metavar="FLOAT",
+        type=float,
+        help="Largest correction, as a multiple of what the step's two solutions differ by; 0.2 "
+        "ends runaway samples.  [default: none, as published]",
+    ),
+    click.option(
         "--solver",
         type=click.Choice(sorted(SOLVERS)),
         default=JOB.solver,
@@ -226,7 +234,11 @@ def sampler_options(command: F) -> F:
 
 
 def recipe_fields(
-    preset: str | None, w_stiff: float | str, w_con: float | None, **options: Any
+    preset: str | None,
+    w_stiff: float | str,
+    w_con: float | None,
+    bound: float | None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Check what the user asked for, and return it as fields of a `Recipe`.
 
@@ -259,6 +271,10 @@ def recipe_fields(
         )
     try:
         guidance = _erk_guidance(w_stiff, w_con, options["num_steps"], preset)
+        if bound is not None:
+            if guidance.blends:
+                raise ValueError("--bound belongs to the published form, not to --w_stiff auto")
+            guidance = replace(guidance, bound=bound)
         _check_levels(options)
         solver = make_solver(options["solver"], **{name: options[name] for name in SOLVER_OPTIONS})
         check_guidance(guidance, solver, f"--solver {options['solver']}")
@@ -268,6 +284,7 @@ def recipe_fields(
         **options,
         "w_stiff": AUTO if guidance.blends else guidance.w_stiff,
         "w_con": guidance.w_con,
+        "bound": guidance.bound,
     }
 
 
