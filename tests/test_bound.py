@@ -83,5 +83,5 @@ def test_bounded_deis_is_never_twice_as_bad(problem: str) -> None:
         for w_stiff, w_con in product((0.1, 2.0), (0.0, 0.5)):
             held = error(evaluations, Guidance(w_stiff, w_con, bound=0.2), **options)
             assert held < 1.05 * plain, (order, mode, evaluations, w_stiff, w_con)
-        if evaluations == 20 and order > 1:
+        if problem == "tree5" and evaluations == 20:
             assert error(evaluations, Guidance(2.0, 0.0), **options) > 2 * plain

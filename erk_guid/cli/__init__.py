@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from erk_guid._version import __version__
+from erk_guid.cli.accuracy import accuracy_command
 from erk_guid.cli.convert import convert_command
 from erk_guid.cli.demo import demo_command
 from erk_guid.cli.generate import generate_command
@@ -24,6 +25,7 @@ main.add_command(generate_command, "generate")
 main.add_command(metrics_command, "metrics")
 main.add_command(quality_command, "precision-recall")
 main.add_command(reproduce_command, "reproduce")
+main.add_command(accuracy_command, "accuracy")
 main.add_command(convert_command, "convert")
 main.add_command(presets_command, "presets")
 main.add_command(demo_command, "demo")

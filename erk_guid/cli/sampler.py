@@ -252,23 +252,7 @@ def recipe_fields(
         )
     for unused in ("s_min", "s_max", "s_noise"):
         del options[unused]
-    if preset is not None:
-        options = _with_preset(preset, options)
-    if options["net"] is None:
-        raise click.UsageError(
-            "name a network with --net or --preset (--preset=digits ships with the package)"
-        )
-    if options["guidance"] is None:
-        options["guidance"] = JOB.guidance
-    if not math.isfinite(options["guidance"]):
-        raise click.UsageError(
-            f"--guidance must be a finite number, got {options['guidance']}; 1 switches it off"
-        )
-    if options["guidance"] != 1 and options["gnet"] is None:
-        raise click.UsageError(
-            f"--guidance {options['guidance']:g} needs a guiding network: give --gnet, or a preset "
-            "that has one, or leave out --guidance"
-        )
+    options = preset_fields(preset, options)
     try:
         guidance = _erk_guidance(w_stiff, w_con, options["num_steps"], preset)
         if bound is not None:
@@ -286,6 +270,31 @@ def recipe_fields(
         "w_con": guidance.w_con,
         "bound": guidance.bound,
     }
+
+
+def preset_fields(preset: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """`net`, `gnet` and `guidance` with what the preset gives, checked; the rest as it is.
+
+    Raises:
+        click.UsageError: naming the option at fault.
+    """
+    if preset is not None:
+        options = _with_preset(preset, options)
+    if options["net"] is None:
+        raise click.UsageError(
+            "name a network with --net or --preset (--preset=digits ships with the package)"
+        )
+    strength = JOB.guidance if options["guidance"] is None else options["guidance"]
+    if not math.isfinite(strength):
+        raise click.UsageError(
+            f"--guidance must be a finite number, got {strength}; 1 switches it off"
+        )
+    if strength != 1 and options["gnet"] is None:
+        raise click.UsageError(
+            f"--guidance {strength:g} needs a guiding network: give --gnet, or a preset "
+            "that has one, or leave out --guidance"
+        )
+    return {**options, "guidance": strength}
 
 
 SOLVER_OPTIONS = ("order", "r", "deis_mode", "predict_x0", "variant", "lower_order_final")

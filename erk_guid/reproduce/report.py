@@ -24,7 +24,7 @@ from erk_guid.metrics.bootstrap import bootstrap_distances
 from erk_guid.metrics.neighbours import NEIGHBOURS, precision_recall
 from erk_guid.metrics.references import Reference, read_reference
 from erk_guid.pictures import is_whole_png
-from erk_guid.reproduce.plots import Curve, draw
+from erk_guid.plots import Curve, draw
 from erk_guid.reproduce.runner import (
     RESAMPLES,
     Plan,

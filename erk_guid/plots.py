@@ -1,4 +1,4 @@
-"""Line plots for the report, as SVG."""
+"""Line plots, as SVG."""
 
 from __future__ import annotations
 
@@ -33,7 +33,14 @@ class Curve:
     plain: bool = False
 
 
-def draw(title: str, curves: list[Curve], x_label: str, y_label: str, log_x: bool = False) -> bytes:
+def draw(
+    title: str,
+    curves: list[Curve],
+    x_label: str,
+    y_label: str,
+    log_x: bool = False,
+    wanted_by: str = "the report",
+) -> bytes:
     """An SVG of the curves; the vertical axis is logarithmic where they spread far.
 
     Raises:
@@ -44,7 +51,7 @@ def draw(title: str, curves: list[Curve], x_label: str, y_label: str, log_x: boo
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
     except ImportError as error:
-        raise MissingExtraError("matplotlib", "plots", "the report") from error
+        raise MissingExtraError("matplotlib", "plots", wanted_by) from error
     settings: Any = {
         "font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
         "svg.fonttype": "none", "svg.hashsalt": "erk_guid", "font.family": "sans-serif",

@@ -1,0 +1,107 @@
+"""Problems whose solution is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from erk_guid.denoisers import Denoiser
+from erk_guid.mixtures import GaussianMixture, tree_mixture
+from erk_guid.sampling import sample
+from erk_guid.schedules import make_sigmas
+
+SIGMA_MIN = 0.002
+FINE_LEVELS = 1001
+"""Of the solution that mixtures are held against. With half as many it moves by less than 1e-8."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A denoiser, where to start, and where the ODE leads from there.
+
+    Attributes:
+        name: of the problem.
+        denoiser: see `erk_guid.Denoiser`.
+        start: x at sigma_max, [N, ...].
+        end: x at sigma_min, like start.
+        sigma_min, sigma_max: the range of the noise levels.
+    """
+
+    name: str
+    denoiser: Denoiser
+    start: Tensor
+    end: Tensor
+    sigma_min: float
+    sigma_max: float
+
+
+def solve_finely(
+    denoiser: Denoiser, start: Tensor, sigma_min: float, sigma_max: float, levels: int
+) -> Tensor:
+    """The end points, by exact-weights DEIS of order 4: none of the methods' own programs."""
+    sigmas = make_sigmas("polynomial", levels, sigma_min, sigma_max, 7)[:-1]
+    return sample(denoiser, start, sigmas, solver="deis", order=4, deis_mode="rhoab")
+
+
+def mixture_problem(
+    name: str, mixture: GaussianMixture, count: int, seed: int, sigma_max: float
+) -> Problem:
+    """Draws from the mixture with noise of sigma_max added, and their fine solution."""
+    generator = torch.Generator().manual_seed(seed)
+    clean = mixture.sample(count, generator)
+    noise = torch.randn(clean.shape, dtype=clean.dtype, generator=generator)
+    start = clean + sigma_max * noise
+    end = solve_finely(mixture, start, SIGMA_MIN, sigma_max, FINE_LEVELS)
+    return Problem(name, mixture, start, end, SIGMA_MIN, sigma_max)
+
+
+def gaussian_problem(count: int, seed: int) -> Problem:
+    """Independent Gaussians of five sizes; the solution is known in closed form."""
+    stds = torch.tensor([1, 0.5, 0.2, 0.05, 0.01], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    unit = torch.randn(count, len(stds), dtype=torch.float64, generator=generator)
+    one = GaussianMixture(torch.ones(1), torch.zeros(1, len(stds)), stds.square().diag()[None])
+    start, end = (unit * (stds**2 + sigma**2).sqrt() for sigma in (80.0, SIGMA_MIN))
+    return Problem("gauss", one, start, end, SIGMA_MIN, 80.0)
+
+
+def high_dimensional_mixture(dim: int = 64, components: int = 20) -> GaussianMixture:
+    """Twenty Gaussians in 64 dimensions, with the falling spectra that images have.
+
+    Axes are rotated at random for each component; standard deviations fall as 1 / k from 0.5,
+    and so do those of the means.
+    """
+    generator = torch.Generator().manual_seed(0)
+    stds = 0.5 / torch.arange(1, dim + 1, dtype=torch.float64)
+    drawn = torch.randn(components, dim, dim, dtype=torch.float64, generator=generator)
+    axes = torch.linalg.qr(drawn)[0]
+    covariances = axes * stds**2 @ axes.transpose(1, 2)
+    means = torch.randn(components, dim, dtype=torch.float64, generator=generator) * stds
+    weights = torch.rand(components, dtype=torch.float64, generator=generator) + 0.2
+    return GaussianMixture(weights, means, covariances)
+
+
+PROBLEMS: dict[str, Callable[[int, int], Problem]] = {
+    "tree5": lambda n, seed: mixture_problem("tree5", tree_mixture(), n, seed, 5.0),
+    "tree80": lambda n, seed: mixture_problem("tree80", tree_mixture(), n, seed, 80.0),
+    "gauss": gaussian_problem,
+    "mixture64": lambda n, seed: mixture_problem(
+        "mixture64", high_dimensional_mixture(), n, seed, 80.0
+    ),
+}
+"""Exact problems by name: the 2-D tree from sigma = 5 and from 80, independent Gaussians, and a
+mixture in 64 dimensions. Called with a number of points and a seed."""
+
+
+def make_problem(name: str, count: int = 200, seed: int = 0) -> Problem:
+    """One of `PROBLEMS`.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in PROBLEMS:
+        raise ValueError(f"unknown problem {name!r}; known: {', '.join(PROBLEMS)}")
+    return PROBLEMS[name](count, seed)

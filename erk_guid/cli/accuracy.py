@@ -1,0 +1,180 @@
+"""``erk-guid accuracy``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from erk_guid.cli.common import Names, SeedList, reporting_errors
+from erk_guid.cli.sampler import preset_fields
+from erk_guid.files import check_writable
+from erk_guid.recipe import Recipe
+from erk_guid.runtime import ProcessGroup
+
+
+@click.command()
+@click.option("--net", metavar="PATH|URL", help="Network: .pkl, .safetensors, URL or preset name.")
+@click.option("--preset", metavar="STR", help="Published model with its guiding network.")
+@click.option("--gnet", metavar="PATH|URL", help="Guiding network.")
+@click.option("--guidance", metavar="FLOAT", type=float, help="Strength of model guidance.")
+@click.option(
+    "--class", "class_idx", metavar="INT", type=click.IntRange(min=0), help="This class only."
+)
+@click.option(
+    "--problem",
+    "problem_name",
+    metavar="NAME",
+    help="In place of a network, an exact problem: tree5, tree80, gauss, mixture64.",
+)
+@click.option(
+    "--num", metavar="INT", type=click.IntRange(min=2), help="Points.  [default: 32, or 200]"
+)
+@click.option(
+    "--seeds", metavar="LIST", type=SeedList(), help="Seeds of the images, in place of --num."
+)
+@click.option(
+    "--evaluations",
+    metavar="LIST",
+    type=SeedList(),
+    default="6,10,14,20,30",
+    show_default=True,
+    help="Network evaluations a run may take; even numbers.",
+)
+@click.option(
+    "--methods",
+    metavar="LIST",
+    type=Names(),
+    help="Beginnings of methods' names, e.g. heun,modal.  [default: all]",
+)
+@click.option("--list", "list_them", is_flag=True, help="List the methods and exit.")
+@click.option(
+    "--outside/--no-outside",
+    default=True,
+    show_default=True,
+    help="Run diffusers' schedulers too, as a check from outside.",
+)
+@click.option(
+    "--fine",
+    metavar="INT",
+    type=click.IntRange(min=8),
+    default=256,
+    show_default=True,
+    help="Evaluations of the solution that stands for the exact one.",
+)
+@click.option(
+    "--batch",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    default=Recipe.batch,
+    show_default=True,
+    help="Images at a time.",
+)
+@click.option("--sigma_min", metavar="FLOAT", type=float, default=0.002, show_default=True)
+@click.option("--sigma_max", metavar="FLOAT", type=float, default=80.0, show_default=True)
+@click.option("--device", metavar="STR", help="cuda, mps or cpu.  [default: the best present]")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True
+)
+@click.option("--trust-pickle", is_flag=True, help="Run the code inside a .pkl.")
+@click.option(
+    "--outdir",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("output/accuracy"),
+    show_default=True,
+    help="For accuracy.csv, .md, .svg and .json.",
+)
+@reporting_errors
+def accuracy_command(
+    net: str | None,
+    preset: str | None,
+    gnet: str | None,
+    guidance: float | None,
+    class_idx: int | None,
+    problem_name: str | None,
+    num: int | None,
+    seeds: list[int] | None,
+    evaluations: list[int],
+    methods: list[str] | None,
+    list_them: bool,
+    outside: bool,
+    fine: int,
+    batch: int,
+    sigma_min: float,
+    sigma_max: float,
+    device: str | None,
+    dtype: str,
+    trust_pickle: bool,
+    outdir: Path,
+) -> None:
+    """How near each solver comes to the exact solution, on your own network.
+
+    Every method starts from the same noise and gets the same number of network evaluations; what
+    is printed is the mean distance of its images (latents) to those of a fine solution. This asks
+    for fidelity to the ODE; it does not ask which images look better.
+
+    \b
+    Examples:
+      erk-guid accuracy --net=digits
+      erk-guid accuracy --preset=edm2-img512-s-guid-fid --num=16 --methods=heun,modal,dpmpp
+      erk-guid accuracy --problem=tree80
+    """
+    from erk_guid.accuracy import METHODS, PROBLEMS, make_problem, measure
+    from erk_guid.accuracy.methods import choose_methods
+    from erk_guid.accuracy.network import network_problem
+    from erk_guid.accuracy.writing import write_table
+
+    if list_them:
+        click.echo("\n".join(METHODS))
+        return
+    try:
+        chosen = choose_methods(methods or [], outside)
+        bad = [count for count in evaluations if count < 2 or count % 2]
+        if bad:
+            raise ValueError(f"--evaluations: {bad[0]} is not an even number of at least 2")
+        if not 0 < sigma_min < sigma_max:
+            raise ValueError(
+                f"--sigma_min {sigma_min:g} must be above 0 and below --sigma_max {sigma_max:g}"
+            )
+        if (problem_name is None) == (net is None and preset is None):
+            raise ValueError("name a network with --net or --preset, or an exact --problem")
+        if problem_name is not None and problem_name not in PROBLEMS:
+            raise ValueError(f"--problem {problem_name!r}: known are {', '.join(PROBLEMS)}")
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    check_writable(outdir / "accuracy.csv")
+    settings: dict[str, Any]
+    if problem_name is not None:
+        count = num or 200
+        problem = make_problem(problem_name, count)
+        settings = {"problem": problem_name, "points": count}
+    else:
+        fields = preset_fields(
+            preset, {"net": net, "gnet": gnet, "guidance": guidance, "class_idx": class_idx}
+        )
+        recipe = Recipe(
+            **fields, batch=batch, sigma_min=sigma_min, sigma_max=sigma_max, dtype=dtype,
+            device=device, trust_pickle=trust_pickle,
+        )  # fmt: skip
+        models = recipe.open(recipe.choose_device(), ProcessGroup())
+        numbers = seeds or list(range(num or 32))
+        problem = network_problem(
+            preset or recipe.net, models.loaded.net, numbers,
+            gnet=models.guide.net if models.guide else None, guidance=recipe.guidance,
+            class_idx=class_idx, batch=batch, sigma_min=sigma_min, sigma_max=sigma_max,
+            dtype=getattr(torch, dtype), fine=fine,
+        )  # fmt: skip
+        settings = {"network": models.record(), "seeds": numbers, "fine": fine}
+    from tqdm import tqdm
+
+    table = measure(
+        problem, chosen, evaluations,
+        lambda rows: tqdm(rows, desc="Methods", unit="method", file=sys.stderr),
+    )  # fmt: skip
+    settings |= {"evaluations": evaluations, "torch": torch.__version__}
+    write_table(table, outdir, settings)
+    click.echo(table.markdown())
+    click.echo(f"Written to {outdir}: accuracy.csv, .md, .svg and .json")
