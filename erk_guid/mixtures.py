@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.resources import as_file, files
 
 import torch
@@ -55,6 +56,11 @@ class GaussianMixture:
         noise = torch.as_tensor(sigma, dtype=torch.float64)
         return ((self(x.double(), noise) - x.double()) / noise**2).to(x.dtype)
 
+    def log_density(self, x: Tensor, sigma: Tensor | float) -> Tensor:
+        """Log density of the noisy data, [N]."""
+        log_p = self._log_joint(x.double(), sigma)[0]
+        return (log_p.logsumexp(1) - 0.5 * self.dim * math.log(2 * math.pi)).to(x.dtype)
+
     def jacobian(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """Jacobian of the denoiser, [N, d, d]: the clean x's posterior covariance / sigma^2."""
         shares, means, gains = self._posterior(x.double(), sigma)
@@ -82,16 +88,20 @@ class GaussianMixture:
 
     def _posterior(self, x: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
         """Shares [N, K] and means [N, K, d] of the components given x, and their gains [K, d]."""
+        log_p, apart, variances = self._log_joint(x, sigma)
+        gains = self._variances / variances
+        means = self._means + torch.einsum("kij,nkj->nki", self._vectors, gains * apart)
+        return log_p.softmax(1), means, gains
+
+    def _log_joint(self, x: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+        """Log of weight times density but for (2 pi)^(d/2), [N, K], and what it is made of."""
         if x.ndim != 2 or x.shape[1] != self.dim:
             raise ValueError(f"x must be [N, {self.dim}], got {list(x.shape)}")
         noise = torch.as_tensor(sigma, dtype=torch.float64)
         variances = self._variances + noise**2
         apart = torch.einsum("kij,nki->nkj", self._vectors, x[:, None] - self._means)
-        log_p = self._log_weights - 0.5 * variances.log().sum(1)  # what all share is left out
-        shares = (log_p - 0.5 * (apart.square() / variances).sum(2)).softmax(1)
-        gains = self._variances / variances
-        means = self._means + torch.einsum("kij,nkj->nki", self._vectors, gains * apart)
-        return shares, means, gains
+        log_p = self._log_weights - 0.5 * variances.log().sum(1)
+        return log_p - 0.5 * (apart.square() / variances).sum(2), apart, variances
 
 
 def tree_mixture(unconditional: bool = False) -> GaussianMixture:

@@ -13,6 +13,7 @@ from erk_guid.cli.metrics import metrics_command
 from erk_guid.cli.presets import presets_command
 from erk_guid.cli.quality import quality_command
 from erk_guid.cli.reproduce import reproduce_command
+from erk_guid.cli.toy import toy_command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -26,6 +27,7 @@ main.add_command(metrics_command, "metrics")
 main.add_command(quality_command, "precision-recall")
 main.add_command(reproduce_command, "reproduce")
 main.add_command(accuracy_command, "accuracy")
+main.add_command(toy_command, "toy")
 main.add_command(convert_command, "convert")
 main.add_command(presets_command, "presets")
 main.add_command(demo_command, "demo")

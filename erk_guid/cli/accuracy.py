@@ -145,16 +145,18 @@ def accuracy_command(
             raise ValueError(f"--problem {problem_name!r}: known are {', '.join(PROBLEMS)}")
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    check_writable(outdir / "accuracy.csv")
     settings: dict[str, Any]
-    if problem_name is not None:
+    fields = None
+    if problem_name is None:
+        given = {"net": net, "gnet": gnet, "guidance": guidance, "class_idx": class_idx}
+        fields = preset_fields(preset, given)
+    check_writable(outdir / "accuracy.csv")
+    if fields is None:
+        assert problem_name is not None  # checked above
         count = num or 200
         problem = make_problem(problem_name, count)
         settings = {"problem": problem_name, "points": count}
     else:
-        fields = preset_fields(
-            preset, {"net": net, "gnet": gnet, "guidance": guidance, "class_idx": class_idx}
-        )
         recipe = Recipe(
             **fields, batch=batch, sigma_min=sigma_min, sigma_max=sigma_max, dtype=dtype,
             device=device, trust_pickle=trust_pickle,

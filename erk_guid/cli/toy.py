@@ -1,0 +1,67 @@
+"""``erk-guid toy``."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import click
+
+from erk_guid.cli.common import reporting_errors
+from erk_guid.files import check_writable, write_bytes
+
+
+@click.command()
+@click.option(
+    "--outdir",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("output/toy"),
+    show_default=True,
+    help="For toy.png and toy.npz.",
+)
+@click.option(
+    "--steps", metavar="INT", type=click.IntRange(min=3), default=8, show_default=True,
+    help="Noise levels of the trajectories.",
+)  # fmt: skip
+@click.option(
+    "--w_stiff", metavar="FLOAT", type=click.FloatRange(min=0), default=0.5, show_default=True,
+    help="Strength of the published guidance.",
+)  # fmt: skip
+@click.option(
+    "--w_con", metavar="FLOAT", type=click.FloatRange(min=0), default=0.5, show_default=True,
+    help="Stiffness above which it acts.",
+)  # fmt: skip
+@click.option(
+    "--sigma", metavar="FLOAT", type=click.FloatRange(min=0.005, max=5), default=0.1,
+    show_default=True, help="Noise level of the map and of the drift.",
+)  # fmt: skip
+@click.option(
+    "--paths", metavar="INT", type=click.IntRange(min=1, max=400), default=24, show_default=True,
+    help="Trajectories drawn.",
+)  # fmt: skip
+@click.option("--seed", metavar="INT", type=int, default=0, show_default=True)
+@reporting_errors
+def toy_command(
+    outdir: Path, steps: int, w_stiff: float, w_con: float, sigma: float, paths: int, seed: int
+) -> None:
+    """Draw what guidance does on the 2-D tree, where everything is known exactly.
+
+    Stiffness over the plane, the drift across a stiff and a calm place, trajectories with and
+    without guidance, and the error of single steps: a picture and the numbers behind it.
+    """
+    import numpy as np
+
+    from erk_guid.toy import compute_toy, draw_toy
+
+    check_writable(outdir / "toy.png")
+    toy = compute_toy(steps, w_stiff, w_con, sigma, paths, seed=seed)
+    buffer = io.BytesIO()
+    arrays: Any = {name: value.numpy() for name, value in toy.arrays.items()}
+    np.savez(buffer, **arrays)
+    write_bytes(outdir / "toy.npz", buffer.getvalue())
+    write_bytes(outdir / "toy.png", draw_toy(toy))
+    for k, kind in enumerate(toy.kinds):
+        error = float(toy.arrays[f"error_{k}"][-1])
+        click.echo(f"{kind.name}: mean distance to the exact solution at the end {error:.4g}")
+    click.echo(f"Written to {outdir}: toy.png and toy.npz")

@@ -1,0 +1,147 @@
+"""The accuracy tables, the outside check, and the toy figure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import golden
+
+from erk_guid.accuracy import METHODS, make_problem, measure
+from erk_guid.accuracy.measuring import Error, Table
+from erk_guid.accuracy.methods import choose_methods
+from erk_guid.accuracy.problems import solve_finely
+from erk_guid.cli import main
+from erk_guid.mixtures import tree_mixture
+
+
+def test_the_fine_solution_is_the_golden_one() -> None:
+    # Made by another program with another method.
+    data = golden("tree")
+    found = solve_finely(tree_mixture(), data["tree5_start"], 0.002, 5.0, 401)
+    assert (found - data["tree5_end"]).norm(dim=1).max() < 1e-4
+
+
+def test_the_gaussians_are_solved_in_closed_form() -> None:
+    problem = make_problem("gauss", 20)
+    found = solve_finely(problem.denoiser, problem.start, 0.002, 80.0, 801)
+    torch.testing.assert_close(found, problem.end, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("problem", ["tree5", "mixture64"])
+def test_diffusers_own_schedulers_agree_with_ours(problem: str) -> None:
+    # Written by other people: catches an error that our solvers and our tests share.
+    pairs = {
+        "euler": "diffusers EDM Euler", "heun": "diffusers Heun",
+        "dpmpp 2 data": "diffusers DPM++ 2M", "unipc 3 data": "diffusers UniPC 3",
+    }  # fmt: skip
+    methods = [METHODS[name] for pair in pairs.items() for name in pair]
+    table = measure(make_problem(problem, 40), methods, (6, 12))
+    for ours, theirs in pairs.items():
+        for a, b in zip(table.errors[ours], table.errors[theirs], strict=True):
+            assert a.mean == pytest.approx(b.mean, rel=2e-4), (ours, theirs)
+            assert a.worst == pytest.approx(b.worst, rel=2e-3), (ours, theirs)
+
+
+def test_equal_evaluations_for_all() -> None:
+    problem = make_problem("gauss", 3)
+    calls: list[float] = []
+
+    def counting(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        calls.append(float(sigma))
+        return problem.denoiser(x, sigma)
+
+    for name, method in METHODS.items():
+        calls.clear()
+        sigmas = method.sigmas(8, 0.002, 80.0)
+        found = method.run(counting, problem.start, sigmas)
+        assert len(calls) == 8, name
+        assert found.isfinite().all()
+        assert float(sigmas[-1]) == 0.002
+
+
+def test_tables() -> None:
+    rows = {"a": [Error(0.5, 0.1, 1.0), Error(2e-5, 1e-6, 1.0)], "b": [Error(0.25, 0.1, 1.0)] * 2}
+    table = Table("p", (6, 10), rows)
+    assert table.markdown().splitlines()[2:] == [
+        "| a | 0.5 | **2.0e-05** |",
+        "| b | **0.25** | 0.25 |",
+    ]
+    assert table.csv().splitlines()[1] == "p,a,6,0.5,0.1,1"
+    with pytest.raises(ValueError, match="must be even and at least 2, got 7"):
+        measure(make_problem("gauss", 3), [METHODS["heun"]], (7,))
+    with pytest.raises(ValueError, match="no method begins with 'rk4'; there are: euler; heun"):
+        choose_methods(["rk4"])
+    assert [m.name for m in choose_methods(["modal"])] == ["modal", "modal, logsnr"]
+    assert not any(m.outside for m in choose_methods([], outside=False))
+
+
+def test_the_command_on_a_network(tmp_path: Path) -> None:
+    args = ["accuracy", "--net=digits", "--num=3", "--fine=24", "--evaluations=4,6", "--device=cpu"]
+    done = CliRunner().invoke(
+        main, [*args, "--methods=heun,modal", "--batch=2", "--outdir", str(tmp_path)]
+    )
+    assert done.exit_code == 0, done.output
+    assert "| heun, ERK auto |" in done.output
+    lines = (tmp_path / "accuracy.csv").read_text().splitlines()
+    assert len(lines) == 1 + 2 * 5
+    assert b"<svg" in (tmp_path / "accuracy.svg").read_bytes()
+    record = json.loads((tmp_path / "accuracy.json").read_text())
+    assert record["fine"] == 24
+    assert record["seeds"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "name a network with --net or --preset, or an exact --problem"),
+        (["--net=digits", "--problem=gauss"], "name a network with --net or --preset, or an"),
+        (["--problem=cube"], "--problem 'cube': known are tree5, tree80, gauss, mixture64"),
+        (["--problem=gauss", "--evaluations=6,9"], "9 is not an even number"),
+        (["--problem=gauss", "--methods=rk4"], "no method begins with 'rk4'"),
+        (["--net=digits", "--guidance=2"], "needs a guiding network"),
+        (["--net=digits", "--sigma_min=3", "--sigma_max=2"], "must be above 0 and below"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(args: list[str], message: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["accuracy", *args, "--outdir", str(tmp_path / "o")])
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.split())
+    assert not (tmp_path / "o").exists()
+
+
+def test_the_toy_figure_and_its_numbers(tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["toy", "--outdir", str(tmp_path), "--paths=5"])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "toy.png").read_bytes()[:4] == b"\x89PNG"
+    with np.load(tmp_path / "toy.npz") as data:
+        assert data["path_0"].shape == data["exact"].shape == (8, 5, 2)
+        # The stiff place is stiff, and the drift along its eigenvector has that slope there.
+        line, drift = data["line"], data["stiff_drift"][:, 0]
+        slope = (drift[121] - drift[119]) / (line[121] - line[119])
+        assert slope == pytest.approx(float(data["stiff_eigenvalue"]), rel=0.02)
+        assert abs(data["stiff_eigenvalue"]) > 10 * abs(data["calm_eigenvalue"])
+        # The exact solution is one: a fine run from the same points ends there.
+        start = torch.from_numpy(data["exact"][0])
+        end = solve_finely(tree_mixture(), start, 0.002, 5.0, 401)
+        assert np.abs(end.numpy() - data["exact"][-1]).max() < 1e-3
+        # A step's own error is no larger than what the steps add up to, and guidance mends it.
+        local = [data[f"local_error_{k}"].sum() for k in range(3)]
+        assert local[2] < local[1] < local[0]
+        assert [float(data[f"error_{k}"][0]) for k in range(3)] == [0, 0, 0]
+
+
+def test_density_of_the_mixture() -> None:
+    tree = tree_mixture()
+    x = tree.sample(5, torch.Generator().manual_seed(0)).requires_grad_()
+    (gradient,) = torch.autograd.grad(tree.log_density(x, 0.3).sum(), x)
+    torch.testing.assert_close(gradient, tree.score(x, 0.3))
+    # It integrates to 1 over the plane.
+    u = torch.linspace(-6, 6, 121, dtype=torch.float64)
+    points = torch.stack(torch.meshgrid(u, u, indexing="ij"), -1).reshape(-1, 2)
+    assert float(tree.log_density(points, 0.3).exp().sum() * 0.1**2) == pytest.approx(1, rel=1e-6)
