@@ -15,7 +15,7 @@ from tqdm import tqdm
 from erk_guid.checkpoints import load
 from erk_guid.files import write_bytes
 from erk_guid.generation import generate
-from erk_guid.guidance import Guidance
+from erk_guid.guidance import AUTO, Guidance
 from erk_guid.pictures import Panel, figure, save_picture, tile, to_pil
 from erk_guid.runtime import choose_device
 
@@ -55,7 +55,7 @@ def run_demo(outdir: Path, device: str | None = None) -> None:
             encoder=loaded.encoder,
             batch_size=32,
             num_steps=num_steps,
-            w_stiff=guidance.w_stiff,
+            w_stiff=AUTO if guidance.blends else guidance.w_stiff,
             w_con=guidance.w_con,
         )
         next(iter(batches))  # not counted: the first call computes what later ones reuse
@@ -74,6 +74,7 @@ def run_demo(outdir: Path, device: str | None = None) -> None:
     runs = [
         sampled("Plain Heun", STEPS, off),
         sampled("ERK-Guid", STEPS, GUIDANCE),
+        sampled("ERK-Guid, auto", STEPS, Guidance.auto()),
         sampled("Reference", FINE_STEPS, off),
     ]
     fine = runs[-1]
@@ -102,7 +103,9 @@ def run_demo(outdir: Path, device: str | None = None) -> None:
 def _panel(run: Run) -> Panel:
     images = [to_pil(image) for image in run.images.numpy()]
     settings = "no guidance"
-    if run.guidance.active:
+    if run.guidance.blends:
+        settings = "parameter-free form"
+    elif run.guidance.active:
         settings = f"w_stiff {run.guidance.w_stiff:g}, w_con {run.guidance.w_con:g}"
     steps = f"Heun, {run.num_steps} steps, {run.evaluations} evaluations"
     return Panel(tile(images, columns=8, scale=2), run.title, [steps, settings])

@@ -77,7 +77,7 @@ def compute_toy(
     sigma: float = 0.1,
     paths: int = 24,
     samples: int = 400,
-    grid: int = 200,
+    grid: int = 120,
     seed: int = 0,
 ) -> Toy:
     """The numbers.
@@ -244,7 +244,12 @@ STIFF, CALM = "#db2777", "#0891b2"
 
 def _draw_map(figure: Any, axes: Any, toy: Toy, data: Any, norm: Any) -> None:
     image = axes.pcolormesh(
-        data["map_x"], data["map_y"], data["stiffness"], norm=norm(), cmap="magma", rasterized=True
+        data["map_x"],
+        data["map_y"],
+        data["stiffness"],
+        norm=norm(),
+        cmap="magma",
+        shading="gouraud",
     )
     density = data["density"]
     axes.contour(
