@@ -468,7 +468,7 @@ def _sweep(
     findings: Findings, metric: str, rows: list[Row], y_label: str
 ) -> list[tuple[str, str, list[Curve], dict[str, Any]]]:
     """Score against w_stiff, a curve for each w_con, the unguided run at 0."""
-    known = [r for r in rows if r.w_stiff is not None and r.id in findings.by_row]
+    known = [r for r in rows if isinstance(r.w_stiff, float | int) and r.id in findings.by_row]
     plain = [(0.0, r) for r in known if not r.guided]
     curves = []
     for w_con in sorted({r.w_con for r in known if r.w_con is not None}):

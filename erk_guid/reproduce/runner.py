@@ -145,7 +145,7 @@ def plan(job: Reproduction, row: Row) -> Plan:
         ErkGuidError: something is left to choose.
     """
     row = settled(job, row)
-    if row.w_stiff is None or (row.guided and row.w_con is None):
+    if not row.settled:
         raise ErkGuidError(
             f"row {row.id}: the paper's w_stiff and w_con are not known here; choose them with "
             "--w_stiff and --w_con"
@@ -193,7 +193,7 @@ def settled(job: Reproduction, row: Row) -> Row:
 def commands(job: Reproduction, row: Row) -> list[str]:
     """The row's commands as a shell would take them, '?' standing for what is left to choose."""
     one = settled(job, row)
-    if one.w_stiff is not None and (not one.guided or one.w_con is not None):
+    if one.settled:
         return list(plan(job, row).lines(job.keep_images))
     # Any numbers will do to make the commands with: they are taken out again.
     lines = plan(replace(job, w_stiff=1.0, w_con=1.0), row).lines(job.keep_images)
@@ -211,7 +211,11 @@ def _launcher(job: Reproduction) -> list[str]:
 
 def _generate_command(job: Reproduction, one: Plan, model: list[str], seeds: str) -> list[str]:
     row = one.row
-    erk = [f"--w_stiff={row.w_stiff:g}", f"--w_con={row.w_con:g}"] if row.guided else []
+    erk = [
+        f"--{name}={value:g}" if isinstance(value, float | int) else f"--{name}={value}"
+        for name, value in (("w_stiff", row.w_stiff), ("w_con", row.w_con))
+        if row.guided and value is not None
+    ]
     return [
         *_launcher(job), "generate", *model, f"--outdir={one.images}", "--subdirs",
         f"--seeds={seeds}", f"--batch={job.batch}", f"--steps={row.steps}", *erk,

@@ -8,7 +8,7 @@ from itertools import product
 from typing import Literal
 
 from erk_guid.errors import ErkGuidError
-from erk_guid.guidance import PAPER_SETTINGS
+from erk_guid.guidance import AUTO, PAPER_SETTINGS
 
 Family = Literal["plain", "guid", "autog"]
 """Without model guidance, with classifier-free guidance, with autoguidance."""
@@ -29,7 +29,8 @@ class Row:
         model: the paper's preset.
         family: which kind of model guidance it has.
         guidance: its strength, where it is not the preset's own.
-        w_stiff: strength of ERK guidance; 0 for a baseline, None where it is not known.
+        w_stiff: strength of ERK guidance; 0 for a baseline, 'auto' for the parameter-free form,
+            None where it is not known.
         w_con: its gate.
         denoise_to_zero: whether it ends with a step to sigma = 0.
         paper: the paper's value by metric, as far as known.
@@ -42,7 +43,7 @@ class Row:
     model: str
     family: Family = "plain"
     guidance: float | None = None
-    w_stiff: float | None = 0.0
+    w_stiff: float | str | None = 0.0
     w_con: float | None = None
     solver: str = "heun"
     denoise_to_zero: bool = True
@@ -52,6 +53,11 @@ class Row:
     @property
     def guided(self) -> bool:
         return self.w_stiff != 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is left to choose."""
+        return not self.guided or self.w_stiff == AUTO or None not in (self.w_stiff, self.w_con)
 
     @property
     def group(self) -> tuple[str, int, str, str]:
@@ -66,6 +72,8 @@ class Row:
             return f"{kind}no ERK guidance"
         if self.w_stiff is None:
             return f"{kind}ERK-Guid ? / ?"
+        if isinstance(self.w_stiff, str):
+            return f"{kind}ERK-Guid {self.w_stiff}"
         return f"{kind}ERK-Guid {self.w_stiff:g} / {self.w_con:g}"
 
 
@@ -184,6 +192,7 @@ def _digits() -> list[Row]:
         for w_stiff, w_con in settings:
             name = f"{steps:02d}-w{w_stiff:g}-c{w_con:g}"
             rows.append(Row(name, "digits", steps, "digits", w_stiff=w_stiff, w_con=w_con))
+        rows.append(Row(f"{steps:02d}-auto", "digits", steps, "digits", w_stiff=AUTO))
     return rows
 
 
