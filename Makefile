@@ -37,6 +37,8 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install -e '.[all,dev]'
+	# One of its modules is compared with; what the others need is not wanted.
+	$(PIP) install --no-deps k-diffusion==0.1.1.post1
 	touch $@
 
 clean:

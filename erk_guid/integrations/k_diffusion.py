@@ -1,0 +1,148 @@
+"""ERK guidance under k-diffusion's sampler signature, which ComfyUI, Forge and many others use.
+
+    from erk_guid.integrations.k_diffusion import sample_erk_heun
+
+    x = sample_erk_heun(model, x, sigmas, extra_args={...}, w_stiff="auto")
+
+``model(x, sigma, **extra_args)`` returns the denoised x for sigma [N]; `x` comes in already scaled
+by ``sigmas[0]``; a trailing 0 is reached by an Euler step. The lists of noise levels may begin or
+end anywhere. Flow-matching models work too where, as in ComfyUI, the wrapped model returns the
+denoised x, for the drift is then the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from erk_guid.guidance import AUTO, Guidance
+from erk_guid.sampling import StepInfo, sample
+
+__all__ = ["sample_erk_dpm_2", "sample_erk_heun", "sample_modal"]
+
+Model = Callable[..., Tensor]
+StepCallback = Callable[[dict[str, Any]], object]
+
+
+def _run(
+    solver: str,
+    guidance: Guidance,
+    model: Model,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: Mapping[str, Any] | None,
+    callback: StepCallback | None,
+    disable: bool | None,
+    s_churn: float,
+) -> Tensor:
+    from tqdm.auto import tqdm
+
+    if s_churn > 0:
+        raise ValueError(
+            f"s_churn must be 0, got {s_churn}: ERK guidance compares two solutions at one noise "
+            "level, and churn moves one of them to another"
+        )
+    if len(sigmas) < 2:
+        return x  # as the field's samplers do where there is nothing left to denoise
+    extra = dict(extra_args or {})
+    ones = x.new_ones([x.shape[0]])
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        return model(x, sigma * ones, **extra)
+
+    with tqdm(total=len(sigmas) - 1, disable=disable) as bar:
+
+        def note(info: StepInfo) -> None:
+            bar.update()
+            if callback is not None:
+                sigma = sigmas[info.step]
+                callback({
+                    "x": info.x_before, "i": info.step, "sigma": sigma, "sigma_hat": sigma,
+                    "denoised": info.denoised,
+                })  # fmt: skip
+
+        return sample(denoiser, x, sigmas, solver=solver, guidance=guidance, callback=note)
+
+
+@torch.no_grad()
+def sample_erk_heun(
+    model: Model,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: Mapping[str, Any] | None = None,
+    callback: StepCallback | None = None,
+    disable: bool | None = None,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+    *,
+    w_stiff: float | str = AUTO,
+    w_con: float = 0.5,
+    bound: float | None = None,
+) -> Tensor:
+    """k-diffusion's ``sample_heun`` with ERK guidance; two evaluations a step.
+
+    Args:
+        model: called as ``model(x, sigma, **extra_args)`` with sigma [N]; returns the denoised x.
+        x: [N, ...], already scaled by ``sigmas[0]``.
+        sigmas: falling noise levels [steps + 1], ending at 0 or above.
+        extra_args: handed to the model.
+        callback: called once a step with x (before the step), i, sigma, sigma_hat, denoised.
+        disable: switches the progress bar off.
+        s_churn: must be 0. s_tmin, s_tmax and s_noise belong to it.
+        w_stiff, w_con, bound: see `Guidance`; "auto" is the parameter-free form. w_con has the
+            unit 1/sigma.
+
+    Returns:
+        x at ``sigmas[-1]``.
+
+    Raises:
+        ValueError: s_churn is not 0, or a value out of range.
+    """
+    del s_tmin, s_tmax, s_noise
+    guidance = Guidance.of(w_stiff, w_con, bound)
+    return _run("heun", guidance, model, x, sigmas, extra_args, callback, disable, s_churn)
+
+
+@torch.no_grad()
+def sample_erk_dpm_2(
+    model: Model,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: Mapping[str, Any] | None = None,
+    callback: StepCallback | None = None,
+    disable: bool | None = None,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+    *,
+    w_stiff: float | str = AUTO,
+    w_con: float = 0.5,
+    bound: float | None = None,
+) -> Tensor:
+    """k-diffusion's ``sample_dpm_2`` with ERK guidance; arguments as `sample_erk_heun`'s."""
+    del s_tmin, s_tmax, s_noise
+    guidance = Guidance.of(w_stiff, w_con, bound)
+    return _run("dpm2", guidance, model, x, sigmas, extra_args, callback, disable, s_churn)
+
+
+@torch.no_grad()
+def sample_modal(
+    model: Model,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: Mapping[str, Any] | None = None,
+    callback: StepCallback | None = None,
+    disable: bool | None = None,
+) -> Tensor:
+    """The modal solver (`erk_guid.multistep.Modal`), one evaluation a step, no guidance.
+
+    Arguments as `sample_erk_heun`'s.
+    """
+    return _run("modal", Guidance(), model, x, sigmas, extra_args, callback, disable, 0.0)

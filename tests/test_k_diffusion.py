@@ -1,0 +1,179 @@
+"""k-diffusion's signature, against that package's own samplers; and the ComfyUI node."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import oracle
+
+import erk_guid
+from erk_guid.integrations.k_diffusion import sample_erk_dpm_2, sample_erk_heun, sample_modal
+
+FUNCTIONS = {"heun": sample_erk_heun, "dpm2": sample_erk_dpm_2}
+
+
+class Wrapped:
+    """A model in k-diffusion's manner; checks how it is called, and counts."""
+
+    def __init__(self) -> None:
+        self.denoiser, self.start, _ = oracle("tree80")
+        self.calls = 0
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **extra: Any) -> torch.Tensor:
+        assert sigma.shape == x.shape[:1]
+        assert sigma.dtype == x.dtype
+        assert extra == {"cond": 3}
+        self.calls += 1
+        return self.denoiser(x, sigma[0])
+
+
+def published(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """k_diffusion.sampling itself, without the packages that its other modules want."""
+    spec = importlib.util.find_spec("k_diffusion")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("k-diffusion is not installed (make test installs it)")
+    folder = Path(spec.submodule_search_locations[0])
+    for name in ("torchdiffeq", "torchsde"):
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(odeint=None))
+    package = types.ModuleType("k_diffusion")
+    package.__path__ = [str(folder)]
+    monkeypatch.setitem(sys.modules, "k_diffusion", package)
+    return importlib.import_module("k_diffusion.sampling")
+
+
+@pytest.mark.parametrize("name", ["heun", "dpm2"])
+@pytest.mark.parametrize("end", [None, -1])
+def test_without_guidance_they_are_the_packages_own(
+    name: str, end: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = getattr(published(monkeypatch), {"heun": "sample_heun", "dpm2": "sample_dpm_2"}[name])
+    model, sigmas = Wrapped(), erk_guid.karras_sigmas(7)[:end]
+    heard: dict[str, list[Any]] = {"ours": [], "theirs": []}
+    options = {"extra_args": {"cond": 3}, "disable": True}
+    ours = FUNCTIONS[name](
+        model, model.start, sigmas, w_stiff=0, callback=heard["ours"].append, **options
+    )
+    calls = model.calls
+    expected = theirs(model, model.start, sigmas, callback=heard["theirs"].append, **options)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+    assert model.calls == 2 * calls
+    assert len(heard["ours"]) == len(heard["theirs"])
+    for a, b in zip(heard["ours"], heard["theirs"], strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["heun", "dpm2"])
+def test_by_an_independent_loop(name: str) -> None:
+    # The same check where the package is not to be had.
+    model, sigmas = Wrapped(), erk_guid.karras_sigmas(6)
+    x = model.start
+    for s, t in pairwise(sigmas):
+        d = (x - model.denoiser(x, s)) / s
+        if t == 0:
+            x = x + d * (t - s)
+            continue
+        middle = t if name == "heun" else (s * t).sqrt()
+        y = x + d * (middle - s)
+        other = (y - model.denoiser(y, middle)) / middle
+        x = x + (t - s) * ((d + other) / 2 if name == "heun" else other)
+    options = {"extra_args": {"cond": 3}, "disable": True}
+    found = FUNCTIONS[name](model, model.start, sigmas, w_stiff=0, **options)
+    torch.testing.assert_close(found, x, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["heun", "dpm2"])
+@pytest.mark.parametrize("settings", [{"w_stiff": "auto"}, {"w_stiff": 0.5, "w_con": 0.2}, {}])
+def test_guided_they_are_our_sampler(name: str, settings: dict[str, Any]) -> None:
+    model, sigmas = Wrapped(), erk_guid.karras_sigmas(6)
+    options = {"extra_args": {"cond": 3}, "disable": True}
+    found = FUNCTIONS[name](model, model.start, sigmas, **options, **settings)
+    assert model.calls == 11
+    guidance = erk_guid.Guidance.of(settings.get("w_stiff", "auto"), settings.get("w_con", 0.5))
+    expected = erk_guid.sample(model.denoiser, model.start, sigmas, solver=name, guidance=guidance)
+    assert torch.equal(found, expected)
+
+
+def test_schedules_may_be_split() -> None:
+    # As ComfyUI's SplitSigmas does: the modal solver and the pair begin anew at the seam.
+    model, sigmas = Wrapped(), erk_guid.karras_sigmas(9)
+    options = {"extra_args": {"cond": 3}, "disable": True}
+    for function in (sample_erk_heun, sample_erk_dpm_2, sample_modal):
+        half = function(model, model.start, sigmas[:5], **options)
+        end = function(model, half, sigmas[4:], **options)
+        assert (end - function(model, model.start, sigmas, **options)).norm(dim=1).median() < 0.1
+        assert torch.equal(function(model, model.start, sigmas[:1], **options), model.start)
+
+
+def test_what_does_not_go_is_refused() -> None:
+    model, sigmas = Wrapped(), erk_guid.karras_sigmas(4)
+    for function in FUNCTIONS.values():
+        with pytest.raises(ValueError, match=r"s_churn must be 0, got 0\.5"):
+            function(model, model.start, sigmas, s_churn=0.5, disable=True)
+        with pytest.raises(TypeError, match="w_stif"):
+            function(model, model.start, sigmas, w_stif=0.5)
+    with pytest.raises(ValueError, match="must fall strictly"):
+        sample_erk_heun(model, model.start, sigmas.flip(0), disable=True)
+
+
+def test_no_gradients_and_half_precision() -> None:
+    net = torch.nn.Linear(4, 4)
+    sigmas = torch.tensor([10.0, 3, 1, 0.3, 0])
+    x = sample_erk_heun(lambda x, sigma: net(x), 10 * torch.randn(2, 4), sigmas, disable=True)
+    assert not x.requires_grad
+    for dtype in (torch.float16, torch.bfloat16):
+        small = sample_erk_heun(
+            lambda x, sigma: x / (1 + sigma[:, None] ** 2), torch.ones(2, 4, dtype=dtype), sigmas,
+            disable=True,
+        )  # fmt: skip
+        assert small.dtype == dtype
+        assert small.isfinite().all()
+
+
+def test_the_comfyui_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A stand-in with ComfyUI's call shapes; its loader runs the folder's __init__.py by path.
+    class KSampler:
+        def __init__(self, function: Any, extra_options: dict[str, Any]) -> None:
+            self.function, self.extra_options = function, extra_options
+
+        def sample(self, model: Any, noise: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+            return self.function(
+                model, noise, sigmas, extra_args={"cond": 3}, callback=None, disable=True,
+                **self.extra_options,
+            )  # fmt: skip
+
+    samplers = types.ModuleType("comfy.samplers")
+    samplers.KSAMPLER = KSampler  # type: ignore[attr-defined]
+    comfy = types.ModuleType("comfy")
+    comfy.samplers = samplers  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "comfy", comfy)
+    monkeypatch.setitem(sys.modules, "comfy.samplers", samplers)
+    folder = Path(erk_guid.__file__).parent / "integrations" / "comfyui"
+    spec = importlib.util.spec_from_file_location("custom_nodes.erk", folder / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    node = module.NODE_CLASS_MAPPINGS["ERKGuidSampler"]
+    assert set(module.NODE_DISPLAY_NAME_MAPPINGS) == set(module.NODE_CLASS_MAPPINGS)
+    assert node.RETURN_TYPES == ("SAMPLER",)
+    required = node.INPUT_TYPES()["required"]
+    assert [required[name][0] for name in ("w_stiff", "w_con")] == ["FLOAT", "FLOAT"]
+    model, sigmas = Wrapped(), erk_guid.karras_sigmas(5)
+    guided = {"published": erk_guid.Guidance(0.5, 0.2), "auto": erk_guid.Guidance.auto()}
+    for form in node.INPUT_TYPES()["optional"]["form"][0]:
+        (sampler,) = getattr(node(), node.FUNCTION)(0.5, 0.2, form=form)
+        expected = erk_guid.sample(model.denoiser, model.start, sigmas, guidance=guided[form])
+        assert torch.equal(sampler.sample(model, model.start, sigmas), expected)
+    for solver in node.INPUT_TYPES()["optional"]["solver"][0]:
+        (sampler,) = node().get_sampler(0.5, 0.2, solver=solver)
+        assert sampler.sample(model, model.start, sigmas).isfinite().all()
