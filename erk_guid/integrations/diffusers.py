@@ -1,0 +1,354 @@
+"""Schedulers for diffusers' pipelines: Heun with ERK guidance, at Heun's cost.
+
+    from erk_guid.integrations.diffusers import ERKGuidHeunScheduler
+
+    pipe.scheduler = ERKGuidHeunScheduler.from_config(pipe.scheduler.config, w_stiff="auto")
+
+`ERKGuidHeunScheduler` is diffusers' `HeunDiscreteScheduler`, `FlowMatchERKGuidHeunScheduler` its
+`FlowMatchHeunDiscreteScheduler` (SD3, FLUX), each with guidance; with ``w_stiff=0`` every call
+gives what theirs gives, bit for bit.
+
+A pipeline calls a two-stage scheduler twice a step. The second call of a step leaves behind the
+Euler solution and its drift, the first of the next step brings the Heun solution and its drift at
+the same noise level: the embedded pair. It is dropped when timesteps are set, when a run begins
+in mid-schedule, and whenever a sample comes in that is not the one returned last (in-painting
+and callbacks edit it); the step is then plain Heun. Everything is kept in float32, whatever the
+pipeline's precision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from erk_guid.auto import Answer, improve
+from erk_guid.errors import MissingExtraError
+from erk_guid.guidance import AUTO, Guidance, Pair, guide, norm
+from erk_guid.weights import modal_weights
+
+try:
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        FlowMatchHeunDiscreteScheduler,
+        HeunDiscreteScheduler,
+    )
+    from diffusers.configuration_utils import register_to_config
+except ImportError as error:
+    raise MissingExtraError("diffusers", "diffusers", "its schedulers") from error
+
+__all__ = ["ERKGuidHeunScheduler", "FlowMatchERKGuidHeunScheduler"]
+
+LARGEST_SIGMA = 1e4
+"""Stands for the infinite noise level at which flow matching begins (t = 1)."""
+
+
+@dataclass
+class _Step:
+    """What the first call of a step leaves for the second, in float32."""
+
+    x: Tensor
+    f: Tensor
+    pair: Pair | None
+    returned: Tensor
+    """The sample given back, in the pipeline's precision."""
+
+
+@dataclass
+class _Left:
+    """What the second call leaves for the next step."""
+
+    x_low: Tensor
+    f_low: Tensor
+    returned: Tensor
+
+
+class _Guided:
+    """What both schedulers share, on top of one of diffusers' Heun schedulers."""
+
+    config: Any
+    sigmas: Tensor
+    timesteps: Tensor
+    _step: _Step | None = None
+    _left: _Left | None = None
+
+    @property
+    def guidance(self) -> Guidance:
+        """The settings, from the config."""
+        return Guidance.of(self.config.w_stiff, self.config.w_con, self.config.bound)
+
+    def _forget(self) -> None:
+        self._step = self._left = None
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """As diffusers': where in the schedule a run begins."""
+        super().set_begin_index(begin_index)  # type: ignore[misc]
+        self._forget()
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        return_dict: bool = True,
+        **options: Any,
+    ) -> Any:
+        """As diffusers' own; the sample it returns at the end of each step is guided.
+
+        Raises:
+            ValueError: s_churn is not 0; the settings in the config are out of range.
+        """
+        guidance = self.guidance
+        plain: Any = super().step  # type: ignore[misc]
+        if isinstance(self, HeunDiscreteScheduler):
+            options.pop("generator", None)  # some pipelines offer one; nothing here is random
+        if not guidance.active:
+            return plain(model_output, timestep, sample, return_dict=return_dict, **options)
+        if options.get("s_churn", 0):
+            raise ValueError(
+                "s_churn must be 0: ERK guidance compares two solutions at one noise level, and "
+                "churn moves one of them to another"
+            )
+        begins = self.state_in_first_order  # type: ignore[attr-defined]
+        wide, output = sample.float(), model_output.float()
+        if begins and self.step_index is None:  # type: ignore[attr-defined]
+            self._forget()
+        found = plain(output, timestep, wide, return_dict=True, **options)
+        # The index has moved on by one: to the end of this call's interval.
+        index = self.step_index - (1 if begins else 2)  # type: ignore[attr-defined]
+        sigma, sigma_next = self.sigmas[index], self.sigmas[index + 1]
+        if begins:
+            result = self._begin(found, wide, sample, sigma, sigma_next)
+        else:
+            result = self._end(found, output, wide, sample, sigma, sigma_next, guidance)
+        found.prev_sample = result.to(model_output.dtype)
+        self._note(found.prev_sample, begins)
+        return found if return_dict else tuple(found.values())
+
+    def _begin(
+        self, found: Any, x: Tensor, sample: Tensor, sigma: Tensor, sigma_next: Tensor
+    ) -> Tensor:
+        f: Tensor | None = self.prev_derivative  # type: ignore[attr-defined]
+        result: Tensor = found.prev_sample
+        left, self._left, self._step = self._left, None, None
+        if f is None or not 0 < sigma_next < sigma:
+            return result  # the last step is Euler's: there is no second call
+        pair = None
+        if left is not None and torch.equal(sample, left.returned):
+            pair = Pair(x, left.x_low, f, left.f_low, float(sigma - sigma_next))
+        self._step = _Step(x, f, pair, result)
+        return result
+
+    def _end(
+        self,
+        found: Any,
+        output: Tensor,
+        x_low: Tensor,
+        sample: Tensor,
+        sigma: Tensor,
+        sigma_next: Tensor,
+        guidance: Guidance,
+    ) -> Tensor:
+        result: Tensor = found.prev_sample
+        step, self._step = self._step, None
+        if step is None or not torch.equal(sample, step.returned):
+            return result
+        f_low = self._drift(found, output, x_low, sigma_next)
+        self._left = _Left(x_low, f_low, result)
+        if guidance.blends:
+            return self._answered(step, x_low, f_low, float(sigma), float(sigma_next), result)
+        if step.pair is not None:
+            spread = norm(result - x_low) if guidance.bound is not None else None
+            return guide(result, step.pair, guidance, spread)[0]
+        return result
+
+    def _note(self, returned: Tensor, begins: bool) -> None:
+        """Remember what the pipeline was given, to tell whether it gives that back."""
+        holder = self._step if begins else self._left
+        if holder is not None:
+            holder.returned = returned.clone()
+
+    def _drift(self, found: Any, output: Tensor, x_low: Tensor, sigma_next: Tensor) -> Tensor:
+        """dx/dsigma at (x_low, sigma_next)."""
+        raise NotImplementedError
+
+    def _answered(
+        self, step: _Step, x_low: Tensor, f_low: Tensor, s: float, t: float, result: Tensor
+    ) -> Tensor:
+        """The parameter-free form of the step from noise level s to t."""
+        raise NotImplementedError
+
+
+def _answer(
+    result: Tensor, x_low: Tensor, f: Tensor, f_low: Tensor, s: float, t: float, pair: Pair | None
+) -> Tensor:
+    sigma, sigma_next = (torch.tensor(v, dtype=x_low.dtype, device=x_low.device) for v in (s, t))
+    quadrature = modal_weights((t, s), s, t)[0]
+    return improve(result, Answer(x_low, f, f_low, sigma, sigma_next, quadrature, pair))[0]
+
+
+class ERKGuidHeunScheduler(_Guided, HeunDiscreteScheduler):
+    """diffusers' `HeunDiscreteScheduler` with ERK guidance.
+
+    Takes the config of any scheduler of that family (`from_config`). N steps take 2 N - 1 calls
+    of the network, guided or not.
+
+    Args:
+        w_stiff, w_con, bound: see `erk_guid.Guidance`; w_stiff may be "auto", the parameter-free
+            form. w_con has the unit 1/sigma, sigma being noise over signal.
+
+    The other arguments are those of `HeunDiscreteScheduler`.
+    """
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "linear",
+        trained_betas: Any = None,
+        prediction_type: str = "epsilon",
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+        w_stiff: float | str = AUTO,
+        w_con: float = 0.5,
+        bound: float | None = None,
+    ) -> None:
+        Guidance.of(w_stiff, w_con, bound)  # complain now, not in mid-run
+        # By keyword: what is given by position, diffusers takes for a default.
+        HeunDiscreteScheduler.__init__(
+            self, num_train_timesteps=num_train_timesteps, beta_start=beta_start,
+            beta_end=beta_end, beta_schedule=beta_schedule, trained_betas=trained_betas,
+            prediction_type=prediction_type, use_karras_sigmas=use_karras_sigmas,
+            use_exponential_sigmas=use_exponential_sigmas, use_beta_sigmas=use_beta_sigmas,
+            clip_sample=clip_sample, clip_sample_range=clip_sample_range,
+            timestep_spacing=timestep_spacing, steps_offset=steps_offset,
+        )  # fmt: skip
+
+    def set_timesteps(self, *args: Any, **options: Any) -> None:
+        """As diffusers' own."""
+        HeunDiscreteScheduler.set_timesteps(self, *args, **options)
+        self._forget()
+
+    def _drift(self, found: Any, output: Tensor, x_low: Tensor, sigma_next: Tensor) -> Tensor:
+        return (x_low - found.pred_original_sample) / sigma_next
+
+    def _answered(
+        self, step: _Step, x_low: Tensor, f_low: Tensor, s: float, t: float, result: Tensor
+    ) -> Tensor:
+        return _answer(result, x_low, step.f, f_low, s, t, step.pair)
+
+
+class FlowMatchERKGuidHeunScheduler(_Guided, FlowMatchHeunDiscreteScheduler):
+    """diffusers' `FlowMatchHeunDiscreteScheduler` with ERK guidance, for SD3, FLUX and their kin.
+
+    Unlike diffusers' it also takes lists of sigmas and resolution-dependent shifting, as
+    `FlowMatchEulerDiscreteScheduler` does (those pipelines ask for them); the noise levels are
+    then that scheduler's.
+
+    Args:
+        w_stiff, w_con, bound: see `erk_guid.Guidance`; w_stiff may be "auto", the parameter-free
+            form. In the published form stiffness has the unit 1/t, t from 1 down to 0 being the
+            share of noise.
+
+    The other arguments are those of `FlowMatchEulerDiscreteScheduler`.
+    """
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        base_shift: float | None = 0.5,
+        max_shift: float | None = 1.15,
+        base_image_seq_len: int | None = 256,
+        max_image_seq_len: int | None = 4096,
+        invert_sigmas: bool = False,
+        shift_terminal: float | None = None,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        time_shift_type: str = "exponential",
+        w_stiff: float | str = AUTO,
+        w_con: float = 0.5,
+        bound: float | None = None,
+    ) -> None:
+        if invert_sigmas:
+            raise ValueError("invert_sigmas: a schedule that rises cannot be sampled by Heun")
+        Guidance.of(w_stiff, w_con, bound)
+        FlowMatchHeunDiscreteScheduler.__init__(
+            self, num_train_timesteps=num_train_timesteps, shift=shift
+        )
+
+    _SHIFTS = (
+        "use_dynamic_shifting", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas",
+        "use_beta_sigmas",
+    )  # fmt: skip
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
+    ) -> None:
+        """Noise levels for a run.
+
+        Args:
+            num_inference_steps: steps; the network is called 2 N - 1 times.
+            device: for the timesteps.
+            sigmas: N noise levels to be shifted, in place of evenly spaced ones.
+            mu: the shift, where the config asks for dynamic shifting.
+            timesteps: N of them, in place of sigmas.
+        """
+        self._forget()
+        asks = any(getattr(self.config, name) for name in self._SHIFTS)
+        if sigmas is None and timesteps is None and mu is None and not asks:
+            FlowMatchHeunDiscreteScheduler.set_timesteps(self, num_inference_steps, device)
+            return
+        euler = FlowMatchEulerDiscreteScheduler.from_config(self.config)
+        euler.set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+        self.num_inference_steps = euler.num_inference_steps
+        levels, times = euler.sigmas, euler.timesteps
+        self.sigmas = torch.cat([levels[:1], levels[1:-1].repeat_interleave(2), levels[-1:]])
+        self.timesteps = torch.cat([times[:1], times[1:].repeat_interleave(2)])
+        self.prev_derivative = self.dt = None
+        self._step_index = self._begin_index = None
+
+    def _drift(self, found: Any, output: Tensor, x_low: Tensor, sigma_next: Tensor) -> Tensor:
+        return output  # the network gives the drift itself
+
+    def _answered(
+        self, step: _Step, x_low: Tensor, f_low: Tensor, s: float, t: float, result: Tensor
+    ) -> Tensor:
+        # x = (1 - t) clean + t noise. Divided by 1 - t it is clean data plus sigma = t / (1 - t)
+        # times noise, where Gaussian modes look as everywhere else in this package. Euler's
+        # solution is the same point in both.
+        sigma, sigma_next = (min(v / max(1 - v, 1e-12), LARGEST_SIGMA) for v in (s, t))
+
+        def drift(x: Tensor, f: Tensor, time: float, level: float) -> Tensor:
+            return (x * (1 + level) - (x - time * f)) / level
+
+        pair = None
+        if step.pair is not None:
+            # The pair's difference scales as x does.
+            high = drift(step.x, step.f, s, sigma)
+            low = drift(step.pair.x_low, step.pair.f_low, s, sigma)
+            x_high, before = step.x * (1 + sigma), step.pair.x_low * (1 + sigma)
+            pair = Pair(x_high, before, high, low, sigma - sigma_next)
+        scale = 1 + sigma_next
+        improved = _answer(
+            result * scale, x_low * scale, drift(step.x, step.f, s, sigma),
+            drift(x_low, f_low, t, sigma_next), sigma, sigma_next, pair,
+        )  # fmt: skip
+        return improved / scale

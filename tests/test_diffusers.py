@@ -1,0 +1,251 @@
+"""The schedulers for diffusers' pipelines, against diffusers' own and against our sampler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from conftest import oracle
+from diffusers import FlowMatchHeunDiscreteScheduler, HeunDiscreteScheduler
+
+import erk_guid
+from erk_guid.integrations.diffusers import ERKGuidHeunScheduler, FlowMatchERKGuidHeunScheduler
+
+Scheduler = Any
+GUIDED = [{"w_stiff": "auto"}, {"w_stiff": 0.5, "w_con": 0.1}, {"w_stiff": 2.0, "bound": 0.2}]
+
+
+class Network:
+    """An exact denoiser in the shape of a network for images, in the scheduler's prediction."""
+
+    def __init__(self, prediction: str = "epsilon", flow: bool = False) -> None:
+        self.denoiser = oracle("tree5")[0]
+        self.prediction, self.flow, self.calls = prediction, flow, 0
+
+    def denoised(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        flat = self.denoiser(x.reshape(-1, 2).double(), sigma.double())
+        return flat.reshape(x.shape).to(x.dtype)
+
+    def __call__(self, x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        """x as the scheduler keeps it; level: sigma, or t for flow matching."""
+        self.calls += 1
+        if self.flow:
+            rest = (1 - level).clamp_min(1e-7)
+            return (x - self.denoised(x / rest, level / rest)) / level
+        d = self.denoised(x, level)
+        if self.prediction == "sample":
+            return d
+        if self.prediction == "v_prediction":  # D = x / (s^2 + 1) - s v / sqrt(s^2 + 1)
+            return (x / (level**2 + 1) - d) * (level**2 + 1).sqrt() / level
+        return (x - d) / level
+
+
+def run(
+    scheduler: Scheduler, network: Network, x: torch.Tensor, edit: int | None = None, begin: int = 0
+) -> torch.Tensor:
+    """What a pipeline does, from the timestep `begin` on; `edit`: change x after that call."""
+    scheduler.set_begin_index(begin)
+    for k, time in enumerate(scheduler.timesteps[begin:]):
+        index = scheduler.step_index if scheduler.step_index is not None else begin
+        x = scheduler.step(network(x, scheduler.sigmas[index]), time, x, return_dict=False)[0]
+        if edit == k:
+            x = x + 0.05
+    return x
+
+
+def noise(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(6, 2, 1, 1, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_guidance_every_call_is_diffusers_own(prediction: str, dtype: torch.dtype) -> None:
+    config = {"prediction_type": prediction, "use_karras_sigmas": True}
+    ends = []
+    for scheduler in (HeunDiscreteScheduler(**config), ERKGuidHeunScheduler(**config, w_stiff=0)):
+        scheduler.set_timesteps(7)
+        start = noise(dtype) * scheduler.init_noise_sigma
+        ends.append(run(scheduler, Network(prediction), start))
+    assert torch.equal(*ends)
+    ends = []
+    for flow in (FlowMatchHeunDiscreteScheduler(shift=3.0),
+                 FlowMatchERKGuidHeunScheduler(shift=3.0, w_stiff=0)):  # fmt: skip
+        flow.set_timesteps(7)
+        ends.append(run(flow, Network(flow=True), noise(dtype)))
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("settings", GUIDED)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_guided_it_is_our_sampler(settings: dict[str, Any], prediction: str) -> None:
+    scheduler = ERKGuidHeunScheduler(prediction_type=prediction, **settings)
+    scheduler.set_timesteps(9)
+    network = Network(prediction)
+    start = noise() * scheduler.init_noise_sigma
+    found = run(scheduler, network, start)
+    assert network.calls == 17
+    sigmas = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1::2]])
+    full = {"w_con": 0.5, "bound": None, **settings}
+    guidance = erk_guid.Guidance.of(full["w_stiff"], full["w_con"], full["bound"])
+    expected = erk_guid.sample(network.denoised, start, sigmas, guidance=guidance)
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+    plain = erk_guid.sample(network.denoised, start, sigmas)
+    assert (expected - plain).abs().max() > 20 * (found - expected).abs().max()
+
+
+@pytest.mark.parametrize("settings", [{"w_stiff": "auto"}])
+def test_guided_flow_matching_is_our_sampler(settings: dict[str, Any]) -> None:
+    # t / (1 - t) is sigma, x / (1 - t) the field's x.
+    scheduler = FlowMatchERKGuidHeunScheduler(**settings)
+    scheduler.set_timesteps(sigmas=[0.95, 0.8, 0.6, 0.4, 0.2, 0.05])
+    network = Network(flow=True)
+    start = noise() * 0.95
+    found = run(scheduler, network, start)
+    assert network.calls == 11
+    times = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1::2]])
+    guidance = erk_guid.Guidance.auto()
+    sigmas = times / (1 - times)
+    expected = erk_guid.sample(network.denoised, start / 0.05, sigmas, guidance=guidance)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("settings", GUIDED)
+def test_flow_matching_from_pure_noise(settings: dict[str, Any]) -> None:
+    # t = 1 is sigma = infinity; and guidance must not do harm where a finer run is known.
+    def ended(steps: int, **settings: Any) -> torch.Tensor:
+        scheduler = FlowMatchERKGuidHeunScheduler(shift=3.0, **settings)
+        scheduler.set_timesteps(steps)
+        return run(scheduler, Network(flow=True), noise())
+
+    fine = ended(400, w_stiff=0)
+    plain, guided = ((ended(8, **s) - fine).norm() for s in ({"w_stiff": 0}, settings))
+    assert guided.isfinite()
+    if settings["w_stiff"] == "auto":
+        assert guided < plain
+
+
+@pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize("edit", [3, 4])
+def test_an_edited_sample_drops_the_pair(flow: bool, edit: int) -> None:
+    # After call 3 a step begins and after call 4 it is in the middle. With the pair kept, the
+    # step after the edit would be corrected by a difference that is mostly the edit.
+    kind: Any = FlowMatchERKGuidHeunScheduler if flow else ERKGuidHeunScheduler
+    network = Network(flow=flow)
+    scheduler, plain = kind(w_stiff=0.7, w_con=0), kind(w_stiff=0)
+    for each in (scheduler, plain):
+        each.set_timesteps(6)
+    x = noise() * (1 if flow else scheduler.init_noise_sigma)
+    scheduler.set_begin_index(0)
+    plain.set_begin_index(0)
+    # The guided run up to the edit; from there on one step by each from the same x.
+    levels = scheduler.sigmas
+    for k, time in enumerate(scheduler.timesteps[: edit + 1]):
+        x = scheduler.step(network(x, levels[k]), time, x, return_dict=False)[0]
+    x = x + 0.05
+    plain._step_index = scheduler.step_index
+    for name in ("prev_derivative", "dt", "sample"):
+        setattr(plain, name, getattr(scheduler, name, None))
+    ends = []
+    for each in (scheduler, plain):
+        y = x
+        for k in range(edit + 1, edit + 3):
+            y = each.step(network(y, levels[k]), each.timesteps[k], y, return_dict=False)[0]
+            if (k % 2) == 0:  # the step's end
+                break
+        ends.append(y)
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-6, atol=1e-6)
+
+
+def test_a_start_in_mid_schedule_and_a_second_run() -> None:
+    scheduler = ERKGuidHeunScheduler(w_stiff="auto")
+    scheduler.set_timesteps(8)
+    network = Network()
+    start = noise() * scheduler.sigmas[6]
+    first = run(scheduler, network, start, begin=6)  # 3 steps in, as image-to-image has it
+    sigmas = torch.cat([scheduler.sigmas[6:7], scheduler.sigmas[7::2]])
+    auto = erk_guid.Guidance.auto()
+    expected = erk_guid.sample(network.denoised, start, sigmas, guidance=auto)
+    torch.testing.assert_close(first, expected, rtol=2e-4, atol=2e-4)
+    scheduler.set_timesteps(8)  # as every pipeline call does
+    assert torch.equal(run(scheduler, network, start, begin=6), first)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["EulerDiscreteScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler",
+     "UniPCMultistepScheduler"],
+)  # fmt: skip
+def test_configs_of_other_schedulers(name: str) -> None:
+    theirs = getattr(diffusers, name)(
+        beta_start=0.001, beta_end=0.01, beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+    )  # fmt: skip
+    ours = ERKGuidHeunScheduler.from_config(theirs.config, w_stiff=0.4)
+    assert ours.config.prediction_type == "v_prediction"
+    assert ours.config.beta_end == 0.01
+    assert ours.guidance == erk_guid.Guidance(0.4)
+    assert HeunDiscreteScheduler.from_config(ours.config).config.beta_end == 0.01
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    for kind in (ERKGuidHeunScheduler, FlowMatchERKGuidHeunScheduler):
+        kind(w_stiff=0.3, w_con=0.2, bound=0.5).save_pretrained(tmp_path)
+        again = kind.from_pretrained(tmp_path)
+        assert again.guidance == erk_guid.Guidance(0.3, 0.2, bound=0.5)
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    ours = FlowMatchERKGuidHeunScheduler.from_config(flow.config)
+    ours.set_timesteps(sigmas=[1.0, 0.7, 0.4], mu=0.8)
+    flow.set_timesteps(sigmas=[1.0, 0.7, 0.4], mu=0.8)
+    torch.testing.assert_close(torch.cat([ours.sigmas[:1], ours.sigmas[1::2]]), flow.sigmas)
+    assert len(ours.timesteps) == 5
+    with pytest.raises(ValueError, match="w_con must not be negative"):
+        ERKGuidHeunScheduler(w_stiff=0.5, w_con=-1)
+
+
+def test_in_bfloat16_the_pair_is_kept_in_float32() -> None:
+    # The pair's difference is a few hundredths of x: in bfloat16 it would be mostly rounding.
+    network, ends = Network(), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        scheduler = ERKGuidHeunScheduler()
+        scheduler.set_timesteps(8)
+        x = noise(torch.bfloat16).to(dtype) * scheduler.init_noise_sigma
+        ends[dtype] = run(scheduler, network, x)
+    assert ends[torch.bfloat16].dtype == torch.bfloat16
+    torch.testing.assert_close(
+        ends[torch.bfloat16].float(), ends[torch.float32], rtol=0.05, atol=0.05
+    )
+
+
+def test_an_unconditional_pipeline() -> None:
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, norm_num_groups=4,
+        block_out_channels=(8, 16), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    images = []
+    for settings in ({"w_stiff": 0}, {"w_stiff": "auto"}):
+        pipe = diffusers.DDPMPipeline(unet, ERKGuidHeunScheduler(**settings))
+        pipe.set_progress_bar_config(disable=True)
+        calls: list[Any] = []
+        hook = unet.register_forward_hook(lambda *args, calls=calls: calls.append(args[0]))
+        made = pipe(
+            generator=torch.Generator().manual_seed(1), num_inference_steps=5, output_type="np"
+        )
+        hook.remove()
+        assert len(calls) == 9
+        images.append(torch.from_numpy(made.images))
+    # DDPMPipeline offers a generator, which diffusers' own Heun refuses: its loop by hand.
+    theirs = HeunDiscreteScheduler()
+    theirs.set_timesteps(5)
+    x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for time in theirs.timesteps:
+            x = theirs.step(unet(x, time).sample, time, x).prev_sample
+    expected = (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    assert torch.equal(images[0], expected)
+    assert not torch.equal(images[0], images[1])
+    assert images[1].isfinite().all()
