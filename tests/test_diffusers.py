@@ -153,7 +153,7 @@ def test_an_edited_sample_drops_the_pair(flow: bool, edit: int) -> None:
         y = x
         for k in range(edit + 1, edit + 3):
             y = each.step(network(y, levels[k]), each.timesteps[k], y, return_dict=False)[0]
-            if (k % 2) == 0:  # the step's end
+            if k % 2 == 1:  # the step ends
                 break
         ends.append(y)
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-6, atol=1e-6)
