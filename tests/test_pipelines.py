@@ -1,0 +1,208 @@
+"""The schedulers in real diffusers pipelines, with tiny random models: nothing is fetched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+
+from erk_guid.integrations.diffusers import ERKGuidHeunScheduler, FlowMatchERKGuidHeunScheduler
+
+transformers = pytest.importorskip("transformers", reason="a development dependency")
+
+
+def tiny_tokenizer(folder: Path) -> Any:
+    """CLIP's tokenizer with single characters for words."""
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{c}</w>" for c in letters)]
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return transformers.CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+
+
+def tiny_text_encoder() -> Any:
+    return transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2, max_position_embeddings=77, bos_token_id=0, eos_token_id=1,
+        )
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    torch.manual_seed(0)
+    return {
+        "vae": AutoencoderKL(
+            block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        ),
+        "text_encoder": tiny_text_encoder(),
+        "tokenizer": tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")),
+        "unet": UNet2DConditionModel(
+            sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+            cross_attention_dim=16, attention_head_dim=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        ),
+        "safety_checker": None,
+        "feature_extractor": None,
+    }  # fmt: skip
+
+
+@contextmanager
+def counting(network: torch.nn.Module) -> Iterator[list[int]]:
+    calls: list[int] = []
+    hook = network.register_forward_hook(lambda *args: calls.append(1))
+    yield calls
+    hook.remove()
+
+
+def latents(pipe: Any, network: torch.nn.Module, **options: Any) -> tuple[torch.Tensor, int]:
+    """What the pipeline makes, and how often it called its network."""
+    pipe.set_progress_bar_config(disable=True)
+    with counting(network) as calls:
+        made = pipe(generator=torch.Generator().manual_seed(1), output_type="latent", **options)
+    return made.images, len(calls)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("image_to_image", [False, True])
+def test_stable_diffusion(
+    stable_diffusion: dict[str, Any], dtype: torch.dtype, image_to_image: bool
+) -> None:
+    parts = {
+        name: part.to(dtype) if isinstance(part, torch.nn.Module) else part
+        for name, part in stable_diffusion.items()
+    }
+    config = PNDMScheduler(beta_schedule="scaled_linear", steps_offset=1).config
+    kind: Any = StableDiffusionPipeline
+    options: dict[str, Any] = {"prompt": "a cat", "num_inference_steps": 6}
+    if image_to_image:
+        kind = StableDiffusionImg2ImgPipeline
+        image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+        options |= {"image": image.to(dtype), "strength": 0.5}
+    else:
+        options |= {"height": 16, "width": 16}
+    found = {}
+    for name, scheduler in (
+        ("theirs", HeunDiscreteScheduler.from_config(config)),
+        ("off", ERKGuidHeunScheduler.from_config(config, w_stiff=0)),
+        ("auto", ERKGuidHeunScheduler.from_config(config)),
+        ("published", ERKGuidHeunScheduler.from_config(config, w_stiff=0.5, w_con=0)),
+    ):
+        pipe = kind(scheduler=scheduler, requires_safety_checker=False, **parts)
+        found[name] = latents(pipe, parts["unet"], **options)
+    theirs, calls = found["theirs"]
+    assert all(count == calls for _, count in found.values())
+    assert torch.equal(found["off"][0], theirs)
+    for name in ("auto", "published"):
+        assert found[name][0].dtype == theirs.dtype
+        assert found[name][0].isfinite().all()
+        assert not torch.equal(found[name][0], theirs)
+
+
+def test_a_callback_that_edits_the_latents(stable_diffusion: dict[str, Any]) -> None:
+    # Every step starts without a pair; nothing breaks, and the published form does nothing.
+    config = PNDMScheduler(beta_schedule="scaled_linear").config
+
+    def edit(pipe: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": values["latents"] * 1.01}
+
+    parts = {k: v.float() if isinstance(v, torch.nn.Module) else v
+             for k, v in stable_diffusion.items()}  # fmt: skip
+    ends = []
+    for w_stiff in (0.0, 0.5):
+        scheduler = ERKGuidHeunScheduler.from_config(config, w_stiff=w_stiff, w_con=0)
+        pipe = StableDiffusionPipeline(scheduler=scheduler, requires_safety_checker=False, **parts)
+        ends.append(latents(pipe, parts["unet"], prompt="a dog", num_inference_steps=5, height=16,
+                            width=16, callback_on_step_end=edit)[0])  # fmt: skip
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-5)
+
+
+def test_a_diffusion_transformer(stable_diffusion: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1,
+        sample_size=8, num_embeds_ada_norm=1000, patch_size=2, norm_num_groups=4,
+    )  # fmt: skip
+    images = []
+    for settings in ({"w_stiff": 0}, {}):
+        pipe = DiTPipeline(
+            transformer, stable_diffusion["vae"].float(), ERKGuidHeunScheduler(**settings)
+        )
+        pipe.set_progress_bar_config(disable=True)
+        with counting(transformer) as calls:
+            made = pipe([3], num_inference_steps=4, output_type="np",
+                        generator=torch.Generator().manual_seed(0))  # fmt: skip
+        assert len(calls) == 7
+        images.append(torch.from_numpy(made.images))
+    assert images[1].isfinite().all()
+    assert not torch.equal(*images)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flux(dynamic: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=16,
+        axes_dims_rope=[4, 4, 8],
+    ).to(dtype)  # fmt: skip
+    config = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic).config
+    options = {
+        "prompt_embeds": torch.randn(1, 4, 32, dtype=dtype),
+        "pooled_prompt_embeds": torch.randn(1, 16, dtype=dtype),
+        "num_inference_steps": 4, "height": 16, "width": 16,
+    }  # fmt: skip
+    found = []
+    for settings in ({"w_stiff": 0}, {}, {"w_stiff": 0.5, "w_con": 0}):
+        pipe = FluxPipeline(
+            scheduler=FlowMatchERKGuidHeunScheduler.from_config(config, **settings),
+            vae=AutoencoderTiny(latent_channels=1), text_encoder=None, tokenizer=None,
+            text_encoder_2=None, tokenizer_2=None, transformer=transformer,
+        )  # fmt: skip
+        made, calls = latents(pipe, transformer, **options)
+        assert calls == 7
+        assert made.isfinite().all()
+        found.append(made)
+    assert not torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_flow_matching_without_guidance_is_diffusers_own_loop() -> None:
+    def drift(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x) * (1 + t / 1000)
+
+    ends = []
+    for scheduler in (
+        FlowMatchHeunDiscreteScheduler(shift=3.0),
+        FlowMatchERKGuidHeunScheduler(shift=3.0, w_stiff=0),
+    ):
+        scheduler.set_timesteps(6)
+        x = torch.ones(1, 4)
+        for t in scheduler.timesteps:
+            x = scheduler.step(drift(x, t), t, x).prev_sample
+        ends.append(x)
+    assert torch.equal(*ends)
