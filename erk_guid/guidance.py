@@ -27,6 +27,9 @@ from torch import Tensor
 AUTO = "auto"
 """The word for the parameter-free form."""
 
+GATES = ("stiffness", "step")
+"""What w_con is compared with: rho, as published, or h rho, which has no unit."""
+
 EPS = 1e-8
 """Added to norms before dividing by them, as in the published program."""
 
@@ -50,6 +53,10 @@ class Guidance:
             On a linear mode with z = h lambda the error of Heun's step is about z / 3 of that
             distance, so a correction beyond 0.2 of it supposes z above 0.6, where the expansion
             it rests on no longer holds. None, as published, lets it grow without limit.
+        gate: "stiffness" compares w_con with rho, as published: in units of 1/sigma, so that a
+            setting does not carry over between EDM's sigma, latents of another scale and the
+            times of flow matching. "step" compares it with h rho, h being the step's length: a
+            pure number, which does.
 
     Raises:
         ValueError: a value is not a finite number, or negative; the message names it.
@@ -59,10 +66,13 @@ class Guidance:
     w_con: float = 0.5
     form: str = "published"
     bound: float | None = None
+    gate: str = GATES[0]
 
     def __post_init__(self) -> None:
         if self.form not in ("published", AUTO):
             raise ValueError(f"form must be 'published' or {AUTO!r}, got {self.form!r}")
+        if self.gate not in GATES:
+            raise ValueError(f"gate must be {' or '.join(map(repr, GATES))}, got {self.gate!r}")
         for name in ("w_stiff", "w_con", "bound"):
             value = getattr(self, name)
             if name == "bound" and value is None:
@@ -91,7 +101,13 @@ class Guidance:
         return cls(form=AUTO)
 
     @classmethod
-    def of(cls, w_stiff: float | str, w_con: float, bound: float | None = None) -> Guidance:
+    def of(
+        cls,
+        w_stiff: float | str,
+        w_con: float,
+        bound: float | None = None,
+        gate: str = GATES[0],
+    ) -> Guidance:
         """Settings as users write them: numbers, or "auto" for the first.
 
         Raises:
@@ -101,7 +117,7 @@ class Guidance:
             if w_stiff != AUTO:
                 raise ValueError(f"w_stiff must be a number or {AUTO!r}, got {w_stiff!r}")
             return cls.auto()
-        return cls(w_stiff, w_con, bound=bound)
+        return cls(w_stiff, w_con, bound=bound, gate=gate)
 
     @classmethod
     def paper(cls, num_steps: int) -> Guidance:
@@ -133,7 +149,7 @@ class Measurement(NamedTuple):
     stiffness: Tensor
     """rho, in units of 1/sigma."""
     gate: Tensor
-    """bool: whether rho exceeds w_con."""
+    """bool: whether rho (or h rho) exceeds w_con."""
     coefficient: Tensor
     """The correction is this times (f_high - f_low)."""
     size: Tensor
@@ -220,9 +236,10 @@ def measure(
         df = f_high - f_low
     f_norm = norm(df)
     rho = f_norm / (norm(x_high - x_low) + EPS)
-    gate = rho > guidance.w_con
     if isinstance(h, Tensor):
         h = h.to(rho)
+    # DEIS counts its step backwards: the sign of h says nothing here.
+    gate = (rho if guidance.gate == "stiffness" else (h * rho).abs()) > guidance.w_con
     # <v, f> v = <df, f> df / (|df| + eps)^2, divided twice so that tiny norms do not underflow.
     along = inner(df, f_high) / (f_norm + EPS) / (f_norm + EPS)
     # where, not a product: a shut gate gives 0 even if the other factor overflowed.

@@ -13,6 +13,7 @@ from erk_guid.checkpoints.loading import locate
 from erk_guid.encoders import Encoder, StabilityVAEEncoder
 from erk_guid.errors import ErkGuidError
 from erk_guid.generation import check_networks
+from erk_guid.guidance import GATES
 from erk_guid.runtime import ProcessGroup, choose_device
 
 
@@ -35,6 +36,7 @@ class Recipe:
     w_stiff: float | str = 0.0
     w_con: float = 0.5
     bound: float | None = None
+    gate: str = GATES[0]
     solver: str = "heun"
     order: int | None = None
     r: float | None = None
@@ -63,6 +65,7 @@ class Recipe:
             "w_stiff": self.w_stiff,
             "w_con": self.w_con,
             "bound": self.bound,
+            "gate": self.gate,
             "solver": self.solver,
             **self.solver_options,
             "schedule": self.schedule,
@@ -93,6 +96,8 @@ class Recipe:
         ]  # fmt: skip
         if self.bound is not None:
             parts.append(f"bound {self.bound:g}")
+        if self.gate != GATES[0]:
+            parts.append(f"gate {self.gate}")
         if self.gnet and self.guidance != 1:
             parts.append(f"guiding model {self.gnet}")
         return ", ".join([*parts, f"erk_guid {__version__}"])

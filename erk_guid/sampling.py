@@ -13,7 +13,7 @@ from torch import Tensor
 
 from erk_guid.auto import improve
 from erk_guid.denoisers import Denoiser, ModelGuidance
-from erk_guid.guidance import Guidance, guide, measure
+from erk_guid.guidance import GATES, Guidance, guide, measure
 from erk_guid.schedules import make_sigmas
 from erk_guid.solvers import Solver, check_guidance, make_solver
 from erk_guid.steps import EulerStep, Step
@@ -31,7 +31,7 @@ class StepInfo:
         x: x at sigma_next, guidance included.
         denoised: D(x_before; sigma).
         stiffness: rho per sample, [N], unit 1/sigma; None at steps without an embedded pair.
-        gate: per sample, [N] bool, whether rho exceeds w_con; None likewise.
+        gate: per sample, [N] bool, whether rho (or h rho) exceeds w_con; None likewise.
         correction_size: Euclidean norm of the correction per sample, [N]; None at steps without
             one.
         evaluations: calls of the denoiser so far, this step's included.
@@ -238,6 +238,7 @@ def edm_sampler(
     variant: str | None = None,
     lower_order_final: bool | None = None,
     bound: float | None = None,
+    gate: str = GATES[0],
 ) -> Tensor:
     """EDM2's sampler with ERK guidance, under EDM2's own signature.
 
@@ -256,7 +257,7 @@ def edm_sampler(
             different noise levels. S_min, S_max, S_noise and randn_like belong to it and are
             accepted for the signature's sake.
         dtype: the loop runs in it; the networks' output is cast to it.
-        w_stiff, w_con, bound: see `Guidance`; w_stiff may be "auto".
+        w_stiff, w_con, bound, gate: see `Guidance`; w_stiff may be "auto".
         schedule: how the noise levels are spaced, see `make_sigmas`; or the levels themselves,
             falling to above 0, which then `num_steps` and the range have no part in.
         denoise_to_zero: end with an Euler step to sigma = 0; False stops at the last level.
@@ -294,7 +295,7 @@ def edm_sampler(
         noise.to(dtype) * sigmas[0].to(device=noise.device, dtype=dtype),
         sigmas if denoise_to_zero else sigmas[:-1],
         solver=solver,
-        guidance=Guidance.of(w_stiff, w_con, bound),
+        guidance=Guidance.of(w_stiff, w_con, bound, gate),
         callback=callback,
         afs=afs,
         order=order,

@@ -190,3 +190,24 @@ def test_shapes_are_checked() -> None:
         erk_guid.stiffness(x, torch.zeros(2, 4), x, x)
     with pytest.raises(ValueError, match=r"h must be a number or \[2\], got shape \[3\]"):
         erk_guid.correction(x, x, x, x, torch.ones(3), Guidance(1.0))
+
+
+def test_a_gate_without_a_unit() -> None:
+    # In other units of noise the same problem has another rho, and the same h rho.
+    x, dx, f, df = random_pair(6, 4, seed=5)
+    h = 0.3
+    rho = erk_guid.stiffness(x, x - dx, f, f - df)
+    threshold = 1.001 * float(rho.median()) * h
+    for unit in (1.0, 80.0, 0.01):
+        pair = (x * unit, (x - dx) * unit, f, f - df, h * unit)
+        step = Guidance(0.5, threshold, gate="step")
+        moved = (erk_guid.correction(*pair, step) != 0).any(dim=1)
+        assert torch.equal(moved, rho * h > threshold)
+        published = Guidance(0.5, threshold)
+        moved = (erk_guid.correction(*pair, published) != 0).any(dim=1)
+        assert torch.equal(moved, rho / unit > threshold)
+    # DEIS counts its step backwards; that does not shut the gate.
+    back = erk_guid.correction(x, x - dx, f, f - df, -h, Guidance(0.5, threshold, gate="step"))
+    assert (back != 0).any()
+    with pytest.raises(ValueError, match="gate must be 'stiffness' or 'step', got 'h'"):
+        Guidance(gate="h")

@@ -15,7 +15,7 @@ import click
 
 from erk_guid.checkpoints.presets import PRESETS
 from erk_guid.cli.common import NumberOr
-from erk_guid.guidance import AUTO, Guidance, nearest_paper_steps
+from erk_guid.guidance import AUTO, GATES, Guidance, nearest_paper_steps
 from erk_guid.recipe import Recipe
 from erk_guid.runtime import launched_rank
 from erk_guid.schedules import SCHEDULES, make_sigmas
@@ -147,6 +147,14 @@ _OPTIONS = [
         help=f"Stiffness above which it acts.  [default: {JOB.w_con:g}, or with a word its own]",
     ),
     click.option(
+        "--gate",
+        type=click.Choice(GATES),
+        default=JOB.gate,
+        show_default=True,
+        help="What --w_con is compared with: the stiffness, in units of 1/sigma, or stiffness "
+        "times the step's length, a pure number that carries over between models.",
+    ),
+    click.option(
         "--bound",
         metavar="FLOAT",
         type=float,
@@ -238,6 +246,7 @@ def recipe_fields(
     w_stiff: float | str,
     w_con: float | None,
     bound: float | None,
+    gate: str,
     **options: Any,
 ) -> dict[str, Any]:
     """Check what the user asked for, and return it as fields of a `Recipe`.
@@ -255,10 +264,11 @@ def recipe_fields(
     options = preset_fields(preset, options)
     try:
         guidance = _erk_guidance(w_stiff, w_con, options["num_steps"], preset)
-        if bound is not None:
+        if bound is not None or gate != JOB.gate:
             if guidance.blends:
-                raise ValueError("--bound belongs to the published form, not to --w_stiff auto")
-            guidance = replace(guidance, bound=bound)
+                name = "--gate" if bound is None else "--bound"
+                raise ValueError(f"{name} belongs to the published form, not to --w_stiff auto")
+            guidance = replace(guidance, bound=bound, gate=gate)
         _check_levels(options)
         solver = make_solver(options["solver"], **{name: options[name] for name in SOLVER_OPTIONS})
         check_guidance(guidance, solver, f"--solver {options['solver']}")
@@ -269,6 +279,7 @@ def recipe_fields(
         "w_stiff": AUTO if guidance.blends else guidance.w_stiff,
         "w_con": guidance.w_con,
         "bound": guidance.bound,
+        "gate": guidance.gate,
     }
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from erk_guid.auto import Answer, improve
 from erk_guid.errors import MissingExtraError
-from erk_guid.guidance import AUTO, Guidance, Pair, guide, norm
+from erk_guid.guidance import AUTO, GATES, Guidance, Pair, guide, norm
 from erk_guid.weights import modal_weights
 
 try:
@@ -40,6 +40,8 @@ except ImportError as error:
     raise MissingExtraError("diffusers", "diffusers", "its schedulers") from error
 
 __all__ = ["ERKGuidHeunScheduler", "FlowMatchERKGuidHeunScheduler"]
+
+SETTINGS = ("w_stiff", "w_con", "bound", "gate")
 
 LARGEST_SIGMA = 1e4
 """Stands for the infinite noise level at which flow matching begins (t = 1)."""
@@ -77,7 +79,7 @@ class _Guided:
     @property
     def guidance(self) -> Guidance:
         """The settings, from the config."""
-        return Guidance.of(self.config.w_stiff, self.config.w_con, self.config.bound)
+        return Guidance.of(*(getattr(self.config, name) for name in SETTINGS))
 
     def _forget(self) -> None:
         self._step = self._left = None
@@ -196,8 +198,8 @@ class ERKGuidHeunScheduler(_Guided, HeunDiscreteScheduler):
     of the network, guided or not.
 
     Args:
-        w_stiff, w_con, bound: see `erk_guid.Guidance`; w_stiff may be "auto", the parameter-free
-            form. w_con has the unit 1/sigma, sigma being noise over signal.
+        w_stiff, w_con, bound, gate: see `erk_guid.Guidance`; w_stiff may be "auto", the
+            parameter-free form. w_con has the unit 1/sigma, sigma being noise over signal.
 
     The other arguments are those of `HeunDiscreteScheduler`.
     """
@@ -221,8 +223,9 @@ class ERKGuidHeunScheduler(_Guided, HeunDiscreteScheduler):
         w_stiff: float | str = AUTO,
         w_con: float = 0.5,
         bound: float | None = None,
+        gate: str = GATES[0],
     ) -> None:
-        Guidance.of(w_stiff, w_con, bound)  # complain now, not in mid-run
+        Guidance.of(w_stiff, w_con, bound, gate)  # complain now, not in mid-run
         # By keyword: what is given by position, diffusers takes for a default.
         HeunDiscreteScheduler.__init__(
             self, num_train_timesteps=num_train_timesteps, beta_start=beta_start,
@@ -255,8 +258,8 @@ class FlowMatchERKGuidHeunScheduler(_Guided, FlowMatchHeunDiscreteScheduler):
     then that scheduler's.
 
     Args:
-        w_stiff, w_con, bound: see `erk_guid.Guidance`; w_stiff may be "auto", the parameter-free
-            form. In the published form stiffness has the unit 1/t, t from 1 down to 0 being the
+        w_stiff, w_con, bound, gate: see `erk_guid.Guidance`; w_stiff may be "auto", the
+            parameter-free form. In the published form stiffness has the unit 1/t, t from 1 down to 0 being the
             share of noise.
 
     The other arguments are those of `FlowMatchEulerDiscreteScheduler`.
@@ -281,10 +284,11 @@ class FlowMatchERKGuidHeunScheduler(_Guided, FlowMatchHeunDiscreteScheduler):
         w_stiff: float | str = AUTO,
         w_con: float = 0.5,
         bound: float | None = None,
+        gate: str = GATES[0],
     ) -> None:
         if invert_sigmas:
             raise ValueError("invert_sigmas: a schedule that rises cannot be sampled by Heun")
-        Guidance.of(w_stiff, w_con, bound)
+        Guidance.of(w_stiff, w_con, bound, gate)
         FlowMatchHeunDiscreteScheduler.__init__(
             self, num_train_timesteps=num_train_timesteps, shift=shift
         )

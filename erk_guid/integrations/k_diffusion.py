@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erk_guid.guidance import AUTO, Guidance
+from erk_guid.guidance import AUTO, GATES, Guidance
 from erk_guid.sampling import StepInfo, sample
 
 __all__ = ["sample_erk_dpm_2", "sample_erk_heun", "sample_modal"]
@@ -84,6 +84,7 @@ def sample_erk_heun(
     w_stiff: float | str = AUTO,
     w_con: float = 0.5,
     bound: float | None = None,
+    gate: str = GATES[0],
 ) -> Tensor:
     """k-diffusion's ``sample_heun`` with ERK guidance; two evaluations a step.
 
@@ -95,8 +96,7 @@ def sample_erk_heun(
         callback: called once a step with x (before the step), i, sigma, sigma_hat, denoised.
         disable: switches the progress bar off.
         s_churn: must be 0. s_tmin, s_tmax and s_noise belong to it.
-        w_stiff, w_con, bound: see `Guidance`; "auto" is the parameter-free form. w_con has the
-            unit 1/sigma.
+        w_stiff, w_con, bound, gate: see `Guidance`; "auto" is the parameter-free form.
 
     Returns:
         x at ``sigmas[-1]``.
@@ -105,7 +105,7 @@ def sample_erk_heun(
         ValueError: s_churn is not 0, or a value out of range.
     """
     del s_tmin, s_tmax, s_noise
-    guidance = Guidance.of(w_stiff, w_con, bound)
+    guidance = Guidance.of(w_stiff, w_con, bound, gate)
     return _run("heun", guidance, model, x, sigmas, extra_args, callback, disable, s_churn)
 
 
@@ -125,10 +125,11 @@ def sample_erk_dpm_2(
     w_stiff: float | str = AUTO,
     w_con: float = 0.5,
     bound: float | None = None,
+    gate: str = GATES[0],
 ) -> Tensor:
     """k-diffusion's ``sample_dpm_2`` with ERK guidance; arguments as `sample_erk_heun`'s."""
     del s_tmin, s_tmax, s_noise
-    guidance = Guidance.of(w_stiff, w_con, bound)
+    guidance = Guidance.of(w_stiff, w_con, bound, gate)
     return _run("dpm2", guidance, model, x, sigmas, extra_args, callback, disable, s_churn)
 
 
