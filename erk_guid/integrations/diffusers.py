@@ -259,8 +259,8 @@ class FlowMatchERKGuidHeunScheduler(_Guided, FlowMatchHeunDiscreteScheduler):
 
     Args:
         w_stiff, w_con, bound, gate: see `erk_guid.Guidance`; w_stiff may be "auto", the
-            parameter-free form. In the published form stiffness has the unit 1/t, t from 1 down to 0 being the
-            share of noise.
+            parameter-free form. In the published form stiffness has the unit 1/t, t from 1 down
+            to 0 being the share of noise.
 
     The other arguments are those of `FlowMatchEulerDiscreteScheduler`.
     """
