@@ -91,7 +91,7 @@ def read_trace(path: Path) -> np.ndarray:
             rows = [[float(row[name] or "nan") for name in COLUMNS] for row in csv.DictReader(file)]
         return np.asarray(rows, dtype=np.float64).reshape(-1, len(COLUMNS))
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ErkGuidError(f"cannot continue the trace {path}: {error}") from error
+        raise ErkGuidError(f"cannot read the trace {path}: {error}") from error
 
 
 def write_trace(path: Path, rows: np.ndarray) -> None:

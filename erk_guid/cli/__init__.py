@@ -10,6 +10,7 @@ from erk_guid.cli.convert import convert_command
 from erk_guid.cli.demo import demo_command
 from erk_guid.cli.generate import generate_command
 from erk_guid.cli.metrics import metrics_command
+from erk_guid.cli.plot_trace import plot_trace_command
 from erk_guid.cli.presets import presets_command
 from erk_guid.cli.quality import quality_command
 from erk_guid.cli.reproduce import reproduce_command
@@ -27,6 +28,7 @@ main.add_command(metrics_command, "metrics")
 main.add_command(quality_command, "precision-recall")
 main.add_command(reproduce_command, "reproduce")
 main.add_command(accuracy_command, "accuracy")
+main.add_command(plot_trace_command, "plot-trace")
 main.add_command(toy_command, "toy")
 main.add_command(convert_command, "convert")
 main.add_command(presets_command, "presets")

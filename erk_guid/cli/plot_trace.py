@@ -1,0 +1,50 @@
+"""``erk-guid plot-trace``."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import click
+
+from erk_guid.cli.common import reporting_errors
+from erk_guid.errors import ErkGuidError
+from erk_guid.files import check_writable, write_bytes
+
+
+@click.command()
+@click.argument("trace", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--dest", metavar="FILE.png", type=click.Path(dir_okay=False, path_type=Path),
+    help="The picture; a .csv with one line a step goes beside it.  [default: next to TRACE]",
+)  # fmt: skip
+@click.option("--title", metavar="STR", help="Above the picture.  [default: the trace's name]")
+@reporting_errors
+def plot_trace_command(trace: Path, dest: Path | None, title: str | None) -> None:
+    """Draw what a run's guidance saw and did, from the TRACE that --trace wrote.
+
+    \b
+    Example:
+      python generate_images.py --preset=digits --outdir=out --seeds=0-63 --steps=8 \\
+          --w_stiff=0.5 --trace=trace.csv
+      erk-guid plot-trace trace.csv
+    """
+    from erk_guid.trace import SUFFIXES, read_trace
+    from erk_guid.trace_plot import SUMMARY, draw_trace, summarize
+
+    if trace.suffix not in SUFFIXES:
+        raise ErkGuidError(f"{trace} is no trace: those end in {' or '.join(SUFFIXES)}")
+    picture = dest or trace.with_suffix(".png")
+    if picture.suffix != ".png":
+        raise ErkGuidError(f"cannot draw to {picture}: end its name in .png")
+    table = picture.with_name(picture.stem + "-steps.csv")
+    summary = summarize(read_trace(trace))
+    check_writable(picture)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(SUMMARY)
+    writer.writerows([f"{value:.6g}" if value == value else "" for value in row] for row in summary)
+    write_bytes(table, text.getvalue().encode())
+    write_bytes(picture, draw_trace(summary, title or trace.name))
+    click.echo(f"Written: {picture} and {table}")

@@ -1,0 +1,73 @@
+"""Traces drawn and summed up."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from erk_guid.cli import main
+from erk_guid.errors import ErkGuidError
+from erk_guid.trace import COLUMNS, read_trace, write_trace
+from erk_guid.trace_plot import SUMMARY, summarize
+
+
+def test_a_real_trace_is_drawn(tmp_path: Path) -> None:
+    for suffix in (".csv", ".npz"):
+        trace = tmp_path / f"t{suffix}"
+        done = CliRunner().invoke(main, [
+            "generate", "--preset=digits", "--device=cpu", "--seeds=0-4", "--steps=5",
+            "--w_stiff=0.5", f"--outdir={tmp_path / suffix[1:]}", f"--trace={trace}",
+        ])  # fmt: skip
+        assert done.exit_code == 0, done.output
+        done = CliRunner().invoke(main, ["plot-trace", str(trace), "--title", "five"])
+        assert done.exit_code == 0, done.output
+        assert (tmp_path / "t.png").read_bytes()[:4] == b"\x89PNG"
+        with open(tmp_path / "t-steps.csv", newline="") as file:
+            lines = list(csv.DictReader(file))
+        assert [line["step"] for line in lines] == ["0", "1", "2", "3", "4"]
+        assert lines[0]["stiffness_q50"] == lines[4]["stiffness_q50"] == ""
+        rows = read_trace(trace)
+        rho = rows[rows[:, 1] == 2, COLUMNS.index("stiffness")]
+        assert float(lines[2]["stiffness_q50"]) == pytest.approx(np.median(rho), rel=1e-5)
+        assert float(lines[3]["gate_rate"]) == 1
+
+
+def test_a_summary_counts_and_orders(tmp_path: Path) -> None:
+    rows = np.full((8, len(COLUMNS)), np.nan)
+    rows[:, 0], rows[:, 1] = np.repeat(np.arange(4), 2), np.tile([0, 1], 4)
+    rows[:, 2], rows[:, 3] = np.tile([3.0, 1.0], 4), np.tile([1.0, 0.5], 4)
+    second = rows[:, 1] == 1
+    rows[second, COLUMNS.index("gate")] = [1, 0, 0, 0]
+    rows[second, COLUMNS.index("stiffness")] = [4, 1, 2, 3]
+    write_trace(tmp_path / "t.csv", rows)
+    summary = summarize(read_trace(tmp_path / "t.csv"))
+    line = dict(zip(SUMMARY, summary[1], strict=True))
+    assert (line["images"], line["gate_rate"], line["stiffness_q50"]) == (4, 0.25, 2.5)
+    assert np.isnan(summary[0, 4:]).all()
+    rows[0, 2] = 2.0
+    with pytest.raises(ErkGuidError, match="mixes runs: step 0 begins at sigma 2 and 3"):
+        summarize(rows)
+    with pytest.raises(ErkGuidError, match="the trace is empty"):
+        summarize(rows[:0])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("t.txt", "", "is no trace: those end in"),
+        ("t.csv", "a,b\n1,2\n", "cannot read the trace"),
+        ("missing.csv", None, "cannot read the trace"),
+        ("t.npz", "no zip", "cannot read the trace"),
+    ],
+)
+def test_what_is_no_trace(name: str, text: str | None, message: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    done = CliRunner().invoke(main, ["plot-trace", str(tmp_path / name)])
+    assert done.exit_code == 1
+    assert message in done.output
+    assert "Traceback" not in done.output
