@@ -104,6 +104,7 @@ def test_the_command_on_a_network(tmp_path: Path) -> None:
         (["--problem=cube"], "--problem 'cube': known are tree5, tree80, gauss, mixture64"),
         (["--problem=gauss", "--evaluations=6,9"], "9 is not an even number"),
         (["--problem=gauss", "--methods=rk4"], "no method begins with 'rk4'"),
+        (["--net=digits", "--num=3", "--seeds=1-4"], "--seeds stands in place of --num"),
         (["--net=digits", "--guidance=2"], "needs a guiding network"),
         (["--net=digits", "--sigma_min=3", "--sigma_max=2"], "must be above 0 and below"),
     ],

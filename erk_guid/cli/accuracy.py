@@ -141,6 +141,8 @@ def accuracy_command(
             )
         if (problem_name is None) == (net is None and preset is None):
             raise ValueError("name a network with --net or --preset, or an exact --problem")
+        if seeds is not None and (num is not None or problem_name is not None):
+            raise ValueError("--seeds stands in place of --num, and goes with a network")
         if problem_name is not None and problem_name not in PROBLEMS:
             raise ValueError(f"--problem {problem_name!r}: known are {', '.join(PROBLEMS)}")
     except ValueError as error:
