@@ -42,7 +42,7 @@ def main(source: str, steps: int, num: int, substeps: int) -> None:
     def note(info: erk_guid.StepInfo) -> None:
         if info.step % substeps == 0:
             points.append(info.x_before)
-            denoised.append(info.denoised)
+            denoised.append(net(info.x_before, fine[info.step].float(), labels))
         if info.step == info.num_steps - 1:
             points.append(info.x)
             denoised.append(net(info.x, sigmas[-1].float(), labels))

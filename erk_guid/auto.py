@@ -99,14 +99,21 @@ class Answer(NamedTuple):
         dx = self.pair.x_high - self.pair.x_low
         dd = dx - self.sigma * (self.pair.f_high - self.pair.f_low)
         size = inner(dx, dx)
-        safe = size.clamp_min(torch.finfo(size.dtype).tiny)
-        measured = (inner(dd, dd) / safe).sqrt()
-        mu = torch.where(size > 0, measured.clamp(max=1), PRIOR_RESPONSE)
+        tiny = torch.finfo(size.dtype).tiny
+        safe = size.clamp_min(tiny)
+        measured = (inner(dd, dd) / safe).clamp_min(tiny).sqrt()
+        # dd is what is left of a difference of large numbers; below their rounding it says nothing,
+        # and the step does without the pair.
+        large = norm(self.pair.x_high) + self.sigma.to(size) * norm(self.pair.f_high)
+        noise = 4 * torch.finfo(dx.dtype).eps * large / safe.sqrt()
+        known = (size > 0) & (measured > noise)
+        mu = measured.clamp(max=1)
         ratio = (self.sigma_next / self.sigma).to(mu)
         # J = mu' + (gain dd - mu' dx) dx^T / |dx|^2.
         shrinking = mu + (1 - mu) * ratio**2
-        mu_next = mu / shrinking
+        mu_next = torch.where(known, mu / shrinking, PRIOR_RESPONSE)
         gain = torch.minimum(1 / shrinking, LARGEST_RESPONSE / measured.clamp_min(1e-30))
+        gain = torch.where(known, gain, torch.zeros_like(gain))
         along = inner(change, dx) / safe
         extra = w * along * (1 + w * (mu_next + gain * inner(dd, dx) / safe))
         y = self.x_low + change * per_sample(_series(w * mu_next), change)

@@ -250,7 +250,9 @@ def measure(
     if guidance.bound is not None and spread is not None:
         largest = guidance.bound * spread.to(size)
         excess = size > largest
-        coefficient = torch.where(excess, coefficient * (largest / size), coefficient)
+        # Not a quotient of sizes: those may be 0, or have overflowed.
+        held = largest / torch.where(excess, f_norm, torch.ones_like(f_norm))
+        coefficient = torch.where(excess, torch.copysign(held, coefficient), coefficient)
         size = torch.where(excess, largest, size)
     return Measurement(rho, gate, coefficient, size)
 

@@ -113,8 +113,13 @@ class Recipe:
             raise ErkGuidError("float64 is not to be had on mps; use --dtype float32")
         return device
 
-    def open(self, device: torch.device, group: ProcessGroup) -> Models:
+    def open(self, device: torch.device, group: ProcessGroup, decoding: bool = True) -> Models:
         """Load the networks and the encoder; every rank calls this.
+
+        Args:
+            device: where to.
+            group: of the processes.
+            decoding: whether images will be decoded, for which a VAE may have to be fetched.
 
         Raises:
             ErkGuidError: a file that cannot be had or used, or networks that do not go together.
@@ -128,7 +133,7 @@ class Recipe:
         except ValueError as error:
             raise ErkGuidError(str(error)) from error
         encoder = self._encoder(loaded)
-        if isinstance(encoder, StabilityVAEEncoder):
+        if decoding and isinstance(encoder, StabilityVAEEncoder):
             vae = encoder
             group.agree(lambda: vae.prepare(device))
             vae.prepare(device)

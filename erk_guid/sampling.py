@@ -29,7 +29,8 @@ class StepInfo:
         sigma, sigma_next: noise levels the step went from and to.
         x_before: x at sigma.
         x: x at sigma_next, guidance included.
-        denoised: D(x_before; sigma).
+        denoised: D(x_before; sigma); of a predictor-corrector (unipc, modal) the value it keeps
+            for x_before, which was made at the predicted point.
         stiffness: rho per sample, [N], unit 1/sigma; None at steps without an embedded pair.
         gate: per sample, [N] bool, whether rho (or h rho) exceeds w_con; None likewise.
         correction_size: Euclidean norm of the correction per sample, [N]; None at steps without
@@ -145,7 +146,13 @@ def sample(
         if guidance.blends and result.embedded is not None:
             x, size = improve(x, result.embedded)
         elif result.pair is not None and guidance.active:
-            limit = result.spread() if guidance.bound is not None and result.spread else None
+            limit = None
+            if guidance.bound is not None:
+                if result.spread is None:
+                    raise ValueError(
+                        f"{type(steps[i]).__name__} gives no spread, which a bound is a multiple of"
+                    )
+                limit = result.spread()
             x, measured = guide(x, result.pair, guidance, limit)
         if callback is not None:
             if result.pair is not None and measured is None:
@@ -167,6 +174,8 @@ def sample(
                     evaluations=evaluations,
                 )
             )
+        # What the next step needs is in its state; the rest should not live through it.
+        del result, measured, size, x_before
     return x
 
 

@@ -73,7 +73,7 @@ def modal_weights(nodes: Sequence[float], sigma: float, sigma_next: float) -> li
     r = sigma_next / sigma
     if len(nodes) == 1:
         return [1 - r]
-    # Beyond a thousandth and a thousand times sigma the modes say nothing new: D is 0, or x.
+    # Beyond a thousandth and a thousand times sigma the modes say next to nothing: D is 0, or x.
     s = torch.logspace(-3, 3, 121, dtype=torch.float64) * sigma
 
     def deviation(level: float) -> torch.Tensor:

@@ -77,7 +77,8 @@ def test_tables() -> None:
         measure(make_problem("gauss", 3), [METHODS["heun"]], (7,))
     with pytest.raises(ValueError, match="no method begins with 'rk4'; there are: euler; heun"):
         choose_methods(["rk4"])
-    assert [m.name for m in choose_methods(["modal"])] == ["modal", "modal, logsnr"]
+    assert [m.name for m in choose_methods(["modal"])] == ["modal", "modal (logsnr)"]
+    assert not any("," in name for name in METHODS)  # the command's list is split there
     assert not any(m.outside for m in choose_methods([], outside=False))
 
 
@@ -87,7 +88,7 @@ def test_the_command_on_a_network(tmp_path: Path) -> None:
         main, [*args, "--methods=heun,modal", "--batch=2", "--outdir", str(tmp_path)]
     )
     assert done.exit_code == 0, done.output
-    assert "| heun, ERK auto |" in done.output
+    assert "| heun + ERK auto |" in done.output
     lines = (tmp_path / "accuracy.csv").read_text().splitlines()
     assert len(lines) == 1 + 2 * 5
     assert b"<svg" in (tmp_path / "accuracy.svg").read_bytes()
@@ -105,6 +106,11 @@ def test_the_command_on_a_network(tmp_path: Path) -> None:
         (["--problem=gauss", "--evaluations=6,9"], "9 is not an even number"),
         (["--problem=gauss", "--methods=rk4"], "no method begins with 'rk4'"),
         (["--net=digits", "--num=3", "--seeds=1-4"], "--seeds stands in place of --num"),
+        (["--problem=gauss", "--sigma_max=5"], "--sigma_max goes with a network, not with"),
+        (["--problem=gauss", "--methods=diffusers", "--no-outside"], "those are switched off"),
+        (["--net=digits", "--fine=60"], "--fine 60 is too coarse to judge runs of 30"),
+        (["--net=digits", "--sigma_max=inf"], "must be above 0 and below --sigma_max inf"),
+        (["--net=digits", "--evaluations=9000000000"], "even number of 2 to 10000"),
         (["--net=digits", "--guidance=2"], "needs a guiding network"),
         (["--net=digits", "--sigma_min=3", "--sigma_max=2"], "must be above 0 and below"),
     ],
@@ -135,6 +141,21 @@ def test_the_toy_figure_and_its_numbers(tmp_path: Path) -> None:
         local = [data[f"local_error_{k}"].sum() for k in range(3)]
         assert local[2] < local[1] < local[0]
         assert [float(data[f"error_{k}"][0]) for k in range(3)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--w_stiff=nan"], "w_stiff must be a finite number, got nan"),
+        (["--sigma=nan"], "--sigma must be a number from 0.005 to 5"),
+        (["--seed=99999999999999999999"], "is not in the range"),
+    ],
+)
+def test_a_toy_that_makes_no_sense(args: list[str], message: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["toy", *args, "--outdir", str(tmp_path / "o")])
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.split())
+    assert not (tmp_path / "o").exists()
 
 
 def test_density_of_the_mixture() -> None:

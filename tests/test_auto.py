@@ -157,6 +157,32 @@ def test_an_answer_cannot_run_away() -> None:
             assert (moved.norm(dim=1) <= bound * (1 + 1e-9)).all(), (size, answered)
 
 
+def test_what_is_rounding_is_not_taken_for_an_answer() -> None:
+    # Where the denoiser does not answer, dD is what is left of a difference of large numbers, and
+    # would be magnified by up to (sigma / sigma')^2. Float32 must do as float64 does.
+    start = torch.randn(64, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for levels in (3, 4, 6):
+        sigmas = erk_guid.karras_sigmas(levels)[:-1]
+        ends = [
+            erk_guid.sample(
+                lambda x, s: x * 1e-6 / (1e-6 + s**2), (80 * start).to(dtype), sigmas,
+                guidance=AUTO,
+            )
+            for dtype in (torch.float64, torch.float32)
+        ]  # fmt: skip
+        errors = [float((end - start.to(end) * 5e-6**0.5).norm(dim=1).mean()) for end in ends]
+        assert errors[1] < 1.5 * errors[0], (levels, errors)
+
+
+def test_gradients_pass() -> None:
+    for answer in (0.0, 0.3):
+        x = (5 * torch.randn(3, 4)).requires_grad_()
+        sigmas = torch.tensor([5.0, 2, 1, 0.5, 0.2])
+        erk_guid.sample(lambda x, s, a=answer: x * a, x, sigmas, guidance=AUTO).sum().backward()
+        assert x.grad is not None
+        assert x.grad.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("nodes", "sigma", "sigma_next"),
     [([5.0, 8, 12, 20], 5.0, 2.0), ([2.0, 5, 8], 5.0, 2.0), ([0.02, 0.5], 0.5, 0.02)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import product
 from typing import Any
 
@@ -29,6 +30,14 @@ def test_a_bound_limits_the_correction_and_nothing_else() -> None:
     assert (nothing == 0).all()
     with pytest.raises(ValueError, match="a bound needs spread"):
         erk_guid.correction(*pair, Guidance(1.0, 0.0, bound=0.2))
+    # A correction that overflowed is held like any other, and gradients pass.
+    huge = erk_guid.correction(*pair, Guidance(1e200, 0.0, bound=0.2), spread)
+    torch.testing.assert_close(huge.norm(dim=1), 0.2 * spread)
+    start = x.clone().requires_grad_()
+    gated = Guidance(0.5, 1e3, bound=0.2)  # shut for all: 0 over 0, were it a quotient
+    erk_guid.correction(start, *pair[1:], gated, spread).sum().backward()
+    assert start.grad is not None
+    assert start.grad.isfinite().all()
     with pytest.raises(ValueError, match="bound must not be negative, got -1"):
         Guidance(1.0, bound=-1)
 
@@ -61,6 +70,21 @@ def test_the_spread_is_the_distance_to_the_lower_order() -> None:
     lower = before + weights[0] * drifts[0] + weights[1] * drifts[1]
     torch.testing.assert_close(third[2].spread(), (third[2].x - lower).norm(dim=1))
     assert third[0].spread is None
+
+
+def test_a_step_without_a_spread_cannot_be_bounded() -> None:
+    class Bare:
+        has_pair = True
+
+        def __call__(self, *args: Any) -> Any:
+            result, state = erk_guid.HeunStep()(*args)
+            return dataclasses.replace(result, spread=None), state
+
+    x, sigmas = torch.randn(2, 3), torch.tensor([3.0, 2, 1])
+    with pytest.raises(ValueError, match="Bare gives no spread"):
+        erk_guid.sample(
+            lambda x, s: x / 2, x, sigmas, solver=Bare(), guidance=Guidance(1, 0, bound=0.2)
+        )
 
 
 @pytest.mark.slow

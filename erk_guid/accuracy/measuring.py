@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -41,7 +42,11 @@ class Table:
 
     def markdown(self) -> str:
         """The mean errors, the best of each column in bold."""
-        best = [min(row[k].mean for row in self.errors.values()) for k in range(self._width)]
+        finite = [
+            [row[k].mean for row in self.errors.values() if math.isfinite(row[k].mean)]
+            for k in range(self._width)
+        ]
+        best = [min(means, default=math.nan) for means in finite]
         lines = [
             f"| {self.problem}: evaluations | " + " | ".join(map(str, self.evaluations)) + " |",
             "|---|" + "---:|" * self._width,

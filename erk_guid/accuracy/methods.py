@@ -104,18 +104,18 @@ def _methods() -> list[Method]:
     return [
         Method("euler", "euler"),
         Method("heun", "heun", stages=2),
-        Method("heun, ERK 0.5/0.5", "heun", guidance=Guidance(0.5, 0.5), stages=2),
-        Method("heun, ERK auto", "heun", guidance=auto, stages=2),
+        Method("heun + ERK 0.5/0.5", "heun", guidance=Guidance(0.5, 0.5), stages=2),
+        Method("heun + ERK auto", "heun", guidance=auto, stages=2),
         Method("dpm2", "dpm2", stages=2),
-        Method("dpm2, ERK 0.408/0", "dpm2", guidance=Guidance(0.408, 0), stages=2),
+        Method("dpm2 + ERK 0.408/0", "dpm2", guidance=Guidance(0.408, 0), stages=2),
         Method(
-            "dpm2, ERK 0.408/0 bound 0.2", "dpm2", guidance=Guidance(0.408, 0, bound=0.2), stages=2
+            "dpm2 + ERK 0.408/0 bound 0.2", "dpm2", guidance=Guidance(0.408, 0, bound=0.2), stages=2
         ),
-        Method("dpm2, ERK auto", "dpm2", guidance=auto, stages=2),
+        Method("dpm2 + ERK auto", "dpm2", guidance=auto, stages=2),
         Method("deis tab 3", "deis", {"order": 3}),
-        Method("deis tab 3, ERK 0.4/0", "deis", {"order": 3}, Guidance(0.4, 0)),
+        Method("deis tab 3 + ERK 0.4/0", "deis", {"order": 3}, Guidance(0.4, 0)),
         Method(
-            "deis tab 3, ERK 0.4/0 bound 0.2", "deis", {"order": 3}, Guidance(0.4, 0, bound=0.2)
+            "deis tab 3 + ERK 0.4/0 bound 0.2", "deis", {"order": 3}, Guidance(0.4, 0, bound=0.2)
         ),
         Method("deis tab 4", "deis", {"order": 4}),
         Method("ipndm 4", "ipndm", {"order": 4}),
@@ -127,11 +127,11 @@ def _methods() -> list[Method]:
         Method("unipc 3 data", "unipc", {"order": 3}),
         Method("unipc 3 noise", "unipc", {"order": 3, "predict_x0": False}),
         Method("modal", "modal"),
-        Method("modal, logsnr", "modal", schedule="logsnr"),
-        Method("deis tab 4, logsnr", "deis", {"order": 4}, schedule="logsnr"),
-        Method("ipndm_v 3, logsnr", "ipndm_v", {"order": 3}, schedule="logsnr"),
-        Method("dpmpp 3 data, logsnr", "dpmpp", {"order": 3}, schedule="logsnr"),
-        Method("unipc 3 data, logsnr", "unipc", {"order": 3}, schedule="logsnr"),
+        Method("modal (logsnr)", "modal", schedule="logsnr"),
+        Method("deis tab 4 (logsnr)", "deis", {"order": 4}, schedule="logsnr"),
+        Method("ipndm_v 3 (logsnr)", "ipndm_v", {"order": 3}, schedule="logsnr"),
+        Method("dpmpp 3 data (logsnr)", "dpmpp", {"order": 3}, schedule="logsnr"),
+        Method("unipc 3 data (logsnr)", "unipc", {"order": 3}, schedule="logsnr"),
         _outside(
             "EDM Euler", "EDMEulerScheduler", sigma_data=SIGMA_DATA, prediction_type="epsilon"
         ),
@@ -152,7 +152,7 @@ METHODS: dict[str, Method] = {method.name: method for method in _methods()}
 
 
 def choose_methods(patterns: list[str], outside: bool = True) -> list[Method]:
-    """The methods whose name begins with one of the patterns; all for none.
+    """The methods whose names begin with one of the patterns; all for none.
 
     Raises:
         ValueError: a pattern that fits none.
@@ -164,4 +164,7 @@ def choose_methods(patterns: list[str], outside: bool = True) -> list[Method]:
         if not found:
             raise ValueError(f"no method begins with {pattern!r}; there are: {'; '.join(METHODS)}")
         chosen += [m for m in found if m not in chosen]
-    return [m for m in chosen if outside or m.outside is None]
+    kept = [m for m in chosen if outside or m.outside is None]
+    if not kept:
+        raise ValueError(f"{', '.join(patterns)}: only diffusers' own, and those are switched off")
+    return kept

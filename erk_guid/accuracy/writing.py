@@ -10,9 +10,12 @@ from erk_guid.accuracy.measuring import Table
 from erk_guid.files import write_bytes
 from erk_guid.plots import Curve, draw
 
+SUFFIXES = (".csv", ".md", ".json", ".svg")
+"""Of the files written."""
+
 PLOTTED = (
-    "heun", "heun, ERK 0.5/0.5", "heun, ERK auto", "deis tab 4", "dpmpp 2 data", "unipc 3 data",
-    "diffusers DEIS 3", "modal", "modal, logsnr",
+    "heun", "heun + ERK 0.5/0.5", "heun + ERK auto", "deis tab 4", "dpmpp 2 data", "unipc 3 data",
+    "diffusers DEIS 3", "modal", "modal (logsnr)",
 )  # fmt: skip
 """What the plot shows of a table with many rows."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,21 @@ import torch
 
 from erk_guid.cli.common import Names, SeedList, reporting_errors
 from erk_guid.cli.sampler import preset_fields
+from erk_guid.errors import MissingExtraError
 from erk_guid.files import check_writable
 from erk_guid.recipe import Recipe
 from erk_guid.runtime import ProcessGroup
+
+MOST = 10_000
+"""Evaluations of a run."""
+NETWORK_OPTIONS = (
+    "gnet", "guidance", "class_idx", "fine", "batch", "sigma_min", "sigma_max", "device", "dtype",
+    "trust_pickle",
+)  # fmt: skip
+"""Options that an exact problem has no use for."""
+RECORDED = (
+    "net_sha256", "gnet_sha256", "guidance", "class", "sigma_min", "sigma_max", "dtype", "device",
+)  # fmt: skip
 
 
 @click.command()
@@ -125,17 +139,27 @@ def accuracy_command(
     from erk_guid.accuracy import METHODS, PROBLEMS, make_problem, measure
     from erk_guid.accuracy.methods import choose_methods
     from erk_guid.accuracy.network import network_problem
-    from erk_guid.accuracy.writing import write_table
+    from erk_guid.accuracy.writing import SUFFIXES, write_table
 
     if list_them:
         click.echo("\n".join(METHODS))
         return
+    if find_spec("matplotlib") is None:
+        raise MissingExtraError("matplotlib", "plots", "the plot")
+    if outside and find_spec("diffusers") is None:
+        click.echo("diffusers is not installed: its schedulers are left out", err=True)
+        outside = False
     try:
         chosen = choose_methods(methods or [], outside)
-        bad = [count for count in evaluations if count < 2 or count % 2]
+        bad = [count for count in evaluations if not 2 <= count <= MOST or count % 2]
         if bad:
-            raise ValueError(f"--evaluations: {bad[0]} is not an even number of at least 2")
-        if not 0 < sigma_min < sigma_max:
+            raise ValueError(f"--evaluations: {bad[0]} is not an even number of 2 to {MOST}")
+        if problem_name is None and fine < 4 * max(evaluations):
+            raise ValueError(
+                f"--fine {fine} is too coarse to judge runs of {max(evaluations)} evaluations by; "
+                f"take {4 * max(evaluations)} or more"
+            )
+        if not 0 < sigma_min < sigma_max < math.inf:
             raise ValueError(
                 f"--sigma_min {sigma_min:g} must be above 0 and below --sigma_max {sigma_max:g}"
             )
@@ -143,6 +167,12 @@ def accuracy_command(
             raise ValueError("name a network with --net or --preset, or an exact --problem")
         if seeds is not None and (num is not None or problem_name is not None):
             raise ValueError("--seeds stands in place of --num, and goes with a network")
+        if problem_name is not None:
+            source = click.get_current_context().get_parameter_source
+            for name in NETWORK_OPTIONS:
+                if source(name) == click.core.ParameterSource.COMMANDLINE:
+                    shown = {"class_idx": "class", "trust_pickle": "trust-pickle"}.get(name, name)
+                    raise ValueError(f"--{shown} goes with a network, not with --problem")
         if problem_name is not None and problem_name not in PROBLEMS:
             raise ValueError(f"--problem {problem_name!r}: known are {', '.join(PROBLEMS)}")
     except ValueError as error:
@@ -152,7 +182,8 @@ def accuracy_command(
     if problem_name is None:
         given = {"net": net, "gnet": gnet, "guidance": guidance, "class_idx": class_idx}
         fields = preset_fields(preset, given)
-    check_writable(outdir / "accuracy.csv")
+    for suffix in SUFFIXES:
+        check_writable(outdir / f"accuracy{suffix}")
     if fields is None:
         assert problem_name is not None  # checked above
         count = num or 200
@@ -163,7 +194,7 @@ def accuracy_command(
             **fields, batch=batch, sigma_min=sigma_min, sigma_max=sigma_max, dtype=dtype,
             device=device, trust_pickle=trust_pickle,
         )  # fmt: skip
-        models = recipe.open(recipe.choose_device(), ProcessGroup())
+        models = recipe.open(recipe.choose_device(), ProcessGroup(), decoding=False)
         numbers = seeds or list(range(num or 32))
         problem = network_problem(
             preset or recipe.net, models.loaded.net, numbers,
@@ -171,7 +202,8 @@ def accuracy_command(
             class_idx=class_idx, batch=batch, sigma_min=sigma_min, sigma_max=sigma_max,
             dtype=getattr(torch, dtype), fine=fine,
         )  # fmt: skip
-        settings = {"network": models.record(), "seeds": numbers, "fine": fine}
+        record = {name: models.record()[name] for name in RECORDED}
+        settings = {**record, "seeds": numbers, "fine": fine}
     from tqdm import tqdm
 
     table = measure(
@@ -179,6 +211,6 @@ def accuracy_command(
         lambda rows: tqdm(rows, desc="Methods", unit="method", file=sys.stderr),
     )  # fmt: skip
     settings |= {"evaluations": evaluations, "torch": torch.__version__}
-    write_table(table, outdir, settings)
     click.echo(table.markdown())
+    write_table(table, outdir, settings)
     click.echo(f"Written to {outdir}: accuracy.csv, .md, .svg and .json")

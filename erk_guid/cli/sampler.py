@@ -268,6 +268,9 @@ def recipe_fields(
             if guidance.blends:
                 name = "--gate" if bound is None else "--bound"
                 raise ValueError(f"{name} belongs to the published form, not to --w_stiff auto")
+            if not guidance.active:
+                name = "--gate" if bound is None else "--bound"
+                raise ValueError(f"{name} has nothing to act on: --w_stiff is 0")
             guidance = replace(guidance, bound=bound, gate=gate)
         _check_levels(options)
         solver = make_solver(options["solver"], **{name: options[name] for name in SOLVER_OPTIONS})

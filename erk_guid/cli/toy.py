@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
 
 from erk_guid.cli.common import reporting_errors
+from erk_guid.errors import MissingExtraError
 from erk_guid.files import check_writable, write_bytes
+from erk_guid.guidance import Guidance
 
 
 @click.command()
@@ -40,7 +44,9 @@ from erk_guid.files import check_writable, write_bytes
     "--paths", metavar="INT", type=click.IntRange(min=1, max=400), default=24, show_default=True,
     help="Trajectories drawn.",
 )  # fmt: skip
-@click.option("--seed", metavar="INT", type=int, default=0, show_default=True)
+@click.option(
+    "--seed", metavar="INT", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True
+)
 @reporting_errors
 def toy_command(
     outdir: Path, steps: int, w_stiff: float, w_con: float, sigma: float, paths: int, seed: int
@@ -54,7 +60,16 @@ def toy_command(
 
     from erk_guid.toy import compute_toy, draw_toy
 
-    check_writable(outdir / "toy.png")
+    if find_spec("matplotlib") is None:
+        raise MissingExtraError("matplotlib", "plots", "the figure")
+    try:
+        Guidance(w_stiff, w_con)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    if not math.isfinite(sigma):
+        raise click.UsageError(f"--sigma must be a number from 0.005 to 5, got {sigma}")
+    for name in ("toy.png", "toy.npz"):
+        check_writable(outdir / name)
     toy = compute_toy(steps, w_stiff, w_con, sigma, paths, seed=seed)
     buffer = io.BytesIO()
     arrays: Any = {name: value.numpy() for name, value in toy.arrays.items()}
@@ -62,6 +77,6 @@ def toy_command(
     write_bytes(outdir / "toy.npz", buffer.getvalue())
     write_bytes(outdir / "toy.png", draw_toy(toy))
     for k, kind in enumerate(toy.kinds):
-        error = float(toy.arrays[f"error_{k}"][-1])
-        click.echo(f"{kind.name}: mean distance to the exact solution at the end {error:.4g}")
+        apart = float(toy.arrays[f"error_{k}"][-1])
+        click.echo(f"{kind.name}: mean distance to the exact solution at the end {apart:.4g}")
     click.echo(f"Written to {outdir}: toy.png and toy.npz")
