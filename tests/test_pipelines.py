@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -27,8 +28,6 @@ from diffusers import (
 )
 
 from erk_guid.integrations.diffusers import ERKGuidHeunScheduler, FlowMatchERKGuidHeunScheduler
-
-transformers = pytest.importorskip("transformers", reason="a development dependency")
 
 
 def tiny_tokenizer(folder: Path) -> Any:

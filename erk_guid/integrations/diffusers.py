@@ -18,6 +18,7 @@ pipeline's precision.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +68,12 @@ class _Left:
     returned: Tensor
 
 
-class _Guided:
-    """What both schedulers share, on top of one of diffusers' Heun schedulers."""
+class _Guided(ABC):
+    """What both schedulers share, on top of one of diffusers' Heun schedulers.
+
+    (The type checker sees the stand-ins that diffusers has for missing packages; their metaclass
+    is not that of the real classes.)
+    """
 
     config: Any
     sigmas: Tensor
@@ -172,15 +177,15 @@ class _Guided:
         if holder is not None:
             holder.returned = returned.clone()
 
+    @abstractmethod
     def _drift(self, found: Any, output: Tensor, x_low: Tensor, sigma_next: Tensor) -> Tensor:
         """dx/dsigma at (x_low, sigma_next)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _answered(
         self, step: _Step, x_low: Tensor, f_low: Tensor, s: float, t: float, result: Tensor
     ) -> Tensor:
         """The parameter-free form of the step from noise level s to t."""
-        raise NotImplementedError
 
 
 def _answer(
@@ -191,7 +196,7 @@ def _answer(
     return improve(result, Answer(x_low, f, f_low, sigma, sigma_next, quadrature, pair))[0]
 
 
-class ERKGuidHeunScheduler(_Guided, HeunDiscreteScheduler):
+class ERKGuidHeunScheduler(_Guided, HeunDiscreteScheduler):  # type: ignore[metaclass]
     """diffusers' `HeunDiscreteScheduler` with ERK guidance.
 
     Takes the config of any scheduler of that family (`from_config`). N steps take 2 N - 1 calls
@@ -250,7 +255,7 @@ class ERKGuidHeunScheduler(_Guided, HeunDiscreteScheduler):
         return _answer(result, x_low, step.f, f_low, s, t, step.pair)
 
 
-class FlowMatchERKGuidHeunScheduler(_Guided, FlowMatchHeunDiscreteScheduler):
+class FlowMatchERKGuidHeunScheduler(_Guided, FlowMatchHeunDiscreteScheduler):  # type: ignore[metaclass]
     """diffusers' `FlowMatchHeunDiscreteScheduler` with ERK guidance, for SD3, FLUX and their kin.
 
     Unlike diffusers' it also takes lists of sigmas and resolution-dependent shifting, as
