@@ -238,8 +238,7 @@ def measure(
     rho = f_norm / (norm(x_high - x_low) + EPS)
     if isinstance(h, Tensor):
         h = h.to(rho)
-    # DEIS counts its step backwards: the sign of h says nothing here.
-    gate = (rho if guidance.gate == "stiffness" else (h * rho).abs()) > guidance.w_con
+    gate = gauge(rho, h, guidance.gate) > guidance.w_con
     # <v, f> v = <df, f> df / (|df| + eps)^2, divided twice so that tiny norms do not underflow.
     along = inner(df, f_high) / (f_norm + EPS) / (f_norm + EPS)
     # where, not a product: a shut gate gives 0 even if the other factor overflowed.
@@ -255,6 +254,12 @@ def measure(
         coefficient = torch.where(excess, torch.copysign(held, coefficient), coefficient)
         size = torch.where(excess, largest, size)
     return Measurement(rho, gate, coefficient, size)
+
+
+def gauge(rho: Tensor, h: Tensor | float, gate: str) -> Tensor:
+    """What `gate` compares w_con with: rho or h rho, [N]."""
+    # DEIS counts its step backwards: the sign of h says nothing here.
+    return rho if gate == "stiffness" else (h * rho).abs()
 
 
 def guide(

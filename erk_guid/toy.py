@@ -15,18 +15,19 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from erk_guid.branching import Task, fine_path, step_errors
 from erk_guid.errors import MissingExtraError
 from erk_guid.guidance import Guidance
 from erk_guid.mixtures import GaussianMixture, tree_mixture
-from erk_guid.sampling import StepInfo, sample
+from erk_guid.multistep import DEIS
+from erk_guid.sampling import sample
 from erk_guid.schedules import karras_sigmas
-from erk_guid.solvers import Heun, Solver
+from erk_guid.solvers import Heun
 
 SIGMA_MAX = 5.0
 """Where the tree's classes have long merged; its toy experiments start here."""
@@ -99,13 +100,16 @@ def compute_toy(
     compared = kinds(w_stiff, w_con)
     arrays = _map(tree, sigma, grid, generator)
     arrays |= _lines(tree, sigma, arrays)
-    exact = _exactly(tree, start, sigmas)
+    task = Task(tree, start, None, sigmas, len(start))
+    exact = fine_path(task, SUBSTEPS, DEIS(order=4, mode="rhoab"))
     arrays |= {"sigmas": sigmas, "exact": exact[:, :paths]}
     for k, kind in enumerate(compared):
         path = _path(tree, start, sigmas, kind.guidance)
         arrays[f"path_{k}"] = path[:, :paths]
         arrays[f"error_{k}"] = (path - exact).norm(dim=2).mean(1)
-        arrays[f"local_error_{k}"] = _local_errors(tree, exact, sigmas, kind.guidance)
+    planned = Heun().plan(sigmas.tolist())
+    local = step_errors(task, planned, [kind.guidance for kind in compared], exact).mean(dim=2)
+    arrays |= {f"local_error_{k}": errors for k, errors in enumerate(local)}
     return Toy(sigma, compared, arrays)
 
 
@@ -155,59 +159,6 @@ def _lines(tree: GaussianMixture, sigma: float, arrays: dict[str, Tensor]) -> di
             f"{name}_eigenvalue": values[dominant], f"{name}_drift": drift @ axes,
         }  # fmt: skip
     return found
-
-
-def _exactly(tree: GaussianMixture, start: Tensor, sigmas: Tensor) -> Tensor:
-    """The exact solution at each of the noise levels, [S, N, 2]."""
-    shares = torch.arange(SUBSTEPS, dtype=torch.float64) / SUBSTEPS
-    fine = torch.cat([*(s * (t / s) ** shares for s, t in pairwise(sigmas)), sigmas[-1:]])
-    found = [start]
-
-    def note(info: StepInfo) -> None:
-        if (info.step + 1) % SUBSTEPS == 0:
-            found.append(info.x)
-
-    sample(tree, start, fine, solver="deis", order=4, deis_mode="rhoab", callback=note)
-    return torch.stack(found)
-
-
-class _Restarted:
-    """Heun whose every step begins at a given point, so that its error is its own."""
-
-    has_pair = True
-    blends = True
-
-    def __init__(self, places: Tensor) -> None:
-        self.places = places
-
-    def plan(self, levels: Any) -> list[Any]:
-        def restarted(step: Any, place: Tensor) -> Any:
-            def taken(denoiser: Any, x: Tensor, s: Tensor, t: Tensor, state: Any) -> Any:
-                return step(denoiser, place, s, t, state)
-
-            return taken
-
-        return [
-            restarted(step, place)
-            for step, place in zip(Heun().plan(levels), self.places[:-1], strict=True)
-        ]
-
-
-def _local_errors(
-    tree: GaussianMixture, exact: Tensor, sigmas: Tensor, guidance: Guidance
-) -> Tensor:
-    """Mean error of each single step from the exact solution, [S - 1].
-
-    The companion that guidance needs is the one the step before left behind.
-    """
-    ends: list[Tensor] = []
-
-    def note(info: StepInfo) -> None:
-        ends.append(info.x)
-
-    solver: Solver = _Restarted(exact)
-    sample(tree, exact[0], sigmas, solver=solver, guidance=guidance, callback=note)
-    return (torch.stack(ends) - exact[1:]).norm(dim=2).mean(1)
 
 
 def draw_toy(toy: Toy) -> bytes:
