@@ -18,7 +18,7 @@ from torch import Tensor
 
 from erk_guid.auto import improve
 from erk_guid.denoisers import Denoiser
-from erk_guid.guidance import Guidance, gauge, guide, norm
+from erk_guid.guidance import Guidance, gauge, guide, measure, norm
 from erk_guid.sampling import StepInfo, sample
 from erk_guid.solvers import Solver
 from erk_guid.steps import Step, StepResult
@@ -129,6 +129,21 @@ def step_errors(
         rows = _split(_Rows(path[i], None, every, walks), result, None, settings)
         found.append(_apart(rows, path[i + 1]))
     return torch.stack(found, dim=1)
+
+
+@torch.no_grad()
+def gauges(task: Task, steps: Sequence[Step], gate: str) -> Tensor:
+    """What the gate reads in a plain run, [steps that have a pair, samples], on the CPU."""
+    denoiser = task.on(torch.arange(len(task.x), device=task.x.device))
+    x, sigmas, state = task.x, task.sigmas.to(task.x), None
+    found = []
+    for i, step in enumerate(steps):
+        result, state = step(denoiser, x, sigmas[i], sigmas[i + 1], state)
+        x = result.x
+        if result.pair is not None:
+            rho = measure(result.pair, Guidance()).stiffness
+            found.append(gauge(rho, result.pair.h, gate).cpu())
+    return torch.stack(found) if found else torch.empty(0, len(task.x))
 
 
 @torch.no_grad()

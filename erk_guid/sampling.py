@@ -128,13 +128,13 @@ def sample(
     if not x.is_floating_point() or x.ndim < 2:
         raise ValueError(f"x must be a floating tensor [N, ...], got {x.dtype} {list(x.shape)}")
     # One look at the noise levels from the host; after this the loop never waits for the device.
-    levels = _check_levels(sigmas)
+    levels = check_levels(sigmas)
     sigmas = sigmas.to(device=x.device, dtype=x.dtype)
     guidance = guidance or Guidance()
 
     state: Any = None
     evaluations = 0
-    steps = _plan(solver, levels)
+    steps = plan_steps(solver, levels)
     for i, (level, level_next) in enumerate(pairwise(levels)):
         sigma, sigma_next = sigmas[i], sigmas[i + 1]
         analytic = afs and i == 0
@@ -179,7 +179,7 @@ def sample(
     return x
 
 
-def _plan(solver: Solver | Step, levels: list[float]) -> list[Step]:
+def plan_steps(solver: Solver | Step, levels: list[float]) -> list[Step]:
     """A step for each interval; the one to 0, if there is one, is Euler's."""
     positive = [level for level in levels if level > 0]
     again = len(positive) - 1
@@ -201,7 +201,12 @@ def _analytic_at(first: Tensor, denoiser: Denoiser) -> Denoiser:
     return analytic
 
 
-def _check_levels(sigmas: Tensor) -> list[float]:
+def check_levels(sigmas: Tensor) -> list[float]:
+    """The noise levels as numbers.
+
+    Raises:
+        ValueError: they are not falling, finite and 0 or more.
+    """
     if not isinstance(sigmas, Tensor) or sigmas.ndim != 1 or len(sigmas) < 2:
         shape = list(sigmas.shape) if isinstance(sigmas, Tensor) else type(sigmas).__name__
         raise ValueError(f"sigmas must be a 1-D tensor of at least two noise levels, got {shape}")
