@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from erk_guid._version import __version__
+from erk_guid.calibration import Calibration, calibrate
 from erk_guid.denoisers import Denoiser, ModelGuidance
 from erk_guid.guidance import (
     Guidance,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batch",
+    "Calibration",
     "Denoiser",
     "EulerStep",
     "Guidance",
@@ -42,6 +44,7 @@ __all__ = [
     "StepInfo",
     "StepResult",
     "__version__",
+    "calibrate",
     "correction",
     "dominant_eigenvector",
     "edm_sampler",

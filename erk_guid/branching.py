@@ -27,6 +27,21 @@ ConditionalDenoiser = Callable[..., Tensor]
 """``denoiser(x, sigma)``, or ``denoiser(x, sigma, labels)`` where there are labels."""
 
 
+def in_batches(denoiser: ConditionalDenoiser, labels: Tensor | None, size: int) -> Denoiser:
+    """A denoiser for as many rows as there are labels, called with `size` of them at a time."""
+
+    @torch.no_grad()
+    def denoise(x: Tensor, sigma: Tensor, /) -> Tensor:
+        parts = []
+        for i in range(0, len(x), size):
+            part = slice(i, i + size)
+            given = () if labels is None else (labels[part],)
+            parts.append(denoiser(x[part], sigma, *given).to(x.dtype))
+        return torch.cat(parts)
+
+    return denoise
+
+
 @dataclass(frozen=True)
 class Task:
     """What is solved: a denoiser and where to start.
@@ -51,17 +66,9 @@ class Task:
         return replace(self, x=self.x[chosen], labels=labels)
 
     def on(self, owner: Tensor) -> Denoiser:
-        """The denoiser for rows that belong to the samples `owner`, `batch` of them at a time."""
-
-        def denoise(x: Tensor, sigma: Tensor, /) -> Tensor:
-            parts = []
-            for i in range(0, len(x), self.batch):
-                part = slice(i, i + self.batch)
-                given = () if self.labels is None else (self.labels[owner[part]],)
-                parts.append(self.denoiser(x[part], sigma, *given).to(x.dtype))
-            return torch.cat(parts)
-
-        return denoise
+        """The denoiser for rows that belong to the samples `owner`."""
+        labels = None if self.labels is None else self.labels[owner]
+        return in_batches(self.denoiser, labels, self.batch)
 
 
 class Distances(NamedTuple):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import Protocol
 
@@ -48,3 +50,34 @@ class ModelGuidance:
         if self.strength == 1:
             return main
         return self.guide(x, sigma).to(x.dtype).lerp(main, self.strength)
+
+
+def _with_labels(
+    net: Callable[..., Tensor], labels: Tensor | None, x: Tensor, sigma: Tensor, /
+) -> Tensor:
+    return net(x, sigma, labels)
+
+
+def combined(
+    net: Callable[..., Tensor], gnet: Callable[..., Tensor] | None, strength: float
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """The denoiser of a network and its guiding network, with labels as a third argument.
+
+    Args:
+        net, gnet: called as ``net(x, sigma, labels)``.
+        strength: of model guidance; with 1 `gnet` is not run, and may be None.
+
+    Raises:
+        ValueError: a strength other than 1 without `gnet`.
+    """
+    if strength == 1:
+        return net
+    if gnet is None:
+        raise ValueError(f"model guidance of {strength} needs a guiding network (gnet)")
+    guiding = gnet
+
+    def denoise(x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        main, guide = (partial(_with_labels, network, labels) for network in (net, guiding))
+        return ModelGuidance(main, guide, strength)(x, sigma)
+
+    return denoise

@@ -65,17 +65,9 @@ class _Generation:
     def _make(self, batch_idx: int, indices: list[int]) -> Batch:
         seeds = [int(self.seeds[i]) for i in indices]
         random = SeededNoise(seeds, self.device)
-        net = self.net
-        noise = random.randn([net.img_channels, net.img_resolution, net.img_resolution])
-        labels = None
-        if net.label_dim:
-            # Drawn even when a class is asked for, as EDM2 does: the stream stays the same.
-            classes = random.randint(net.label_dim)
-            if self.class_idx is not None:
-                classes = torch.full_like(classes, self.class_idx)
-            labels = torch.nn.functional.one_hot(classes, net.label_dim).to(torch.float32)
+        noise, labels = draw(self.net, random, self.class_idx)
         latents = self.sampler_fn(
-            net,
+            self.net,
             noise,
             labels=labels,
             gnet=self.gnet,
@@ -92,6 +84,24 @@ class _Generation:
             batch_idx=batch_idx,
             num_batches=len(self),
         )
+
+
+def draw(net: Any, random: SeededNoise, class_idx: int | None) -> tuple[Tensor, Tensor | None]:
+    """What images begin with: unit-variance noise [N, C, H, W], and one-hot labels or None.
+
+    Args:
+        net: whose shape and classes they are.
+        random: the seeds' streams, fresh.
+        class_idx: this class only; None draws one for each seed.
+    """
+    noise = random.randn([net.img_channels, net.img_resolution, net.img_resolution])
+    if not net.label_dim:
+        return noise, None
+    # Drawn even when a class is asked for, as EDM2 does: the stream stays the same.
+    classes = random.randint(net.label_dim)
+    if class_idx is not None:
+        classes = torch.full_like(classes, class_idx)
+    return noise, torch.nn.functional.one_hot(classes, net.label_dim).to(torch.float32)
 
 
 def generate(

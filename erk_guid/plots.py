@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,8 +41,16 @@ def draw(
     y_label: str,
     log_x: bool = False,
     wanted_by: str = "the report",
+    x_ticks: Sequence[float] | None = None,
 ) -> bytes:
     """An SVG of the curves; the vertical axis is logarithmic where they spread far.
+
+    Args:
+        title, x_label, y_label: texts.
+        curves: at least one.
+        log_x: whether the horizontal axis is logarithmic.
+        wanted_by: what needs the plot, for the error.
+        x_ticks: of a logarithmic axis, those inside its range; by default at the curves' points.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -81,7 +90,9 @@ def draw(
             axes.yaxis.set_minor_locator(NullLocator())
         if log_x:
             axes.set_xscale("log")
-            ticks = sorted({x for c in curves for x in c.x})
+            points = sorted({x for c in curves for x in c.x})
+            low, high = points[0], points[-1]
+            ticks = points if x_ticks is None else [x for x in x_ticks if low <= x <= high]
             axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
             axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(x_label)

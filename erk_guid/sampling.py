@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from erk_guid.auto import improve
-from erk_guid.denoisers import Denoiser, ModelGuidance
+from erk_guid.denoisers import Denoiser, combined
 from erk_guid.guidance import GATES, Guidance, guide, measure
 from erk_guid.schedules import make_sigmas
 from erk_guid.solvers import Solver, check_guidance, make_solver
@@ -290,22 +290,13 @@ def edm_sampler(
             f"S_churn must be 0, got {S_churn}: ERK guidance compares two solutions at one noise "
             "level, and churn moves one of them to another; this sampler is deterministic"
         )
-    if guidance != 1 and gnet is None:
-        raise ValueError(f"model guidance of {guidance} needs a guiding network (gnet)")
-
-    def main(x: Tensor, sigma: Tensor) -> Tensor:
-        return net(x, sigma, labels)
-
-    def guiding(x: Tensor, sigma: Tensor) -> Tensor:
-        assert gnet is not None  # checked above, and not called at guidance = 1
-        return gnet(x, sigma, labels)
-
+    denoise = combined(net, gnet, guidance)
     if isinstance(schedule, str):
         sigmas = make_sigmas(schedule, num_steps, sigma_min, sigma_max, rho)
     else:
         sigmas = torch.tensor([*schedule, 0.0], dtype=torch.float64)
     return sample(
-        main if guidance == 1 else ModelGuidance(main, guiding, guidance),
+        lambda x, sigma: denoise(x, sigma, labels),
         noise.to(dtype) * sigmas[0].to(device=noise.device, dtype=dtype),
         sigmas if denoise_to_zero else sigmas[:-1],
         solver=solver,

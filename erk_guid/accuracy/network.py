@@ -10,24 +10,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from erk_guid.accuracy.problems import Problem, solve_finely
-from erk_guid.denoisers import Denoiser, ModelGuidance
-from erk_guid.generation import generate
-
-
-class _Batched:
-    """A network with each sample's label, called on all samples, `size` at a time."""
-
-    def __init__(self, net: Any, labels: Tensor | None, size: int) -> None:
-        self.net, self.labels, self.size = net, labels, size
-
-    @torch.no_grad()
-    def __call__(self, x: Tensor, sigma: Tensor, /) -> Tensor:
-        parts = []
-        for i in range(0, len(x), self.size):
-            chosen = slice(i, i + self.size)
-            labels = None if self.labels is None else self.labels[chosen]
-            parts.append(self.net(x[chosen], sigma, labels).to(x.dtype))
-        return torch.cat(parts)
+from erk_guid.branching import in_batches
+from erk_guid.denoisers import combined
+from erk_guid.generation import check_networks, draw
+from erk_guid.runtime import SeededNoise
 
 
 def network_problem(
@@ -55,17 +41,12 @@ def network_problem(
         dtype: of the sampling loop.
         fine: evaluations of the solution that stands for the exact one.
     """
-
-    def only_noise(net: Any, noise: Tensor, **options: Any) -> Tensor:
-        return noise
-
-    (drawn,) = generate(
-        net, seeds, class_idx=class_idx, batch_size=len(seeds), sampler_fn=only_noise
-    )
-    denoiser: Denoiser = _Batched(net, drawn.labels, batch)
-    if guidance != 1 and gnet is not None:
-        denoiser = ModelGuidance(denoiser, _Batched(gnet, drawn.labels, batch), guidance)
-    start = sigma_max * drawn.noise.to(dtype)
+    check_networks(net, gnet, class_idx)
+    random = SeededNoise(seeds, next(net.parameters()).device)
+    noise, labels = draw(net, random, class_idx)
+    start = sigma_max * noise.to(dtype)
+    # All samples at a time to the samplers, `batch` of them to the network.
+    denoiser = in_batches(combined(net, gnet, guidance), labels, batch)
     with tqdm(total=fine, desc="Fine solution", unit="evaluation") as bar:
 
         def counted(x: Tensor, sigma: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import click
 
 from erk_guid._version import __version__
 from erk_guid.cli.accuracy import accuracy_command
+from erk_guid.cli.calibrate import calibrate_command
 from erk_guid.cli.convert import convert_command
 from erk_guid.cli.demo import demo_command
 from erk_guid.cli.generate import generate_command
@@ -28,6 +29,7 @@ main.add_command(metrics_command, "metrics")
 main.add_command(quality_command, "precision-recall")
 main.add_command(reproduce_command, "reproduce")
 main.add_command(accuracy_command, "accuracy")
+main.add_command(calibrate_command, "calibrate")
 main.add_command(plot_trace_command, "plot-trace")
 main.add_command(toy_command, "toy")
 main.add_command(convert_command, "convert")

@@ -47,6 +47,17 @@ class SeedList(click.ParamType):
         return list(seeds)
 
 
+def compact(seeds: Sequence[int]) -> str:
+    """What `SeedList` reads back: [1, 2, 3, 7] to '1-3,7'."""
+    runs: list[list[int]] = []
+    for seed in seeds:
+        if runs and seed == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], seed]
+        else:
+            runs.append([seed, seed])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
 class NumberOr(click.ParamType):
     """A number, or one of some words."""
 

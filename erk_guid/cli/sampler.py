@@ -15,6 +15,7 @@ import click
 
 from erk_guid.checkpoints.presets import PRESETS
 from erk_guid.cli.common import NumberOr
+from erk_guid.errors import printable
 from erk_guid.guidance import AUTO, GATES, Guidance, nearest_paper_steps
 from erk_guid.recipe import Recipe
 from erk_guid.runtime import launched_rank
@@ -24,26 +25,26 @@ from erk_guid.solvers import SOLVERS, check_guidance, guided_solvers, make_solve
 F = TypeVar("F", bound=Callable[..., Any])
 JOB = Recipe  # its field defaults are the one home of these options' defaults
 
-_OPTIONS = [
-    click.option(
+_OPTIONS: dict[str, Callable[[Any], Any]] = {
+    "preset": click.option(
         "--preset",
         metavar="STR",
         help="Published model with its settings; 'digits' ships with the package.",
     ),
-    click.option(
+    "net": click.option(
         "--net", metavar="PATH|URL", help="Network: .pkl, .safetensors, URL or preset name."
     ),
-    click.option(
+    "gnet": click.option(
         "--gnet", metavar="PATH|URL", help="Guiding network for model guidance (CFG, autoguidance)."
     ),
-    click.option(
+    "class_idx": click.option(
         "--class",
         "class_idx",
         metavar="INT",
         type=click.IntRange(min=0),
         help="Make this class only.  [default: a random one per seed]",
     ),
-    click.option(
+    "batch": click.option(
         "--batch",
         metavar="INT",
         type=click.IntRange(min=1),
@@ -51,7 +52,7 @@ _OPTIONS = [
         show_default=True,
         help="Images at a time, per process.",
     ),
-    click.option(
+    "num_steps": click.option(
         "--steps",
         "num_steps",
         metavar="INT",
@@ -60,7 +61,7 @@ _OPTIONS = [
         show_default=True,
         help="Noise levels; N steps take 2N-1 network evaluations.",
     ),
-    click.option(
+    "sigma_min": click.option(
         "--sigma_min",
         metavar="FLOAT",
         type=float,
@@ -68,7 +69,7 @@ _OPTIONS = [
         show_default=True,
         help="Lowest noise level before 0.",
     ),
-    click.option(
+    "sigma_max": click.option(
         "--sigma_max",
         metavar="FLOAT",
         type=float,
@@ -76,7 +77,7 @@ _OPTIONS = [
         show_default=True,
         help="Highest noise level.",
     ),
-    click.option(
+    "rho": click.option(
         "--rho",
         metavar="FLOAT",
         type=float,
@@ -84,13 +85,13 @@ _OPTIONS = [
         show_default=True,
         help="Exponent of the noise levels.",
     ),
-    click.option(
+    "guidance": click.option(
         "--guidance",
         metavar="FLOAT",
         type=float,
         help="Strength of model guidance.  [default: the preset's, else 1]",
     ),
-    click.option(
+    "s_churn": click.option(
         "--S_churn",
         "--s_churn",
         "s_churn",
@@ -100,7 +101,7 @@ _OPTIONS = [
         show_default=True,
         help="EDM2's stochasticity; must be 0 here.",
     ),
-    click.option(
+    "s_min": click.option(
         "--S_min",
         "--s_min",
         "s_min",
@@ -110,7 +111,7 @@ _OPTIONS = [
         show_default=True,
         help="Belongs to --S_churn.",
     ),
-    click.option(
+    "s_max": click.option(
         "--S_max",
         "--s_max",
         "s_max",
@@ -120,7 +121,7 @@ _OPTIONS = [
         show_default=True,
         help="Belongs to --S_churn.",
     ),
-    click.option(
+    "s_noise": click.option(
         "--S_noise",
         "--s_noise",
         "s_noise",
@@ -130,7 +131,7 @@ _OPTIONS = [
         show_default=True,
         help="Belongs to --S_churn.",
     ),
-    click.option(
+    "w_stiff": click.option(
         "--w_stiff",
         metavar="FLOAT|auto|paper|preset",
         type=NumberOr(AUTO, "paper", "preset"),
@@ -140,13 +141,20 @@ _OPTIONS = [
         "(heun, dpm2), 'paper' the paper's choice, "
         "'preset' the one measured best for --preset.",
     ),
-    click.option(
+    "w_con": click.option(
         "--w_con",
         metavar="FLOAT",
         type=float,
         help=f"Stiffness above which it acts.  [default: {JOB.w_con:g}, or with a word its own]",
     ),
-    click.option(
+    "settings": click.option(
+        "--settings",
+        metavar="FILE",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="Take --w_stiff, --w_con, the solver and the noise levels from what 'erk-guid "
+        "calibrate' wrote.",
+    ),
+    "gate": click.option(
         "--gate",
         type=click.Choice(GATES),
         default=JOB.gate,
@@ -154,47 +162,47 @@ _OPTIONS = [
         help="What --w_con is compared with: the stiffness, in units of 1/sigma, or stiffness "
         "times the step's length, a pure number that carries over between models.",
     ),
-    click.option(
+    "bound": click.option(
         "--bound",
         metavar="FLOAT",
         type=float,
         help="Largest correction, as a multiple of what the step's two solutions differ by; 0.2 "
         "ends runaway samples.  [default: none, as published]",
     ),
-    click.option(
+    "solver": click.option(
         "--solver",
         type=click.Choice(sorted(SOLVERS)),
         default=JOB.solver,
         show_default=True,
         help=f"How to step. ERK guidance works with {', '.join(guided_solvers())}.",
     ),
-    click.option(
+    "order": click.option(
         "--order",
         metavar="INT",
         type=int,
         help="Evaluations combined in a step: deis, ipndm, ipndm_v, unipc, modal 1-4, dpmpp 1-3.  "
         "[default: the solver's]",
     ),
-    click.option("--r", metavar="FLOAT", type=float, help="dpm2's midpoint.  [default: 0.5]"),
-    click.option(
+    "r": click.option("--r", metavar="FLOAT", type=float, help="dpm2's midpoint.  [default: 0.5]"),
+    "deis_mode": click.option(
         "--deis_mode", type=click.Choice(["tab", "rhoab"]), help="deis only.  [default: tab]"
     ),
-    click.option(
+    "predict_x0": click.option(
         "--predict_x0",
         metavar="BOOL",
         type=bool,
         help="dpmpp, unipc: combine denoised images, not noise.  [default: true]",
     ),
-    click.option(
+    "variant": click.option(
         "--variant", type=click.Choice(["bh1", "bh2"]), help="unipc only.  [default: bh2]"
     ),
-    click.option(
+    "lower_order_final": click.option(
         "--lower_order_final",
         metavar="BOOL",
         type=bool,
         help="dpmpp, unipc: lower the order near the end.  [default: true]",
     ),
-    click.option(
+    "schedule": click.option(
         "--schedule",
         metavar="|".join(SCHEDULES) + "|LIST|FILE",
         default=JOB.schedule,
@@ -202,43 +210,54 @@ _OPTIONS = [
         callback=lambda ctx, param, value: _schedule(value),
         help="Spacing of the noise levels, or the levels themselves: 80,20,5,1,0.1 or a file.",
     ),
-    click.option("--afs", is_flag=True, help="Analytical first step: saves one evaluation."),
-    click.option(
+    "afs": click.option("--afs", is_flag=True, help="Analytical first step: saves one evaluation."),
+    "denoise_to_zero": click.option(
         "--denoise-to-zero/--no-denoise-to-zero",
         default=JOB.denoise_to_zero,
         show_default=True,
         help="End with an Euler step to sigma = 0, or stop at the last noise level.",
     ),
-    click.option("--device", metavar="STR", help="cuda, mps or cpu.  [default: the best present]"),
-    click.option(
+    "device": click.option(
+        "--device", metavar="STR", help="cuda, mps or cpu.  [default: the best present]"
+    ),
+    "dtype": click.option(
         "--dtype",
         type=click.Choice(["float32", "float64"]),
         default=JOB.dtype,
         show_default=True,
         help="Precision of the sampling loop.",
     ),
-    click.option(
+    "encoder_batch": click.option(
         "--encoder-batch",
         metavar="INT",
         type=click.IntRange(min=1),
         help="Latents decoded at a time by the VAE.  [default: the file's]",
     ),
-    click.option(
+    "vae": click.option(
         "--vae", metavar="DIR|NAME", help="Folder or hub name of the VAE, in place of the file's."
     ),
-    click.option(
+    "trust_pickle": click.option(
         "--trust-pickle",
         is_flag=True,
         help="Run the code inside a .pkl (for networks that are not ours; trusted files only).",
     ),
-]
+}
 
 
 def sampler_options(command: F) -> F:
     """Add the options; the command hands what it gets for them to `recipe_fields`."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+    return chosen_options(*_OPTIONS)(command)
+
+
+def chosen_options(*names: str) -> Callable[[F], F]:
+    """Add some of the options, by their parameters' names, for commands that make no images."""
+
+    def add(command: F) -> F:
+        for name in reversed(names):
+            command = _OPTIONS[name](command)
+        return command
+
+    return add
 
 
 def recipe_fields(
@@ -247,6 +266,7 @@ def recipe_fields(
     w_con: float | None,
     bound: float | None,
     gate: str,
+    settings: Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Check what the user asked for, and return it as fields of a `Recipe`.
@@ -254,17 +274,20 @@ def recipe_fields(
     Raises:
         click.UsageError: naming the option at fault.
     """
-    if options.pop("s_churn") != 0:
+    if options.pop("s_churn", 0) != 0:
         raise click.UsageError(
             "--S_churn must be 0: ERK guidance compares two solutions at one noise level, and "
             "churn moves one of them; leave the option out"
         )
     for unused in ("s_min", "s_max", "s_noise"):
-        del options[unused]
+        options.pop(unused, None)
     options = preset_fields(preset, options)
     try:
-        guidance = _erk_guidance(w_stiff, w_con, options["num_steps"], preset)
-        if bound is not None or gate != JOB.gate:
+        if settings is not None:
+            guidance, options = _from_file(settings, options)
+        else:
+            guidance = _erk_guidance(w_stiff, w_con, options["num_steps"], preset)
+        if settings is None and (bound is not None or gate != JOB.gate):
             if guidance.blends:
                 name = "--gate" if bound is None else "--bound"
                 raise ValueError(f"{name} belongs to the published form, not to --w_stiff auto")
@@ -273,7 +296,9 @@ def recipe_fields(
                 raise ValueError(f"{name} has nothing to act on: --w_stiff is 0")
             guidance = replace(guidance, bound=bound, gate=gate)
         _check_levels(options)
-        solver = make_solver(options["solver"], **{name: options[name] for name in SOLVER_OPTIONS})
+        solver = make_solver(
+            options["solver"], **{name: options.get(name) for name in SOLVER_OPTIONS}
+        )
         check_guidance(guidance, solver, f"--solver {options['solver']}")
     except ValueError as error:
         raise click.UsageError(str(error)) from error
@@ -360,6 +385,53 @@ def _with_preset(name: str, options: dict[str, Any]) -> dict[str, Any]:
             # The name itself, where it means the same: it reads better in run.json.
             filled[key] = name if key == "net" else value
     return filled
+
+
+def _from_file(path: Path, options: dict[str, Any]) -> tuple[Guidance, dict[str, Any]]:
+    """The guidance that a file of settings has, and the options with those it was made for.
+
+    Raises:
+        ValueError: an option on the command line contradicts the file.
+        ErkGuidError: see `read_settings`.
+    """
+    from erk_guid.calibration.settings import read_settings
+
+    found = read_settings(path)
+    context = click.get_current_context()
+    default = click.core.ParameterSource.DEFAULT
+    shown = {"num_steps": "steps"}
+
+    def given(name: str) -> bool:
+        return context.get_parameter_source(name) != default
+
+    for name in ("w_stiff", "w_con", "bound", "gate"):
+        if given(name):
+            raise ValueError(f"--{name} and --settings both say how to guide; leave one out")
+    for name, value in found.made_for.items():
+        if given(name) and options[name] != value:
+            option = f"--{shown.get(name, name)}"
+            raise ValueError(
+                f"{option} {options[name]}: {path} was made for {option} {value}; leave {option} "
+                "out, or calibrate for it"
+            )
+    options = {**options, **found.made_for}
+    if launched_rank() == 0:
+        # What it was made for can be put in place; what it was measured on can only be said.
+        for name, what in (("net", "network"), ("guidance", "strength of model guidance")):
+            there = found.measured.get(name, options[name])
+            if there != options[name]:
+                click.echo(
+                    f"{path} was measured with the {what} {printable(there, 100)}, this is "
+                    f"{options[name]}",
+                    err=True,
+                )
+        g = found.guidance
+        chosen = AUTO if g.blends else f"{g.w_stiff:g}, w_con {g.w_con:g}"
+        click.echo(
+            f"--settings {path}: w_stiff {chosen}, solver {options['solver']}, steps "
+            f"{options['num_steps']}"
+        )
+    return found.guidance, options
 
 
 def _erk_guidance(

@@ -1,0 +1,192 @@
+"""``erk-guid calibrate``."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+
+from erk_guid.calibration.search import OBJECTIVES, REFERENCE_ERROR, Calibration
+from erk_guid.cli.common import SeedList, compact, reporting_errors
+from erk_guid.cli.sampler import chosen_options, recipe_fields
+from erk_guid.errors import ErkGuidError, MissingExtraError
+from erk_guid.files import check_writable
+from erk_guid.recipe import Recipe
+from erk_guid.runtime import ProcessGroup, SeededNoise
+from erk_guid.solvers import guided_solvers
+
+MADE_FOR = ("solver", "order", "r", "deis_mode", "num_steps", "sigma_min", "sigma_max", "rho")
+"""Options that settings belong to, besides the schedule."""
+
+
+@click.command()
+@chosen_options("preset", "net", "gnet", "guidance", "class_idx")
+@chosen_options("num_steps", "solver", "order", "r", "deis_mode")
+@chosen_options("schedule", "sigma_min", "sigma_max", "rho", "bound", "gate")
+@click.option(
+    "--objective",
+    type=click.Choice(OBJECTIVES),
+    default=OBJECTIVES[0],
+    show_default=True,
+    help="What is to be small: the error of the end points, or that of each step on its own.",
+)
+@click.option(
+    "--auto/--no-auto",
+    default=True,
+    show_default=True,
+    help="Let the parameter-free form take part, where the solver has it.",
+)
+@click.option(
+    "--seeds",
+    metavar="LIST",
+    type=SeedList(),
+    default="50000-50063",
+    show_default=True,
+    help="Seeds of the images; at least 4. Best not those that will be scored.",
+)
+@chosen_options("batch", "device", "dtype", "trust_pickle")
+@click.option(
+    "--outdir",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("output/calibration"),
+    show_default=True,
+    help="For settings.json, trials.csv, calibration.md and calibration.svg.",
+)
+@reporting_errors
+def calibrate_command(
+    objective: str, auto: bool, seeds: list[int], outdir: Path, **options: Any
+) -> None:
+    """Find the settings of ERK guidance for a model, a solver and a number of steps.
+
+    A few dozen images are solved finely; what is looked for is the setting that ends nearest to
+    them, from the same noise. This is fidelity to the ODE. FID mostly follows it; a score with a
+    taste for sharpness, such as FD-DINOv2, may like stronger guidance.
+
+    \b
+    Examples:
+      erk-guid calibrate --net=digits --steps=8
+      python generate_images.py --net=digits --outdir=out \\
+          --settings=output/calibration/settings.json
+    \b
+      # with model guidance, and without the parameter-free form
+      erk-guid calibrate --preset=edm2-img512-s-guid-fid --steps=16 --no-auto --seeds=50000-50031
+    """
+    from tqdm import tqdm
+
+    from erk_guid.calibration import calibrate
+    from erk_guid.calibration.settings import Settings
+    from erk_guid.calibration.writing import FILES, write_trials
+    from erk_guid.denoisers import combined
+    from erk_guid.generation import draw
+    from erk_guid.schedules import make_sigmas
+    from erk_guid.solvers import make_solver
+
+    if find_spec("matplotlib") is None:
+        raise MissingExtraError("matplotlib", "plots", "the plot")
+    if options["solver"] not in guided_solvers():
+        raise click.UsageError(
+            f"--solver {options['solver']} has no embedded pair to guide with; solvers that have "
+            f"one: {', '.join(guided_solvers())}"
+        )
+    # Any strength will do: what the options are checked for is the same.
+    bound, gate = options["bound"], options["gate"]
+    recipe = Recipe(**recipe_fields(w_stiff=1.0, w_con=None, **options))
+    for name in FILES:
+        check_writable(outdir / name)
+    models = recipe.open(recipe.choose_device(), ProcessGroup(), decoding=False)
+    noise, labels = draw(models.loaded.net, SeededNoise(seeds, models.device), recipe.class_idx)
+    if isinstance(recipe.schedule, str):
+        sigmas = make_sigmas(
+            recipe.schedule, recipe.num_steps, recipe.sigma_min, recipe.sigma_max, recipe.rho
+        )
+    else:
+        sigmas = torch.tensor(recipe.schedule, dtype=torch.float64)
+    network = combined(
+        models.loaded.net, models.guide.net if models.guide else None, recipe.guidance
+    )
+    x = noise.to(getattr(torch, recipe.dtype)) * float(sigmas[0])
+    with tqdm(desc="Network evaluations", unit="image", file=sys.stderr) as bar:
+
+        def denoiser(x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+            bar.update(len(x))
+            return network(x, sigma, labels)
+
+        try:
+            found = calibrate(
+                denoiser, x, sigmas, labels=labels,
+                solver=make_solver(recipe.solver, **recipe.solver_options),
+                objective=objective, auto=auto, bound=bound, gate=gate, batch=recipe.batch,
+            )  # fmt: skip
+        except ValueError as error:
+            raise ErkGuidError(str(error)) from error
+
+    heading = _heading(recipe, found, len(seeds))
+    click.echo(f"{heading}\n\n{found.table()}")
+    made_for = {name: getattr(recipe, name) for name in MADE_FOR}
+    spaced = recipe.schedule if isinstance(recipe.schedule, str) else list(recipe.schedule)
+    chosen = found.chosen
+    Settings(
+        found.guidance,
+        {**made_for, "schedule": spaced},
+        {
+            "net": recipe.net, "net_sha256": models.loaded.fingerprint, "gnet": recipe.gnet,
+            "guidance": recipe.guidance, "class": recipe.class_idx, "dtype": recipe.dtype,
+            "seeds": compact(seeds), "objective": objective, "error": chosen.error,
+            "ratio": chosen.ratio, "ratio_error": chosen.ratio_error,
+            "reference_error": found.reference_error, "evaluations": found.evaluations,
+            "torch": torch.__version__,
+        },
+    ).write(outdir / FILES[0])  # fmt: skip
+    write_trials(found, outdir, heading.splitlines()[0], heading)
+    click.echo(f"Written to {outdir}: {', '.join(FILES)}")
+    click.echo(
+        f"Use it: python generate_images.py {_network_options(recipe, options['preset'])} "
+        f"--settings={outdir / FILES[0]} --outdir=..."
+    )
+
+
+def _network_options(recipe: Recipe, preset: str | None) -> str:
+    """The options that name the same network."""
+    if preset is not None:
+        return f"--preset={preset}"
+    named = f"--net={recipe.net}"
+    return (
+        named
+        if recipe.guidance == 1
+        else (f"{named} --gnet={recipe.gnet} --guidance={recipe.guidance:g}")
+    )
+
+
+def _heading(recipe: Recipe, found: Calibration, samples: int) -> str:
+    """What was measured and what it says, in words."""
+    chosen = found.chosen
+    g = chosen.guidance
+    if g.blends:
+        said = "w_stiff auto, the parameter-free form"
+    elif g.active:
+        said = f"w_stiff {g.w_stiff:g}, w_con {g.w_con:g}"
+    else:
+        said = "no guidance: nothing was found that is better beyond doubt"
+    lines = [
+        f"Calibration of {recipe.solver} at {recipe.num_steps} steps on {recipe.net}",
+        "",
+        f"Recommended: {said}.",
+    ]
+    if g.active:
+        lines.append(
+            f"Its error is {chosen.ratio:.3f} ± {chosen.ratio_error:.3f} times that without "
+            "guidance."
+        )
+    lines += [
+        f"{samples} images, {found.evaluations} network evaluations, those of the fine solution "
+        f"included, whose own error is about {found.reference_error:.1%} of plain's.",
+        "What was measured is fidelity to the ODE, not how images look or score.",
+    ]
+    if found.reference_error > REFERENCE_ERROR:
+        lines.append("The fine solution is too coarse to trust this: calibrate for more steps.")
+    return "\n".join(lines)
