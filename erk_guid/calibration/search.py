@@ -38,6 +38,8 @@ FEWEST = 4
 """Samples that are needed to judge at all."""
 SCREENED = 8
 """Samples that the ladder is tried on."""
+PROMISING = 24
+"""Samples that the best of the ladder at each threshold is tried on."""
 LADDER = (0.2, 0.3, 0.45, 0.67, 1.0, 1.5, 2.25)
 RUNG = 1.5
 EXTENSIONS = 4
@@ -54,6 +56,8 @@ REFINED = 3
 """Further values of w_stiff, at most."""
 CERTAINTY = 3.0
 """Standard errors by which settings must beat the plain solver to be recommended."""
+ROUNDING = 10.0
+"""Multiple of the start points' rounding that errors must exceed to mean anything."""
 
 REFERENCE_EVALUATIONS = 42
 REFERENCE_SUBSTEPS = 4
@@ -142,10 +146,9 @@ class Calibration:
             strength = "auto" if g.blends else f"{g.w_stiff:g}"
             threshold = "" if g.blends or not g.active else f"{g.w_con:g}"
             spread = f" ± {trial.ratio_error:.3f}" if trial != self.plain else ""
-            lines.append(
-                f"| {mark}{strength}{mark} | {mark}{threshold}{mark} | {trial.error:.4g} "
-                f"| {mark}{trial.ratio:.3f}{mark}{spread} | {trial.step_ratio:.3f} |"
-            )
+            cells = (strength, threshold, f"{trial.error:.4g}", f"{trial.ratio:.3f}")
+            marked = " | ".join(f"{mark}{cell}{mark}" if cell else "" for cell in cells)
+            lines.append(f"| {marked}{spread} | {trial.step_ratio:.3f} |")
         return "\n".join(lines) + "\n"
 
 
@@ -207,13 +210,14 @@ def calibrate(
     counted = _Counted(denoiser)
     task = Task(counted, x, labels, torch.tensor(levels, dtype=torch.float64), batch)
 
-    path, reference_error = _reference(task, steps)
-    trials = _Trials(task, steps, path, objective)
     readings = gauges(task.rows(slice(SCREENED)), steps, gate)
     if not len(readings):
         raise ValueError(
-            f"no step of {len(levels)} noise levels has a pair to guide with; Heun needs three"
+            f"no step between {len(levels)} noise levels above 0 has a pair to guide with; Heun "
+            "needs three levels"
         )
+    path, reference_error = _reference(task, steps)
+    trials = _Trials(task, steps, path, objective)
     others = [Guidance()]
     if auto and getattr(solver, "blends", False):
         others.append(Guidance.auto())
@@ -228,6 +232,9 @@ def calibrate(
     ]
     best = found[0]
     certain = best.ratio + CERTAINTY * best.ratio_error < 1
+    # Where the plain solver errs by no more than rounding does, there is nothing to judge by.
+    rounding = ROUNDING * torch.finfo(x.dtype).eps * float(norm(x).mean())
+    certain = certain and trials.trial(Guidance()).error > rounding
     screened = [trials.trial(setting) for setting in trials.values if setting not in final]
     return Calibration(
         guidance=best.guidance if certain else Guidance(),
@@ -361,9 +368,10 @@ def _search(
             break
         ladder[best].append(valleys[best].place)
 
-    # The most promising on all of them.
-    finalists = sorted(thresholds, key=lambda w_con: valleys[w_con].score)[:FINALISTS]
-    first = [setting(_rounded(valleys[w_con].place), w_con) for w_con in finalists]
+    # What that says is best at each threshold, on more; and the best of those on all of them.
+    first = [setting(_rounded(valleys[w_con].place), w_con) for w_con in thresholds]
+    trials.measure([Guidance(), *first], min(PROMISING, trials.samples))
+    first = sorted(first, key=lambda s: trials.trial(s).ratio)[:FINALISTS]
     trials.measure([*others, *first], trials.samples)
 
     # Near the best: stronger and weaker, and the gate half open at one step more or one less.
