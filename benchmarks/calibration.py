@@ -10,6 +10,7 @@ are walked at once (`erk_guid.branching`), which is tested to be what separate r
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -43,7 +44,7 @@ def main(out: Path, num: int) -> None:
     noise, labels = draw(net, SeededNoise(seeds, torch.device("cpu")), None)
     x = 80 * noise
     end = solve_finely(in_batches(net, labels, BATCH), x, 0.002, 80, FINE + 1)
-    arrays = {"seeds": np.asarray(seeds), "ends": end.numpy().astype(np.float16)}
+    arrays: dict[str, Any] = {"seeds": np.asarray(seeds), "ends": end.numpy().astype(np.float16)}
     settings = [erk_guid.Guidance(s, c) for s in W_STIFF for c in W_CON]
     for steps in tqdm(STEPS, unit="step count"):
         sigmas = erk_guid.karras_sigmas(steps)[:-1]
