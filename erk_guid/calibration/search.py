@@ -54,6 +54,8 @@ CLOSE = 0.02
 """Ratios that differ by less may change places when w_stiff is refined."""
 REFINED = 3
 """Further values of w_stiff, at most."""
+CAUTION = 2.0
+"""Standard errors that a setting is charged when it is compared with others."""
 CERTAINTY = 3.0
 """Standard errors by which settings must beat the plain solver to be recommended."""
 ROUNDING = 10.0
@@ -88,15 +90,24 @@ class Trial:
     step_ratio: float
     samples: int
 
+    @property
+    def score(self) -> float:
+        """What settings are ranked by: the ratio and two of its standard errors.
+
+        The best of many noisy means is the luckiest; and a setting whose errors scatter ruins
+        some images even if it is good for most.
+        """
+        return self.ratio + CAUTION * self.ratio_error
+
 
 @dataclass(frozen=True)
 class Calibration:
     """What `calibrate` found.
 
     Attributes:
-        guidance: the recommendation: the setting with the least error, or `Guidance()`, no
-            guidance, if none is below the plain solver's by three standard errors.
-        trials: all settings that were tried; those on all samples first, each by rising error.
+        guidance: the recommendation: the setting with the least `score`, or `Guidance()`, no
+            guidance, if its error is not below the plain solver's by three standard errors.
+        trials: all settings that were tried; those on all samples first, each by rising score.
         objective: "end" or "steps".
         reference_error: estimate of the fine solution's own error at the end, as a multiple of
             the plain solver's.
@@ -238,7 +249,7 @@ def calibrate(
     screened = [trials.trial(setting) for setting in trials.values if setting not in final]
     return Calibration(
         guidance=best.guidance if certain else Guidance(),
-        trials=(*found, *sorted(screened, key=lambda trial: trial.ratio)),
+        trials=(*found, *sorted(screened, key=lambda trial: trial.score)),
         objective=objective,
         reference_error=reference_error,
         evaluations=counted.rows,
@@ -325,7 +336,7 @@ class _Trials:
         return Trial(setting, ratio * mean, ratio, spread, step_ratio, len(values))
 
     def all_of(self, w_con: float | None = None) -> list[Trial]:
-        """The settings tried on all samples, by rising error; of one w_con if that is given."""
+        """The settings tried on all samples, by rising score; of one w_con if that is given."""
         chosen = [
             self.trial(setting)
             for setting, values in self.values.items()
@@ -334,7 +345,7 @@ class _Trials:
                 w_con is None or (setting.active and not setting.blends and setting.w_con == w_con)
             )
         ]
-        return sorted(chosen, key=lambda trial: trial.ratio)
+        return sorted(chosen, key=lambda trial: trial.score)
 
 
 def _search(
@@ -360,7 +371,7 @@ def _search(
         rungs = [setting(w_stiff, w_con) for w_con in thresholds for w_stiff in ladder[w_con]]
         trials.measure([Guidance(), *rungs], few)
         valleys = {
-            w_con: _valley({w: trials.trial(setting(w, w_con)).ratio for w in ladder[w_con]}, RUNG)
+            w_con: _valley({w: trials.trial(setting(w, w_con)).score for w in ladder[w_con]}, RUNG)
             for w_con in thresholds
         }
         best = min(thresholds, key=lambda w_con: valleys[w_con].score)
@@ -371,12 +382,12 @@ def _search(
     # What that says is best at each threshold, on more; and the best of those on all of them.
     first = [setting(_rounded(valleys[w_con].place), w_con) for w_con in thresholds]
     trials.measure([Guidance(), *first], min(PROMISING, trials.samples))
-    first = sorted(first, key=lambda s: trials.trial(s).ratio)[:FINALISTS]
+    first = sorted(first, key=lambda s: trials.trial(s).score)[:FINALISTS]
     trials.measure([*others, *first], trials.samples)
 
     # Near the best: stronger and weaker, and the gate half open at one step more or one less.
     ranked = [t for t in trials.all_of() if t.guidance in first]
-    close = [t.guidance for t in ranked[:2] if t.ratio < ranked[0].ratio + CLOSE]
+    close = [t.guidance for t in ranked[:2] if t.score < ranked[0].score + CLOSE]
     near = [
         setting(_rounded(g.w_stiff * factor), g.w_con)
         for g in close
@@ -392,7 +403,7 @@ def _search(
     for _ in range(REFINED):
         ranked = [t for t in trials.all_of() if t.guidance.active and not t.guidance.blends]
         w_con = ranked[0].guidance.w_con
-        known = {t.guidance.w_stiff: t.ratio for t in trials.all_of(w_con)}
+        known = {t.guidance.w_stiff: t.score for t in trials.all_of(w_con)}
         place = _rounded(_valley(known, BRACKET).place)
         if place in known:
             break
@@ -411,7 +422,7 @@ class _Valley(NamedTuple):
 
 
 def _valley(known: dict[float, float], factor: float) -> _Valley:
-    """From ratios by w_stiff; `factor` is how far to look beyond the ends."""
+    """From scores by w_stiff; `factor` is how far to look beyond the ends."""
     places = sorted(known)
     k = min(range(len(places)), key=lambda i: known[places[i]])
     score = known[places[k]]

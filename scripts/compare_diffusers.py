@@ -1,0 +1,118 @@
+#!/usr/bin/env python3
+"""With and without guidance in a diffusers pipeline, side by side. Nothing is downloaded.
+
+    python scripts/compare_diffusers.py --out output/diffusers.png
+
+The pipeline is diffusers' own `LDMPipeline`; its network is the digit model that ships with the
+package, made to look like a UNet of diffusers, and its VAE does nothing. The same noise is sampled
+by plain Heun, by the published form and by the parameter-free one, and by many small steps, which
+the others are measured against. With a pipeline of your own the lines that matter are
+
+    from erk_guid.integrations.diffusers import ERKGuidHeunScheduler
+    pipe.scheduler = ERKGuidHeunScheduler.from_config(pipe.scheduler.config, w_stiff="auto")
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from diffusers import LDMPipeline, ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from PIL import Image
+from torch import Tensor
+
+import erk_guid
+from erk_guid.files import check_writable
+from erk_guid.integrations.diffusers import ERKGuidHeunScheduler
+from erk_guid.pictures import Panel, figure, save_picture, tile
+
+FINE_STEPS = 64
+SHOWN = 16
+"""Digits in the picture."""
+
+
+class DigitUNet(ModelMixin, ConfigMixin):
+    """The shipped network as diffusers would have it: takes a scaled sample and a timestep, and
+    predicts the noise."""
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(self, sample_size: int = 32, in_channels: int = 1, count: int = 64) -> None:
+        super().__init__()
+        self.net = erk_guid.load("digits").net
+        self.register_buffer("labels", torch.eye(10)[torch.arange(count) % 10])
+        self.register_buffer("log_sigmas", torch.zeros(0))
+
+    def know(self, scheduler: Any) -> None:
+        """Take over which noise level each of the scheduler's timesteps has."""
+        kept = scheduler.alphas_cumprod.double()
+        self.log_sigmas = ((1 - kept) / kept).sqrt().log()
+
+    def forward(self, scaled: Tensor, timestep: Tensor) -> Any:
+        at = timestep.double().clamp(0, len(self.log_sigmas) - 1)
+        low = at.floor().long().clamp(max=len(self.log_sigmas) - 2)
+        sigma = self.log_sigmas[low].lerp(self.log_sigmas[low + 1], at - low).exp().float()
+        x = scaled * (1 + sigma**2).sqrt()
+        denoised = self.net(x, sigma, self.labels[: len(x)])
+        return SimpleNamespace(sample=(x - denoised) / sigma)
+
+
+class NoVAE(ModelMixin, ConfigMixin):
+    """Latents that are pixels."""
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(self, scaling_factor: float = 1.0) -> None:
+        super().__init__()
+        self.nothing = torch.nn.Parameter(torch.zeros(()))  # a pipeline asks where its parts lie
+
+    def decode(self, latents: Tensor) -> Any:
+        return SimpleNamespace(sample=latents)
+
+
+@click.command(help=__doc__)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True)
+@click.option("--steps", type=click.IntRange(min=2), default=7, show_default=True)
+@click.option("--num", type=click.IntRange(min=2), default=64, show_default=True)
+@click.option("--w_stiff", default=0.4, show_default=True, help="Of the published form.")
+@click.option("--w_con", default=0.5, show_default=True, help="Of the published form.")
+def main(out: Path, steps: int, num: int, w_stiff: float, w_con: float) -> None:
+    check_writable(out)
+    unet = DigitUNet(count=num)
+    pipe: Any = LDMPipeline(NoVAE(), unet, ERKGuidHeunScheduler(use_karras_sigmas=True))
+    pipe.set_progress_bar_config(disable=True)
+    unet.know(pipe.scheduler)
+
+    def sampled(num_steps: int, **settings: Any) -> np.ndarray:
+        pipe.scheduler = ERKGuidHeunScheduler.from_config(pipe.scheduler.config, **settings)
+        same_noise = torch.Generator().manual_seed(0)
+        made = pipe(num, generator=same_noise, num_inference_steps=num_steps, output_type="np")
+        return np.asarray(made.images)[..., 0]
+
+    fine = sampled(FINE_STEPS, w_stiff=0.0)
+    panels = []
+    for title, num_steps, settings in (
+        ("Plain Heun", steps, {"w_stiff": 0.0}),
+        ("ERK-Guid", steps, {"w_stiff": w_stiff, "w_con": w_con}),
+        ("ERK-Guid, auto", steps, {"w_stiff": "auto"}),
+        ("Fine solution", FINE_STEPS, {"w_stiff": 0.0}),
+    ):
+        made = fine if num_steps == FINE_STEPS else sampled(num_steps, **settings)
+        apart = np.linalg.norm((made - fine).reshape(num, -1), axis=1)
+        lines = [f"{num_steps} steps, {2 * num_steps - 1} network calls"]
+        lines.append(", ".join(f"{k} {v}" for k, v in settings.items()))
+        if made is not fine:
+            error = apart.std(ddof=1) / num**0.5
+            lines.append(f"distance {apart.mean():.2f} ± {error:.2f}")
+            click.echo(f"{title}, {', '.join(lines)}")
+        images = [Image.fromarray((255 * image).round().astype(np.uint8)) for image in made]
+        panels.append(Panel(tile(images[:SHOWN], columns=4, scale=2), title, lines))
+    save_picture(out, figure(panels))
+    click.echo(f"Picture: {out}")
+
+
+if __name__ == "__main__":
+    main()
