@@ -8,6 +8,8 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+__all__ = ["karras_sigmas", "logsnr_sigmas", "make_sigmas", "time_uniform_sigmas"]
+
 
 def karras_sigmas(
     num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80, rho: float = 7

@@ -26,6 +26,11 @@ from erk_guid.multistep import DEIS, IPNDM, IPNDMV, DPMpp, Modal, UniPC
 from erk_guid.steps import EulerStep, HeunStep, Step, StepResult, evaluate
 from erk_guid.weights import modal_weights
 
+__all__ = [
+    "DEIS", "DPM2", "IPNDM", "IPNDMV", "SOLVERS", "DPMpp", "Euler", "Heun", "Modal", "Solver",
+    "UniPC", "make_solver",
+]  # fmt: skip
+
 
 @runtime_checkable
 class Solver(Protocol):
