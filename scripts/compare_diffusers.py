@@ -75,7 +75,7 @@ class NoVAE(ModelMixin, ConfigMixin):
 
 @click.command(help=__doc__)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True)
-@click.option("--steps", type=click.IntRange(min=2), default=7, show_default=True)
+@click.option("--steps", type=click.IntRange(min=2), default=4, show_default=True)
 @click.option("--num", type=click.IntRange(min=2), default=64, show_default=True)
 @click.option("--w_stiff", default=0.4, show_default=True, help="Of the published form.")
 @click.option("--w_con", default=0.5, show_default=True, help="Of the published form.")

@@ -182,9 +182,16 @@ def _heading(recipe: Recipe, found: Calibration, samples: int) -> str:
             f"Its error is {chosen.ratio:.3f} ± {chosen.ratio_error:.3f} times that without "
             "guidance."
         )
+    best = next((t for t in found.trials if t.guidance.active and not t.guidance.blends), None)
+    if best is not None and g.blends:
+        lines.append(
+            f"The best of the published form: w_stiff {best.guidance.w_stiff:g}, w_con "
+            f"{best.guidance.w_con:g}, {best.ratio:.3f} ± {best.ratio_error:.3f} times (--no-auto)."
+        )
     lines += [
         f"{samples} images, {found.evaluations} network evaluations, those of the fine solution "
         f"included, whose own error is about {found.reference_error:.1%} of plain's.",
+        "Settings are ranked by the ratio plus two standard errors.",
         "What was measured is fidelity to the ODE, not how images look or score.",
     ]
     if found.reference_error > REFERENCE_ERROR:
