@@ -93,9 +93,8 @@ def plot(calibration: Calibration, title: str) -> bytes:
         if trial.guidance.blends:
             curves.append(Curve("auto", ends, [trial.ratio] * 2, [trial.ratio_error] * 2))
     curves.append(Curve("no guidance", ends, [1.0, 1.0], [0.0, 0.0], plain=True))
-    few = min(trial.samples for trial in calibration.trials)
     return draw(
-        f"{title}\n(with error bars: on {full} images, without: on {few})", curves, "w_stiff",
+        f"{title}\n(with error bars: on {full} images, without: on fewer)", curves, "w_stiff",
         f"error ({calibration.objective}) over plain's", log_x=True, wanted_by="the plot",
         x_ticks=TICKS,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import click
 import torch
 
 from erk_guid.cli.common import Names, SeedList, reporting_errors
-from erk_guid.cli.sampler import preset_fields
+from erk_guid.cli.sampler import chosen_options, preset_fields
 from erk_guid.errors import MissingExtraError
 from erk_guid.files import check_writable
 from erk_guid.recipe import Recipe
@@ -31,13 +31,7 @@ RECORDED = (
 
 
 @click.command()
-@click.option("--net", metavar="PATH|URL", help="Network: .pkl, .safetensors, URL or preset name.")
-@click.option("--preset", metavar="STR", help="Published model with its guiding network.")
-@click.option("--gnet", metavar="PATH|URL", help="Guiding network.")
-@click.option("--guidance", metavar="FLOAT", type=float, help="Strength of model guidance.")
-@click.option(
-    "--class", "class_idx", metavar="INT", type=click.IntRange(min=0), help="This class only."
-)
+@chosen_options("net", "preset", "gnet", "guidance", "class_idx")
 @click.option(
     "--problem",
     "problem_name",
@@ -79,21 +73,7 @@ RECORDED = (
     show_default=True,
     help="Evaluations of the solution that stands for the exact one.",
 )
-@click.option(
-    "--batch",
-    metavar="INT",
-    type=click.IntRange(min=1),
-    default=Recipe.batch,
-    show_default=True,
-    help="Images at a time.",
-)
-@click.option("--sigma_min", metavar="FLOAT", type=float, default=0.002, show_default=True)
-@click.option("--sigma_max", metavar="FLOAT", type=float, default=80.0, show_default=True)
-@click.option("--device", metavar="STR", help="cuda, mps or cpu.  [default: the best present]")
-@click.option(
-    "--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True
-)
-@click.option("--trust-pickle", is_flag=True, help="Run the code inside a .pkl.")
+@chosen_options("batch", "sigma_min", "sigma_max", "device", "dtype", "trust_pickle")
 @click.option(
     "--outdir",
     type=click.Path(file_okay=False, path_type=Path),
