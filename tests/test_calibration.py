@@ -28,7 +28,7 @@ from erk_guid.errors import ErkGuidError
 from erk_guid.generation import draw
 from erk_guid.mixtures import tree_mixture
 from erk_guid.runtime import SeededNoise
-from erk_guid.solvers import DEIS
+from erk_guid.solvers import DEIS, Heun
 
 TREE = tree_mixture()
 SIGMAS = karras_sigmas(7, sigma_max=5.0)
@@ -101,6 +101,36 @@ def test_the_standard_error_is_that_of_the_ratio() -> None:
         trials.values = {Guidance(): plain[k], setting: guided[k]}
         spreads.append(trials.trial(setting).ratio_error)
     assert np.mean(spreads) == pytest.approx(float(ratios.std()), rel=0.1)
+
+
+def test_luck_and_scatter_are_charged() -> None:
+    """The setting with the lesser mean, which one sample in ten ruins, does not come first."""
+    plain = torch.ones(50, dtype=torch.float64)
+    lucky = torch.where(torch.arange(50) % 10 == 0, 3.0, 0.5).double()
+    task = search.Task(TREE, torch.empty(50, 1), None, SIGMAS, 8)
+    trials = search._Trials(task, (), torch.empty(0), "end")
+    trials.values = {Guidance(): plain, Guidance(1.0): lucky, Guidance(0.5): 0.8 * plain}
+    assert float(lucky.mean()) < 0.8
+    # 0.8, then 0.75 + 2 * 0.107, then 1.
+    assert [t.guidance.w_stiff for t in trials.all_of()] == [0.5, 1.0, 0.0]
+
+
+def test_a_coarse_reference_is_refined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "REFERENCE_EVALUATIONS", 1)
+    monkeypatch.setattr(search, "REFERENCE_SUBSTEPS", 1)
+    x = starts(8, 0)
+    refined = calibrate(TREE, x, SIGMAS, auto=False)
+    monkeypatch.setattr(search, "REFINEMENTS", 0)
+    coarse = calibrate(TREE, x, SIGMAS, auto=False)
+    assert coarse.reference_error > search.REFERENCE_ERROR
+    assert refined.reference_error < coarse.reference_error / 3
+    # What it says of itself is so.
+    error = Judge(x)
+    monkeypatch.setattr(search, "FEWEST", 8)
+    task = search.Task(TREE, x, None, SIGMAS[:-1], 8)
+    path, said = search._reference(task, Heun().plan(SIGMAS[:-1].tolist()))
+    true = float((path[-1] - error.end).norm(dim=1).mean() / error(Guidance()).mean())
+    assert said == pytest.approx(true, rel=0.5)
 
 
 def test_it_beats_a_grid_on_other_points() -> None:
@@ -366,10 +396,14 @@ def test_settings_that_are_not_there(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_calibrating_and_using_it(tmp_path: Path) -> None:
     done = run("calibrate", "--net=digits", "--steps=4", "--seeds=50000-50007", "--no-auto",
+               "--solver=dpm2", "--r=0.6", "--sigma_max=60",
                f"--outdir={tmp_path / 'cal'}")  # fmt: skip
     assert done.exit_code == 0, done.output
     settings = read_settings(tmp_path / "cal" / "settings.json")
-    assert settings.made_for["num_steps"] == 4
+    assert settings.made_for == {
+        "solver": "dpm2", "order": None, "r": 0.6, "deis_mode": None, "num_steps": 4,
+        "sigma_min": 0.002, "sigma_max": 60, "rho": 7, "schedule": "polynomial",
+    }  # fmt: skip
     assert settings.measured["seeds"] == "50000-50007"
     with open(tmp_path / "cal" / "trials.csv", newline="") as file:
         rows = list(csv.DictReader(file))
