@@ -195,7 +195,7 @@ def _walk(
 
 def _apart(rows: _Rows, ends: Tensor) -> Tensor:
     """Distances from `ends` [N, ...], [settings, N], float64 on the CPU."""
-    apart = norm(rows.x - ends[rows.owner]).double().cpu()
+    apart = norm(rows.x - ends[rows.owner]).cpu().double()
     row, setting = rows.walks.cpu().nonzero(as_tuple=True)
     values = torch.empty(rows.walks.shape[1], len(ends), dtype=torch.float64)
     values[setting, rows.owner.cpu()[row]] = apart[row]

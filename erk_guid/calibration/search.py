@@ -377,7 +377,7 @@ def _search(
         best = min(thresholds, key=lambda w_con: valleys[w_con].score)
         if valleys[best].inside:
             break
-        ladder[best].append(valleys[best].place)
+        ladder[best].append(_rounded(valleys[best].place))
 
     # What that says is best at each threshold, on more; and the best of those on all of them.
     first = [setting(_rounded(valleys[w_con].place), w_con) for w_con in thresholds]
