@@ -5,13 +5,21 @@ BIN = $(VENV)/bin
 # pip's own notice of newer versions and caches of other users are noise here.
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint bench report clean
+# A process for each core, each with one thread: two that want both cores wait for each other.
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+.PHONY: demo test test-slow lint bench report clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m erk_guid demo --outdir output/demo
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+# The rest of the tests: processes, kills and resumes, the wheel, the shipped model at length.
+test-slow: $(VENV)/.installed-dev
+	$(PYTEST) -m slow
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
