@@ -69,6 +69,7 @@ def sample(
     predict_x0: bool | None = None,
     variant: str | None = None,
     lower_order_final: bool | None = None,
+    flow: bool | None = None,
 ) -> Tensor:
     """Integrate the probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma.
 
@@ -80,9 +81,8 @@ def sample(
         sigmas: noise levels, [M >= 2], strictly decreasing. A trailing 0 is reached by an
             Euler step; without one the sampler stops at the last level.
         solver: "heun", "euler", "dpm2", "deis", "ipndm", "ipndm_v", "dpmpp", "unipc" or
-            "modal"; or a
-            solver with its options (`erk_guid.solvers`), or one step (`erk_guid.Step`) that is
-            taken again and again.
+            "modal"; or a solver with its options (`erk_guid.solvers`), or one step
+            (`erk_guid.Step`) that is taken again and again.
         guidance: ERK guidance, or None for the plain solver. With ``w_stiff=0`` the result is
             that of the plain solver, bit for bit. Costs no evaluation of the denoiser.
         callback: called with a `StepInfo` after each step.
@@ -95,6 +95,8 @@ def sample(
         predict_x0: whether dpmpp and unipc combine denoised images, or noise.
         variant: unipc's "bh1" or "bh2".
         lower_order_final: whether dpmpp and unipc lower the order near the end.
+        flow: heun and modal: whether the denoiser is a flow-matching one, x being (1 - t) clean
+            + t noise, and `sigmas` the times t from 1 down; see `erk_guid.flow`.
             An option that is None is left at the solver's own default; the solver's class in
             `erk_guid.solvers` says which that is.
 
@@ -117,7 +119,7 @@ def sample(
         )
     options = {
         "order": order, "r": r, "deis_mode": deis_mode, "predict_x0": predict_x0,
-        "variant": variant, "lower_order_final": lower_order_final,
+        "variant": variant, "lower_order_final": lower_order_final, "flow": flow,
     }  # fmt: skip
     if isinstance(solver, str):
         solver = make_solver(solver, **options)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from erk_guid.auto import Blend
 from erk_guid.denoisers import Denoiser
+from erk_guid.flow import check_times
 from erk_guid.guidance import Guidance, Pair, norm
 from erk_guid.multistep import DEIS, IPNDM, IPNDMV, DPMpp, Modal, UniPC
 from erk_guid.steps import EulerStep, HeunStep, Step, StepResult, evaluate
@@ -65,12 +66,21 @@ class Euler:
 
 @dataclass(frozen=True)
 class Heun:
-    """Order 2, two evaluations a step; the pair comes from the step before."""
+    """Order 2, two evaluations a step; the pair comes from the step before.
 
+    Args:
+        flow: the model is a flow-matching one, and levels are times: see `erk_guid.flow`. The
+            parameter-free form has to know.
+    """
+
+    flow: bool = False
     has_pair = True
     blends = True
 
     def plan(self, levels: Sequence[float]) -> list[Step]:
+        if self.flow:
+            check_times(levels)
+            return [HeunStep(times=(s, t)) for s, t in pairwise(levels)]
         return [HeunStep(modal_weights((t, s), s, t)[0]) for s, t in pairwise(levels)]
 
 
@@ -154,7 +164,9 @@ def make_solver(name: str, **options: Any) -> Solver:
         if value is None:
             continue
         if option not in known:
-            takes = f"it takes {', '.join(known)}" if known else "it takes no options"
+            # flow is for programs: the command lines, where this is read, sample EDM's networks.
+            listed = ", ".join(name for name in known if name != "flow")
+            takes = f"it takes {listed}" if listed else "it takes no options"
             raise ValueError(f"the solver {name!r} has no option {option!r}; {takes}")
         fields[OPTION_NAMES.get(option, option)] = value
     solver: Solver = kind(**fields)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from erk_guid.auto import Answer, Embedded
 from erk_guid.denoisers import Denoiser
+from erk_guid.flow import FlowAnswer
 from erk_guid.guidance import Pair, norm
 
 
@@ -120,14 +121,17 @@ class HeunStep:
     Args:
         quadrature: what the parameter-free form gives the denoised image at sigma_next, see
             `erk_guid.auto`; None if that form is not wanted. `erk_guid.solvers.Heun` fills it in.
+        times: of a flow-matching model, where the step begins and ends, see `erk_guid.flow`; in
+            place of `quadrature`.
     """
 
     quadrature: float | None = None
+    times: tuple[float, float] | None = None
     has_pair = True
 
     @property
     def blends(self) -> bool:
-        return self.quadrature is not None
+        return self.quadrature is not None or self.times is not None
 
     def __call__(
         self,
@@ -149,8 +153,10 @@ class HeunStep:
         pair = None
         if state is not None:
             pair = Pair(x, state.x_low, f, state.f_low, sigma - sigma_next)
-        embedded = None
-        if self.quadrature is not None:
+        embedded: Embedded | None = None
+        if self.times is not None:
+            embedded = FlowAnswer(x, x_low, f, f_low, *self.times, pair)
+        elif self.quadrature is not None:
             embedded = Answer(x_low, f, f_low, sigma, sigma_next, self.quadrature, pair)
         result = StepResult(x_high, denoised, f, 2, pair, lambda: norm(x_high - x_low), embedded)
         return result, Companion(x_low, f_low)

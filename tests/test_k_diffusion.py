@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 import types
 from itertools import pairwise
@@ -113,6 +114,72 @@ def test_schedules_may_be_split() -> None:
         assert torch.equal(function(model, model.start, sigmas[:1], **options), model.start)
 
 
+TREE = oracle("tree5")[0]
+
+
+def flow_model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """The 2-D tree, for x = (1 - t) clean + t noise."""
+    time = t[0].double()
+    rest = (1 - time).clamp_min(1e-9)
+    return TREE(x.double() / rest, time / rest).to(x.dtype)
+
+
+TIMES = torch.tensor([1.0, 0.9, 0.75, 0.55, 0.3, 0.1, 0.02], dtype=torch.float64)
+
+
+def flow_noise(dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(
+        40, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ).to(dtype)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["heun", "modal"])
+def test_flow_models_are_seen_as_data_plus_noise(name: str) -> None:
+    # Divided by 1 - t it is our own problem; the start, where sigma is infinite, is left out.
+    times, x = TIMES[1:], flow_noise()
+    heard: list[dict[str, Any]] = []
+    function = {"heun": sample_erk_heun, "modal": sample_modal}[name]
+    found = function(flow_model, x, times, flow=True, disable=True, callback=heard.append)
+    guidance = erk_guid.Guidance.auto() if name == "heun" else None
+    expected = erk_guid.sample(
+        TREE, x / (1 - times[0]), times / (1 - times), solver=name, guidance=guidance
+    )
+    torch.testing.assert_close(found, expected * (1 - times[-1]), rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="'deis' has no option 'flow'"):
+        erk_guid.sample(TREE, x, times, solver="deis", flow=True)
+    # The callback is told of x and times as the caller knows them.
+    assert [float(note["sigma"]) for note in heard] == times[:-1].tolist()
+    torch.testing.assert_close(heard[0]["x"], x)
+    torch.testing.assert_close(heard[2]["denoised"], flow_model(heard[2]["x"], times[2:3]),
+                               rtol=0.05, atol=0.05)  # fmt: skip
+
+
+def test_from_pure_noise_and_in_half_precision() -> None:
+    fine = sample_erk_heun(
+        flow_model, flow_noise(), torch.linspace(1, 0.02, 800).double(), w_stiff=0, disable=True
+    )
+
+    def error(found: torch.Tensor) -> float:
+        return float((found.double() - fine).norm(dim=1).mean())
+
+    plain = error(sample_erk_heun(flow_model, flow_noise(), TIMES, w_stiff=0, disable=True))
+    for function in (sample_erk_heun, sample_modal):
+        for dtype, factor in ((torch.float64, 0.8), (torch.float32, 0.8), (torch.float16, 1.0)):
+            found = function(flow_model, flow_noise(dtype), TIMES, flow=True, disable=True)
+            assert found.dtype == dtype
+            assert error(found) < factor * plain
+
+
+@pytest.mark.parametrize("settings", [{"w_stiff": 0}, {"w_stiff": 0.5, "w_con": 0.1}])
+def test_the_published_form_needs_not_know(settings: dict[str, Any]) -> None:
+    for function in FUNCTIONS.values():
+        told, not_told = (
+            function(flow_model, flow_noise(), TIMES, flow=flow, disable=True, **settings)
+            for flow in (True, False)
+        )
+        assert torch.equal(told, not_told)
+
+
 def test_what_does_not_go_is_refused() -> None:
     model, sigmas = Wrapped(), erk_guid.karras_sigmas(4)
     for function in FUNCTIONS.values():
@@ -166,14 +233,52 @@ def test_the_comfyui_node(monkeypatch: pytest.MonkeyPatch) -> None:
     node = module.NODE_CLASS_MAPPINGS["ERKGuidSampler"]
     assert set(module.NODE_DISPLAY_NAME_MAPPINGS) == set(module.NODE_CLASS_MAPPINGS)
     assert node.RETURN_TYPES == ("SAMPLER",)
-    required = node.INPUT_TYPES()["required"]
+    required, optional = (node.INPUT_TYPES()[kind] for kind in ("required", "optional"))
     assert [required[name][0] for name in ("w_stiff", "w_con")] == ["FLOAT", "FLOAT"]
+    # Every input has its default, which is that of the method ComfyUI calls.
+    defaults = {name: options["default"] for name, (_, options) in optional.items()}
+    parameters = inspect.signature(getattr(node, node.FUNCTION)).parameters
+    assert defaults == {name: parameters[name].default for name in list(parameters)[3:]}
     model, sigmas = Wrapped(), erk_guid.karras_sigmas(5)
     guided = {"published": erk_guid.Guidance(0.5, 0.2), "auto": erk_guid.Guidance.auto()}
-    for form in node.INPUT_TYPES()["optional"]["form"][0]:
+    for form in optional["form"][0]:
         (sampler,) = getattr(node(), node.FUNCTION)(0.5, 0.2, form=form)
         expected = erk_guid.sample(model.denoiser, model.start, sigmas, guidance=guided[form])
         assert torch.equal(sampler.sample(model, model.start, sigmas), expected)
-    for solver in node.INPUT_TYPES()["optional"]["solver"][0]:
+    (sampler,) = node().get_sampler(0.5, 0.2, form="published", gate="step", bound=0.1)
+    limited = erk_guid.Guidance(0.5, 0.2, bound=0.1, gate="step")
+    expected = erk_guid.sample(model.denoiser, model.start, sigmas, guidance=limited)
+    assert torch.equal(sampler.sample(model, model.start, sigmas), expected)
+    for solver in optional["solver"][0]:
         (sampler,) = node().get_sampler(0.5, 0.2, solver=solver)
         assert sampler.sample(model, model.start, sigmas).isfinite().all()
+    with pytest.raises(ValueError, match="gate must be"):
+        node().get_sampler(0.5, 0.2, form="published", gate="steps")
+
+    # ComfyUI's way to say that a model is a flow-matching one.
+    sampling = types.ModuleType("comfy.model_sampling")
+    sampling.CONST = type("CONST", (), {})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "comfy.model_sampling", sampling)
+
+    class Flow:
+        """As deep as ComfyUI wraps them: mask, guider, model."""
+
+        def __init__(self, kind: type) -> None:
+            network = types.SimpleNamespace(model_sampling=type("Sampling", (kind,), {})())
+            self.inner_model = types.SimpleNamespace(inner_model=network)
+
+        def __call__(self, x: torch.Tensor, t: torch.Tensor, **extra: Any) -> torch.Tensor:
+            return flow_model(x, t)
+
+    ends = {}
+    for flow in (True, False):
+        for kind in (sampling.CONST, object):  # type: ignore[attr-defined]
+            for model_type in optional["model_type"][0]:
+                told = kind is not object if model_type == "detect" else model_type == "flow"
+                if told == flow:
+                    (sampler,) = node().get_sampler(0.5, 0.2, model_type=model_type)
+                    end = sampler.sample(Flow(kind), flow_noise(), TIMES)
+                    assert torch.equal(end, ends.setdefault(flow, end))
+        expected = sample_erk_heun(flow_model, flow_noise(), TIMES, flow=flow, disable=True)
+        assert torch.equal(ends[flow], expected)
+    assert not torch.equal(ends[True], ends[False])

@@ -186,7 +186,8 @@ def calibrate(
         sigmas: the noise levels, as in `erk_guid.sample`. The step to a trailing 0 is not guided,
             and left out.
         labels: one row for each of x's, or None.
-        solver: "heun", "dpm2", "deis", or one with its options (`erk_guid.solvers`).
+        solver: "heun", "dpm2", "deis", or one with its options (`erk_guid.solvers`), such as
+            ``Heun(flow=True)`` for a flow-matching model.
         objective: "end": the distance of the end points. "steps": the errors of single steps
             from the exact solution, summed over the steps. The first also rewards a step that
             makes up for the errors of those before it.
@@ -227,7 +228,7 @@ def calibrate(
             f"no step between {len(levels)} noise levels above 0 has a pair to guide with; Heun "
             "needs three levels"
         )
-    path, reference_error = _reference(task, steps)
+    path, reference_error = _reference(task, steps, Modal(flow=getattr(solver, "flow", False)))
     trials = _Trials(task, steps, path, objective)
     others = [Guidance()]
     if auto and getattr(solver, "blends", False):
@@ -268,14 +269,14 @@ class _Counted:
         return self.denoiser(x, *rest)
 
 
-def _reference(task: Task, steps: Sequence[Step]) -> tuple[Tensor, float]:
+def _reference(task: Task, steps: Sequence[Step], solver: Solver) -> tuple[Tensor, float]:
     """The fine solution at all levels, and its own error at the end over the plain solver's.
 
     It is judged on few samples, by one of half the step length.
     """
     few = task.rows(slice(FEWEST))
     substeps = max(REFERENCE_SUBSTEPS, -(-REFERENCE_EVALUATIONS // len(steps)))
-    coarse, finer = (fine_path(few, n, Modal())[-1] for n in (substeps, 2 * substeps))
+    coarse, finer = (fine_path(few, n, solver)[-1] for n in (substeps, 2 * substeps))
     plain = float(distances(few, steps, [Guidance()], finer).values.mean())
     if not math.isfinite(plain):
         raise ValueError("the plain solver does not end at finite values; look at the denoiser")
@@ -284,8 +285,8 @@ def _reference(task: Task, steps: Sequence[Step]) -> tuple[Tensor, float]:
         if error <= REFERENCE_ERROR * plain or refinement == REFINEMENTS:
             break
         substeps *= 2
-        coarse, finer = finer, fine_path(few, 2 * substeps, Modal())[-1]
-    return fine_path(task, substeps, Modal()), error / plain if plain else 0.0
+        coarse, finer = finer, fine_path(few, 2 * substeps, solver)[-1]
+    return fine_path(task, substeps, solver), error / plain if plain else 0.0
 
 
 @dataclass

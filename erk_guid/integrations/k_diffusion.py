@@ -7,7 +7,8 @@
 ``model(x, sigma, **extra_args)`` returns the denoised x for sigma [N]; `x` comes in already scaled
 by ``sigmas[0]``; a trailing 0 is reached by an Euler step. The lists of noise levels may begin or
 end anywhere. Flow-matching models work too where, as in ComfyUI, the wrapped model returns the
-denoised x, for the drift is then the same.
+denoised x, for the drift is then the same; say ``flow=True``, for what supposes Gaussian modes
+(the parameter-free form of Heun, and the modal solver) goes wrong otherwise.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from erk_guid.guidance import AUTO, GATES, Guidance
 from erk_guid.sampling import StepInfo, sample
+from erk_guid.solvers import DPM2, Heun, Modal, Solver
 
 __all__ = ["sample_erk_dpm_2", "sample_erk_heun", "sample_modal"]
 
@@ -29,7 +31,7 @@ StepCallback = Callable[[dict[str, Any]], object]
 
 
 def _run(
-    solver: str,
+    solver: Solver,
     guidance: Guidance,
     model: Model,
     x: Tensor,
@@ -37,7 +39,7 @@ def _run(
     extra_args: Mapping[str, Any] | None,
     callback: StepCallback | None,
     disable: bool | None,
-    s_churn: float,
+    s_churn: float = 0.0,
 ) -> Tensor:
     from tqdm.auto import tqdm
 
@@ -51,7 +53,7 @@ def _run(
     extra = dict(extra_args or {})
     ones = x.new_ones([x.shape[0]])
 
-    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+    def denoiser(x: Tensor, sigma: Tensor, /) -> Tensor:
         return model(x, sigma * ones, **extra)
 
     with tqdm(total=len(sigmas) - 1, disable=disable) as bar:
@@ -85,6 +87,7 @@ def sample_erk_heun(
     w_con: float = 0.5,
     bound: float | None = None,
     gate: str = GATES[0],
+    flow: bool = False,
 ) -> Tensor:
     """k-diffusion's ``sample_heun`` with ERK guidance; two evaluations a step.
 
@@ -97,6 +100,8 @@ def sample_erk_heun(
         disable: switches the progress bar off.
         s_churn: must be 0. s_tmin, s_tmax and s_noise belong to it.
         w_stiff, w_con, bound, gate: see `Guidance`; "auto" is the parameter-free form.
+        flow: whether the model is a flow-matching one: x is (1 - t) clean + t noise, and `sigmas`
+            are times t. See `erk_guid.flow` for what that changes.
 
     Returns:
         x at ``sigmas[-1]``.
@@ -106,7 +111,7 @@ def sample_erk_heun(
     """
     del s_tmin, s_tmax, s_noise
     guidance = Guidance.of(w_stiff, w_con, bound, gate)
-    return _run("heun", guidance, model, x, sigmas, extra_args, callback, disable, s_churn)
+    return _run(Heun(flow), guidance, model, x, sigmas, extra_args, callback, disable, s_churn)
 
 
 @torch.no_grad()
@@ -126,11 +131,16 @@ def sample_erk_dpm_2(
     w_con: float = 0.5,
     bound: float | None = None,
     gate: str = GATES[0],
+    flow: bool = False,
 ) -> Tensor:
-    """k-diffusion's ``sample_dpm_2`` with ERK guidance; arguments as `sample_erk_heun`'s."""
-    del s_tmin, s_tmax, s_noise
+    """k-diffusion's ``sample_dpm_2`` with ERK guidance; arguments as `sample_erk_heun`'s.
+
+    `flow` is accepted, but changes nothing here: the two solutions of a step are blended as well
+    in a flow's time as in sigma.
+    """
+    del s_tmin, s_tmax, s_noise, flow
     guidance = Guidance.of(w_stiff, w_con, bound, gate)
-    return _run("dpm2", guidance, model, x, sigmas, extra_args, callback, disable, s_churn)
+    return _run(DPM2(), guidance, model, x, sigmas, extra_args, callback, disable, s_churn)
 
 
 @torch.no_grad()
@@ -141,9 +151,11 @@ def sample_modal(
     extra_args: Mapping[str, Any] | None = None,
     callback: StepCallback | None = None,
     disable: bool | None = None,
+    *,
+    flow: bool = False,
 ) -> Tensor:
     """The modal solver (`erk_guid.multistep.Modal`), one evaluation a step, no guidance.
 
     Arguments as `sample_erk_heun`'s.
     """
-    return _run("modal", Guidance(), model, x, sigmas, extra_args, callback, disable, 0.0)
+    return _run(Modal(flow=flow), Guidance(), model, x, sigmas, extra_args, callback, disable)

@@ -10,12 +10,51 @@ The node appears under sampling / custom_sampling / samplers as "ERK-Guid sample
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
+from erk_guid.guidance import AUTO, GATES, Guidance
 from erk_guid.integrations.k_diffusion import sample_erk_dpm_2, sample_erk_heun, sample_modal
 
 SOLVERS = {"heun": sample_erk_heun, "dpm_2": sample_erk_dpm_2, "modal": sample_modal}
-FORMS = ("auto", "published")
+FORMS = (AUTO, "published")
+MODEL_TYPES = ("detect", "sigma", "flow")
+"""What the model's x is: clean plus sigma noise, or (1 - t) clean + t noise."""
+
+
+def sample_in_comfyui(
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: Mapping[str, Any] | None = None,
+    callback: Callable[[dict[str, Any]], object] | None = None,
+    disable: bool | None = None,
+    *,
+    solver: str,
+    model_type: str,
+    guidance: Mapping[str, Any],
+) -> Tensor:
+    """One of `SOLVERS`, once it is known what the model's x is.
+
+    Args:
+        model, x, sigmas, extra_args, callback, disable: as ComfyUI's KSAMPLER calls samplers.
+        solver: a name of `SOLVERS`.
+        model_type: one of `MODEL_TYPES`.
+        guidance: w_stiff, w_con, bound and gate, for the solvers that take them.
+    """
+    flow = is_flow(model) if model_type == "detect" else model_type == "flow"
+    options = {} if solver == "modal" else guidance
+    return SOLVERS[solver](model, x, sigmas, extra_args, callback, disable, flow=flow, **options)
+
+
+def is_flow(model: Any) -> bool:
+    """Whether ComfyUI samples the model by flow matching: its model_sampling is a CONST then."""
+    kind = getattr(sys.modules.get("comfy.model_sampling"), "CONST", None)
+    inner = getattr(getattr(model, "inner_model", None), "inner_model", None)
+    return kind is not None and isinstance(getattr(inner, "model_sampling", None), kind)
 
 
 class ERKGuidSampler:
@@ -25,34 +64,67 @@ class ERKGuidSampler:
     RETURN_TYPES = ("SAMPLER",)
     FUNCTION = "get_sampler"
     DESCRIPTION = (
-        "ERK-Guid. 'auto' is the parameter-free form and ignores w_stiff and w_con; 'published' "
-        "is the paper's, with w_con in units of 1/sigma. The modal solver takes no guidance."
+        "ERK-Guid. 'auto' is the parameter-free form and ignores the numbers and the gate; "
+        "'published' is the paper's. The modal solver takes no guidance."
     )
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 (ComfyUI's name)
         """ComfyUI's description of the inputs."""
+
+        def number(default: float, largest: float, tooltip: str) -> tuple[str, dict[str, Any]]:
+            return "FLOAT", {
+                "default": default, "min": 0.0, "max": largest, "step": 0.01, "tooltip": tooltip,
+            }  # fmt: skip
+
         return {
             "required": {
-                "w_stiff": ("FLOAT", {"default": 0.5, "min": 0.0, "max": 10.0, "step": 0.01}),
-                "w_con": ("FLOAT", {"default": 0.5, "min": 0.0, "max": 100.0, "step": 0.01}),
+                "w_stiff": number(0.5, 10.0, "Strength of the published form."),
+                "w_con": number(
+                    0.5, 100.0, "The published form acts where the gate's quantity exceeds this."
+                ),
             },
             "optional": {
                 "form": (list(FORMS), {"default": FORMS[0]}),
                 "solver": (list(SOLVERS), {"default": "heun"}),
+                "gate": (
+                    list(GATES),
+                    {
+                        "default": GATES[0],
+                        "tooltip": "What w_con is compared with: the stiffness, in units of "
+                        "1/sigma, as published; or that times the step, which has no unit and "
+                        "is what to take for flow models.",
+                    },
+                ),
+                "bound": number(
+                    0.0, 10.0,
+                    "Limits the published correction to this share of what the step's two "
+                    "solutions differ by; 0: no limit.",
+                ),
+                "model_type": (list(MODEL_TYPES), {"default": MODEL_TYPES[0]}),
             },
-        }
+        }  # fmt: skip
 
     def get_sampler(
-        self, w_stiff: float, w_con: float, form: str = FORMS[0], solver: str = "heun"
+        self,
+        w_stiff: float,
+        w_con: float,
+        form: str = FORMS[0],
+        solver: str = "heun",
+        gate: str = GATES[0],
+        bound: float = 0.0,
+        model_type: str = MODEL_TYPES[0],
     ) -> tuple[Any]:
         """The sampler, for ComfyUI to call."""
         import comfy.samplers  # there when ComfyUI calls this, and nowhere else
 
-        options: dict[str, Any] = {}
-        if solver != "modal":
-            options = {"w_stiff": "auto" if form == "auto" else w_stiff, "w_con": w_con}
-        return (comfy.samplers.KSAMPLER(SOLVERS[solver], options),)
+        guidance: dict[str, Any] = {
+            "w_stiff": AUTO if form == AUTO else w_stiff, "w_con": w_con,
+            "bound": bound or None, "gate": gate,
+        }  # fmt: skip
+        Guidance.of(**guidance)  # complain at the node, not in mid-run
+        options = {"solver": solver, "model_type": model_type, "guidance": guidance}
+        return (comfy.samplers.KSAMPLER(sample_in_comfyui, options),)
 
 
 NODE_CLASS_MAPPINGS = {"ERKGuidSampler": ERKGuidSampler}
