@@ -13,6 +13,7 @@ from diffusers import FlowMatchHeunDiscreteScheduler, HeunDiscreteScheduler
 
 import erk_guid
 from erk_guid.integrations.diffusers import ERKGuidHeunScheduler, FlowMatchERKGuidHeunScheduler
+from erk_guid.integrations.k_diffusion import sample_erk_heun
 
 Scheduler = Any
 GUIDED = [{"w_stiff": "auto"}, {"w_stiff": 0.5, "w_con": 0.1}, {"w_stiff": 2.0, "bound": 0.2}]
@@ -112,6 +113,42 @@ def test_guided_flow_matching_is_our_sampler(settings: dict[str, Any]) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("settings", GUIDED[1:])
+def test_published_guidance_of_flow_matching_is_our_sampler(settings: dict[str, Any]) -> None:
+    # The ODE dx/dt = (x - D) / t is ours with t for sigma, from pure noise on.
+    scheduler = FlowMatchERKGuidHeunScheduler(shift=3.0, **settings)
+    scheduler.set_timesteps(8)
+    network = Network(flow=True)
+    found = run(scheduler, network, noise())
+
+    def denoised(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return x - t * network(x, t)
+
+    times = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1::2]])
+    full = {"w_con": 0.5, "bound": None, **settings}
+    guidance = erk_guid.Guidance.of(full["w_stiff"], full["w_con"], full["bound"])
+    expected = erk_guid.sample(denoised, noise(), times, guidance=guidance)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    plain = erk_guid.sample(denoised, noise(), times)
+    assert (expected - plain).abs().max() > 20 * (found - expected).abs().max()
+
+
+def test_the_k_diffusion_adapter_does_the_same_to_flow_models() -> None:
+    scheduler = FlowMatchERKGuidHeunScheduler(shift=3.0)
+    scheduler.set_timesteps(8)
+    network = Network(flow=True)
+    found = run(scheduler, network, noise())
+
+    def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return x - t[0] * network(x, t[0])
+
+    times = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1::2]])
+    same = sample_erk_heun(model, noise(), times, flow=True, disable=True)
+    torch.testing.assert_close(same, found, rtol=1e-4, atol=1e-4)
+    other = sample_erk_heun(model, noise(), times, disable=True)
+    assert (other - found).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("settings", GUIDED)
 def test_flow_matching_from_pure_noise(settings: dict[str, Any]) -> None:
     # t = 1 is sigma = infinity; and guidance must not do harm where a finer run is known.
@@ -171,6 +208,41 @@ def test_a_start_in_mid_schedule_and_a_second_run() -> None:
     torch.testing.assert_close(first, expected, rtol=2e-4, atol=2e-4)
     scheduler.set_timesteps(8)  # as every pipeline call does
     assert torch.equal(run(scheduler, network, start, begin=6), first)
+
+
+ALIGNED = [14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.38, 0.234, 0.113, 0.0]
+"""AYS (Sabour et al. 2024), ten steps for SDXL."""
+
+
+def test_noise_levels_from_elsewhere() -> None:
+    scheduler = ERKGuidHeunScheduler(w_stiff=0.5, w_con=0.1, use_karras_sigmas=True)
+    scheduler.set_timesteps(sigmas=ALIGNED)
+    theirs = diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012)
+    theirs.set_timesteps(sigmas=ALIGNED)
+    torch.testing.assert_close(
+        torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1::2]]), theirs.sigmas
+    )
+    torch.testing.assert_close(
+        torch.cat([scheduler.timesteps[:1], scheduler.timesteps[1::2]]), theirs.timesteps
+    )
+    network = Network()
+    start = noise() * ALIGNED[0]
+    found = run(scheduler, network, start)
+    assert network.calls == 19
+    expected = erk_guid.sample(
+        network.denoised, start, torch.tensor(ALIGNED), guidance=erk_guid.Guidance(0.5, 0.1)
+    )
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+    # Timesteps do as in diffusers' own.
+    plain, ours = HeunDiscreteScheduler(), ERKGuidHeunScheduler()
+    for each in (plain, ours):
+        each.set_timesteps(timesteps=[999, 850, 500, 100])
+    assert torch.equal(plain.timesteps, ours.timesteps)
+    assert torch.equal(plain.sigmas, ours.sigmas)
+    with pytest.raises(ValueError, match="sigmas stand alone"):
+        scheduler.set_timesteps(10, sigmas=ALIGNED)
+    with pytest.raises(ValueError, match=r"must fall strictly, but sigmas\[1\] = 2"):
+        scheduler.set_timesteps(sigmas=[1.0, 2.0, 0.0])
 
 
 @pytest.mark.parametrize(

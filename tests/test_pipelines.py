@@ -14,6 +14,8 @@ import transformers
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
+    DDPMPipeline,
+    DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
@@ -26,8 +28,10 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    UNet2DModel,
 )
 
+import erk_guid
 from erk_guid.integrations.diffusers import ERKGuidHeunScheduler, FlowMatchERKGuidHeunScheduler
 
 
@@ -120,6 +124,34 @@ def test_stable_diffusion(
         assert found[name][0].dtype == theirs.dtype
         assert found[name][0].isfinite().all()
         assert not torch.equal(found[name][0], theirs)
+
+
+@pytest.mark.parametrize(
+    "levels", [{"sigmas": [9.0, 3.0, 1.0, 0.0]}, {"timesteps": [900, 500, 99]}]
+)
+def test_pipelines_hand_on_noise_levels(
+    stable_diffusion: dict[str, Any], levels: dict[str, Any]
+) -> None:
+    # They look at the signature of set_timesteps to see whether the scheduler takes them.
+    parts = {k: v.float() if isinstance(v, torch.nn.Module) else v
+             for k, v in stable_diffusion.items()}  # fmt: skip
+    pipe = StableDiffusionPipeline(
+        scheduler=ERKGuidHeunScheduler(), requires_safety_checker=False, **parts
+    )
+    made, calls = latents(pipe, parts["unet"], prompt="a cat", height=16, width=16, **levels)
+    assert calls == 5
+    assert made.isfinite().all()
+
+
+def test_a_saved_pipeline_comes_back(tmp_path: Path) -> None:
+    unet = UNet2DModel(
+        sample_size=8, layers_per_block=1, norm_num_groups=4, block_out_channels=(8,),
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    DDPMPipeline(unet, ERKGuidHeunScheduler(w_stiff=0.3, gate="step")).save_pretrained(tmp_path)
+    again = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(again.scheduler) is ERKGuidHeunScheduler
+    assert again.scheduler.guidance == erk_guid.Guidance(0.3, gate="step")
 
 
 def test_a_callback_that_edits_the_latents(stable_diffusion: dict[str, Any]) -> None:

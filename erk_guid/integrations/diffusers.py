@@ -19,15 +19,19 @@ pipeline's precision.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from erk_guid.auto import Answer, improve
+from erk_guid.auto import Answer
 from erk_guid.errors import MissingExtraError
+from erk_guid.flow import FlowAnswer
 from erk_guid.guidance import AUTO, GATES, Guidance, Pair, guide, norm
+from erk_guid.sampling import check_levels
 from erk_guid.weights import modal_weights
 
 try:
@@ -35,6 +39,8 @@ try:
         FlowMatchEulerDiscreteScheduler,
         FlowMatchHeunDiscreteScheduler,
         HeunDiscreteScheduler,
+        # Looked up here, by this name, where a saved pipeline with one of our schedulers is loaded.
+        SchedulerMixin,  # noqa: F401
     )
     from diffusers.configuration_utils import register_to_config
 except ImportError as error:
@@ -43,9 +49,6 @@ except ImportError as error:
 __all__ = ["ERKGuidHeunScheduler", "FlowMatchERKGuidHeunScheduler"]
 
 SETTINGS = ("w_stiff", "w_con", "bound", "gate")
-
-LARGEST_SIGMA = 1e4
-"""Stands for the infinite noise level at which flow matching begins (t = 1)."""
 
 
 @dataclass
@@ -88,6 +91,16 @@ class _Guided(ABC):
 
     def _forget(self) -> None:
         self._step = self._left = None
+
+    def _lay_out(self, levels: Tensor, times: Tensor) -> None:
+        """Begin a run over N + 1 noise levels; `times`: the timesteps of the first N."""
+        self.num_inference_steps = len(times)
+        # On the host, as diffusers has them: the loop looks at them and should not wait.
+        self.sigmas = torch.cat([levels[:1], levels[1:-1].repeat_interleave(2), levels[-1:]]).cpu()
+        self.timesteps = torch.cat([times[:1], times[1:].repeat_interleave(2)])
+        self.prev_derivative = self.dt = None
+        self._step_index = self._begin_index = None
+        self._forget()
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """As diffusers': where in the schedule a run begins."""
@@ -137,7 +150,7 @@ class _Guided(ABC):
     def _begin(
         self, found: Any, x: Tensor, sample: Tensor, sigma: Tensor, sigma_next: Tensor
     ) -> Tensor:
-        f: Tensor | None = self.prev_derivative  # type: ignore[attr-defined]
+        f: Tensor | None = self.prev_derivative
         result: Tensor = found.prev_sample
         left, self._left, self._step = self._left, None, None
         if f is None or not 0 < sigma_next < sigma:
@@ -165,7 +178,7 @@ class _Guided(ABC):
         f_low = self._drift(found, output, x_low, sigma_next)
         self._left = _Left(x_low, f_low, result)
         if guidance.blends:
-            return self._answered(step, x_low, f_low, float(sigma), float(sigma_next), result)
+            return self._answered(step, x_low, f_low, float(sigma), float(sigma_next))
         if step.pair is not None:
             spread = norm(result - x_low) if guidance.bound is not None else None
             return guide(result, step.pair, guidance, spread)[0]
@@ -182,18 +195,8 @@ class _Guided(ABC):
         """dx/dsigma at (x_low, sigma_next)."""
 
     @abstractmethod
-    def _answered(
-        self, step: _Step, x_low: Tensor, f_low: Tensor, s: float, t: float, result: Tensor
-    ) -> Tensor:
+    def _answered(self, step: _Step, x_low: Tensor, f_low: Tensor, s: float, t: float) -> Tensor:
         """The parameter-free form of the step from noise level s to t."""
-
-
-def _answer(
-    result: Tensor, x_low: Tensor, f: Tensor, f_low: Tensor, s: float, t: float, pair: Pair | None
-) -> Tensor:
-    sigma, sigma_next = (torch.tensor(v, dtype=x_low.dtype, device=x_low.device) for v in (s, t))
-    quadrature = modal_weights((t, s), s, t)[0]
-    return improve(result, Answer(x_low, f, f_low, sigma, sigma_next, quadrature, pair))[0]
 
 
 class ERKGuidHeunScheduler(_Guided, HeunDiscreteScheduler):  # type: ignore[metaclass]
@@ -241,18 +244,54 @@ class ERKGuidHeunScheduler(_Guided, HeunDiscreteScheduler):  # type: ignore[meta
             timestep_spacing=timestep_spacing, steps_offset=steps_offset,
         )  # fmt: skip
 
-    def set_timesteps(self, *args: Any, **options: Any) -> None:
-        """As diffusers' own."""
-        HeunDiscreteScheduler.set_timesteps(self, *args, **options)
-        self._forget()
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        num_train_timesteps: int | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> None:
+        """Noise levels for a run: one of the three.
+
+        Args:
+            num_inference_steps: steps N, spaced as the config says; the network is called
+                2 N - 1 times.
+            device: for the timesteps.
+            num_train_timesteps: in place of the config's.
+            timesteps: N of them.
+            sigmas: N + 1 noise levels, noise over signal, falling strictly; the last is usually
+                0. As `EulerDiscreteScheduler` takes them, which diffusers' Heun does not.
+
+        Raises:
+            ValueError: none or several are given, or the sigmas do not fall.
+        """
+        if sigmas is None:
+            HeunDiscreteScheduler.set_timesteps(
+                self, num_inference_steps, device, num_train_timesteps,
+                None if timesteps is None else list(timesteps),
+            )  # fmt: skip
+            self._forget()
+            return
+        if num_inference_steps is not None or timesteps is not None:
+            raise ValueError("sigmas stand alone: leave num_inference_steps and timesteps out")
+        levels = check_levels(torch.tensor(sigmas, dtype=torch.float64))
+        kept: Tensor = self.alphas_cumprod.double()  # type: ignore[attr-defined]
+        known = ((1 - kept) / kept).sqrt().log().numpy()
+        time_at: Any = self._sigma_to_t  # type: ignore[attr-defined]
+        times = [float(time_at(np.float64(level), known)) for level in levels[:-1]]
+        self._lay_out(
+            torch.tensor(levels, dtype=torch.float32),
+            torch.tensor(times, dtype=torch.float32, device=device),
+        )
 
     def _drift(self, found: Any, output: Tensor, x_low: Tensor, sigma_next: Tensor) -> Tensor:
         return (x_low - found.pred_original_sample) / sigma_next
 
-    def _answered(
-        self, step: _Step, x_low: Tensor, f_low: Tensor, s: float, t: float, result: Tensor
-    ) -> Tensor:
-        return _answer(result, x_low, step.f, f_low, s, t, step.pair)
+    def _answered(self, step: _Step, x_low: Tensor, f_low: Tensor, s: float, t: float) -> Tensor:
+        sigma, sigma_next = x_low.new_full((), s), x_low.new_full((), t)
+        quadrature = modal_weights((t, s), s, t)[0]
+        return Answer(x_low, step.f, f_low, sigma, sigma_next, quadrature, step.pair).solution()
 
 
 class FlowMatchERKGuidHeunScheduler(_Guided, FlowMatchHeunDiscreteScheduler):  # type: ignore[metaclass]
@@ -320,44 +359,17 @@ class FlowMatchERKGuidHeunScheduler(_Guided, FlowMatchHeunDiscreteScheduler):  #
             mu: the shift, where the config asks for dynamic shifting.
             timesteps: N of them, in place of sigmas.
         """
-        self._forget()
         asks = any(getattr(self.config, name) for name in self._SHIFTS)
         if sigmas is None and timesteps is None and mu is None and not asks:
             FlowMatchHeunDiscreteScheduler.set_timesteps(self, num_inference_steps, device)
+            self._forget()
             return
         euler = FlowMatchEulerDiscreteScheduler.from_config(self.config)
         euler.set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
-        self.num_inference_steps = euler.num_inference_steps
-        levels, times = euler.sigmas, euler.timesteps
-        self.sigmas = torch.cat([levels[:1], levels[1:-1].repeat_interleave(2), levels[-1:]])
-        self.timesteps = torch.cat([times[:1], times[1:].repeat_interleave(2)])
-        self.prev_derivative = self.dt = None
-        self._step_index = self._begin_index = None
+        self._lay_out(euler.sigmas, euler.timesteps)
 
     def _drift(self, found: Any, output: Tensor, x_low: Tensor, sigma_next: Tensor) -> Tensor:
         return output  # the network gives the drift itself
 
-    def _answered(
-        self, step: _Step, x_low: Tensor, f_low: Tensor, s: float, t: float, result: Tensor
-    ) -> Tensor:
-        # x = (1 - t) clean + t noise. Divided by 1 - t it is clean data plus sigma = t / (1 - t)
-        # times noise, where Gaussian modes look as everywhere else in this package. Euler's
-        # solution is the same point in both.
-        sigma, sigma_next = (min(v / max(1 - v, 1e-12), LARGEST_SIGMA) for v in (s, t))
-
-        def drift(x: Tensor, f: Tensor, time: float, level: float) -> Tensor:
-            return (x * (1 + level) - (x - time * f)) / level
-
-        pair = None
-        if step.pair is not None:
-            # The pair's difference scales as x does.
-            high = drift(step.x, step.f, s, sigma)
-            low = drift(step.pair.x_low, step.pair.f_low, s, sigma)
-            x_high, before = step.x * (1 + sigma), step.pair.x_low * (1 + sigma)
-            pair = Pair(x_high, before, high, low, sigma - sigma_next)
-        scale = 1 + sigma_next
-        improved = _answer(
-            result * scale, x_low * scale, drift(step.x, step.f, s, sigma),
-            drift(x_low, f_low, t, sigma_next), sigma, sigma_next, pair,
-        )  # fmt: skip
-        return improved / scale
+    def _answered(self, step: _Step, x_low: Tensor, f_low: Tensor, s: float, t: float) -> Tensor:
+        return FlowAnswer(step.x, x_low, step.f, f_low, s, t, step.pair).solution()
