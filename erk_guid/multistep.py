@@ -306,18 +306,37 @@ class PredictorCorrectorStep:
             denoised, drift = values[0], (x - values[0]) / sigma
         else:
             denoised, drift = x - sigma * values[0], values[0]
-        x_next = _combine(x, self.scale, self.predictor, values)
+        x_next = self.predict(x, values)
         if self.corrector is not None:
             found = evaluate(denoiser, x_next, sigma_next)
             evaluations += 1
-            values = (_value(found, self.predict_x0), *values)
-            predicted = x_next
-            x_next = _combine(x, self.scale, self.corrector, values)
-            if self.answer:
-                moved = torch.add(values[0], x_next - predicted, alpha=self.answer)
-                values = (moved, *values[1:])
+            x_next, values = self.correct(x, x_next, _value(found, self.predict_x0), values)
         result = StepResult(x_next, denoised, drift, evaluations)
         return result, History(values[:MAX_ORDER], x)
+
+    def predict(self, x: Tensor, values: Sequence[Tensor]) -> Tensor:
+        """The point at the end of the step where the denoiser is asked next."""
+        return _combine(x, self.scale, self.predictor, values)
+
+    def correct(
+        self, x: Tensor, predicted: Tensor, value: Tensor, values: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The end of the step by the evaluation at the predicted point, and the values to keep.
+
+        Args:
+            x: where the step begins.
+            predicted: what `predict` gave.
+            value: the evaluation there.
+            values: those before it, the newest first.
+        """
+        if self.corrector is None:
+            raise ValueError("the last step has no corrector")
+        values = (value, *values)
+        corrected = _combine(x, self.scale, self.corrector, values)
+        if self.answer:
+            moved = torch.add(value, corrected - predicted, alpha=self.answer)
+            values = (moved, *values[1:])
+        return corrected, values[:MAX_ORDER]
 
 
 @dataclass(frozen=True)
@@ -420,12 +439,12 @@ class Modal:
     def __post_init__(self) -> None:
         _check_order(self.order, MAX_ORDER, "modal")
 
-    def plan(self, levels: Sequence[float]) -> list[Step]:
+    def plan(self, levels: Sequence[float]) -> list[PredictorCorrectorStep]:
         sigmas = levels
         if self.flow:
             check_times(levels)
             sigmas = [sigma_of(t) for t in levels]
-        steps: list[Step] = []
+        steps = []
         for i, (s, t) in enumerate(pairwise(sigmas)):
             past = [sigmas[k] for k in range(i, max(i - self.order, -1), -1)]
             last = i == len(sigmas) - 2

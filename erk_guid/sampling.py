@@ -186,7 +186,7 @@ def plan_steps(solver: Solver | Step, levels: list[float]) -> list[Step]:
     positive = [level for level in levels if level > 0]
     again = len(positive) - 1
     steps = solver.plan(positive) if isinstance(solver, Solver) else [solver] * again
-    return steps if levels[-1] > 0 else [*steps, EulerStep()]
+    return [*steps] if levels[-1] > 0 else [*steps, EulerStep()]
 
 
 def _analytic_at(first: Tensor, denoiser: Denoiser) -> Denoiser:

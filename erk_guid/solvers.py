@@ -45,7 +45,7 @@ class Solver(Protocol):
     def blends(self) -> bool:
         """Whether they carry what the parameter-free form needs."""
 
-    def plan(self, levels: Sequence[float]) -> list[Step]:
+    def plan(self, levels: Sequence[float]) -> Sequence[Step]:
         """A step for each interval between the levels, which fall strictly and end above 0."""
         ...
 

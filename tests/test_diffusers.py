@@ -12,7 +12,11 @@ from conftest import oracle
 from diffusers import FlowMatchHeunDiscreteScheduler, HeunDiscreteScheduler
 
 import erk_guid
-from erk_guid.integrations.diffusers import ERKGuidHeunScheduler, FlowMatchERKGuidHeunScheduler
+from erk_guid.integrations.diffusers import (
+    ERKGuidHeunScheduler,
+    FlowMatchERKGuidHeunScheduler,
+    ModalScheduler,
+)
 from erk_guid.integrations.k_diffusion import sample_erk_heun
 
 Scheduler = Any
@@ -291,33 +295,76 @@ def test_in_bfloat16_the_pair_is_kept_in_float32() -> None:
     assert apart.max() < 0.5
 
 
-def test_an_unconditional_pipeline() -> None:
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [(ModalScheduler, {}), *((ERKGuidHeunScheduler, s) for s in ({"w_stiff": 0}, *GUIDED))],
+)
+def test_at_unit_variance_it_is_the_same_run(kind: Any, settings: dict[str, Any]) -> None:
+    network = Network()
+    plain, unit = kind(**settings), kind(**settings, unit_variance=True)
+    for scheduler in (plain, unit):
+        scheduler.set_timesteps(7)
+    x = noise() * plain.sigmas[0]
+    y = x / (1 + plain.sigmas[0] ** 2).sqrt()
+    for k, time in enumerate(plain.timesteps):
+        sigma = plain.sigmas[k]
+        scale = (1 + sigma**2).sqrt()
+        torch.testing.assert_close(y, plain.scale_model_input(x, time), rtol=1e-4, atol=1e-4)
+        assert torch.equal(unit.scale_model_input(y, time), y)
+        x = plain.step(network(x, sigma), time, x).prev_sample
+        y = unit.step(network(y * scale, sigma), time, y).prev_sample
+    torch.testing.assert_close(y, x, rtol=1e-3, atol=1e-3)
+    assert unit.init_noise_sigma == 1
+    # Image to image begins with this.
+    unit.set_timesteps(7)
+    time = unit.timesteps[2:3].repeat(6)
+    plain.set_timesteps(7)
+    noisy = plain.add_noise(noise(), noise(), time)
+    sigma = plain.sigmas[plain.index_for_timestep(time[0])]
+    torch.testing.assert_close(
+        unit.add_noise(noise(), noise(), time), noisy / (1 + sigma**2).sqrt()
+    )
+
+
+def unconditional() -> Any:
     torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(
+    return diffusers.UNet2DModel(
         sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, norm_num_groups=4,
         block_out_channels=(8, 16), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
-    images = []
-    for settings in ({"w_stiff": 0}, {"w_stiff": "auto"}):
-        pipe = diffusers.DDPMPipeline(unet, ERKGuidHeunScheduler(**settings))
-        pipe.set_progress_bar_config(disable=True)
-        calls: list[Any] = []
-        hook = unet.register_forward_hook(lambda *args, calls=calls: calls.append(args[0]))
-        made = pipe(
-            generator=torch.Generator().manual_seed(1), num_inference_steps=5, output_type="np"
-        )
-        hook.remove()
-        assert len(calls) == 9
-        images.append(torch.from_numpy(made.images))
-    # DDPMPipeline offers a generator, which diffusers' own Heun refuses: its loop by hand.
-    theirs = HeunDiscreteScheduler()
-    theirs.set_timesteps(5)
-    x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "solver"),
+    [
+        (ERKGuidHeunScheduler(w_stiff=0, unit_variance=True), {}),
+        (ERKGuidHeunScheduler(unit_variance=True), {"guidance": erk_guid.Guidance.auto()}),
+        (ModalScheduler(unit_variance=True), {"solver": "modal"}),
+    ],
+)
+def test_an_unconditional_pipeline(scheduler: Scheduler, solver: dict[str, Any]) -> None:
+    # DDPMPipeline scales nothing: only at unit variance does its network see what it was
+    # trained on. Its end is that of our sampler, the network made a denoiser.
+    unet = unconditional()
+    pipe = diffusers.DDPMPipeline(unet, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    calls: list[Any] = []
+    hook = unet.register_forward_hook(lambda *args: calls.append(args[0]))
+    made = pipe(generator=torch.Generator().manual_seed(1), num_inference_steps=5, output_type="np")
+    hook.remove()
+    assert len(calls) == (5 if isinstance(scheduler, ModalScheduler) else 9)
+    levels = torch.cat([scheduler.sigmas[:-1], scheduler.sigmas[-1:]])
+    times = dict(zip(levels.tolist(), scheduler.timesteps, strict=False))
+
+    def denoiser(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        found = unet(x / (1 + sigma**2).sqrt(), times[float(sigma)]).sample
+        return x - sigma * found
+
+    sigmas = torch.tensor(list(dict.fromkeys(levels.tolist())))
+    start = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        for time in theirs.timesteps:
-            x = theirs.step(unet(x, time).sample, time, x).prev_sample
-    expected = (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-    assert torch.equal(images[0], expected)
-    assert not torch.equal(images[0], images[1])
-    assert images[1].isfinite().all()
+        end = erk_guid.sample(denoiser, start * (1 + sigmas[0] ** 2).sqrt(), sigmas, **solver)
+    expected = (end / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    assert 0.02 < expected.mean() < 0.98  # not all of it clamped
+    torch.testing.assert_close(torch.from_numpy(made.images), expected, rtol=1e-4, atol=1e-4)

@@ -211,19 +211,32 @@ def test_a_diffusion_transformer(stable_diffusion: dict[str, Any]) -> None:
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1,
         sample_size=8, num_embeds_ada_norm=1000, patch_size=2, norm_num_groups=4,
     )  # fmt: skip
-    images = []
-    for settings in ({"w_stiff": 0}, {}):
+    images, sizes = [], []
+    for settings in (
+        {"w_stiff": 0, "unit_variance": True},
+        {"unit_variance": True},
+        {"unit_variance": False},
+    ):
         pipe = DiTPipeline(
             transformer, stable_diffusion["vae"].float(), ERKGuidHeunScheduler(**settings)
         )
         pipe.set_progress_bar_config(disable=True)
-        with counting(transformer) as calls:
-            made = pipe([3], num_inference_steps=4, output_type="np",
-                        generator=torch.Generator().manual_seed(0))  # fmt: skip
-        assert len(calls) == 7
+        seen: list[float] = []
+        hook = transformer.register_forward_pre_hook(
+            lambda module, args, seen=seen: seen.append(float(args[0].std()))
+        )
+        made = pipe([3], num_inference_steps=4, output_type="np",
+                    generator=torch.Generator().manual_seed(0))  # fmt: skip
+        hook.remove()
+        assert len(seen) == 7
+        sizes.append(seen[0])
         images.append(torch.from_numpy(made.images))
     assert images[1].isfinite().all()
-    assert not torch.equal(*images)
+    assert not torch.equal(images[0], images[1])
+    # This pipeline does not multiply its noise by init_noise_sigma: the network would begin with
+    # next to nothing.
+    assert sizes[0] == sizes[1] == pytest.approx(1, abs=0.2)
+    assert sizes[2] < 0.2
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

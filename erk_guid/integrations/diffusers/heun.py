@@ -1,8 +1,4 @@
-"""Schedulers for diffusers' pipelines: Heun with ERK guidance, at Heun's cost.
-
-    from erk_guid.integrations.diffusers import ERKGuidHeunScheduler
-
-    pipe.scheduler = ERKGuidHeunScheduler.from_config(pipe.scheduler.config, w_stiff="auto")
+"""Heun with ERK guidance as schedulers for diffusers, at Heun's cost.
 
 `ERKGuidHeunScheduler` is diffusers' `HeunDiscreteScheduler`, `FlowMatchERKGuidHeunScheduler` its
 `FlowMatchHeunDiscreteScheduler` (SD3, FLUX), each with guidance; with ``w_stiff=0`` every call
@@ -25,26 +21,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    # Looked up here, by this name, where a saved pipeline with one of our schedulers is loaded.
+    SchedulerMixin,  # noqa: F401
+)
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from erk_guid.auto import Answer
-from erk_guid.errors import MissingExtraError
 from erk_guid.flow import FlowAnswer
 from erk_guid.guidance import AUTO, GATES, Guidance, Pair, guide, norm
+from erk_guid.integrations.diffusers.variance import Samples, UnitVariance
 from erk_guid.sampling import check_levels
 from erk_guid.weights import modal_weights
-
-try:
-    from diffusers import (
-        FlowMatchEulerDiscreteScheduler,
-        FlowMatchHeunDiscreteScheduler,
-        HeunDiscreteScheduler,
-        # Looked up here, by this name, where a saved pipeline with one of our schedulers is loaded.
-        SchedulerMixin,  # noqa: F401
-    )
-    from diffusers.configuration_utils import register_to_config
-except ImportError as error:
-    raise MissingExtraError("diffusers", "diffusers", "its schedulers") from error
 
 __all__ = ["ERKGuidHeunScheduler", "FlowMatchERKGuidHeunScheduler"]
 
@@ -71,15 +63,13 @@ class _Left:
     returned: Tensor
 
 
-class _Guided(ABC):
+class _Guided(Samples, ABC):
     """What both schedulers share, on top of one of diffusers' Heun schedulers.
 
     (The type checker sees the stand-ins that diffusers has for missing packages; their metaclass
     is not that of the real classes.)
     """
 
-    config: Any
-    sigmas: Tensor
     timesteps: Tensor
     _step: _Step | None = None
     _left: _Left | None = None
@@ -124,26 +114,27 @@ class _Guided(ABC):
         plain: Any = super().step  # type: ignore[misc]
         if isinstance(self, HeunDiscreteScheduler):
             options.pop("generator", None)  # some pipelines offer one; nothing here is random
-        if not guidance.active:
+        if not guidance.active and not self.unit_variance:
             return plain(model_output, timestep, sample, return_dict=return_dict, **options)
-        if options.get("s_churn", 0):
+        if guidance.active and options.get("s_churn", 0):
             raise ValueError(
                 "s_churn must be 0: ERK guidance compares two solutions at one noise level, and "
                 "churn moves one of them to another"
             )
         begins = self.state_in_first_order  # type: ignore[attr-defined]
-        wide, output = sample.float(), model_output.float()
         if begins and self.step_index is None:  # type: ignore[attr-defined]
             self._forget()
+        wide, output = self._unscaled(sample, timestep), model_output.float()
         found = plain(output, timestep, wide, return_dict=True, **options)
         # The index has moved on by one: to the end of this call's interval.
         index = self.step_index - (1 if begins else 2)  # type: ignore[attr-defined]
         sigma, sigma_next = self.sigmas[index], self.sigmas[index + 1]
-        if begins:
+        result: Tensor = found.prev_sample
+        if guidance.active and begins:
             result = self._begin(found, wide, sample, sigma, sigma_next)
-        else:
+        elif guidance.active:
             result = self._end(found, output, wide, sample, sigma, sigma_next, guidance)
-        found.prev_sample = result.to(model_output.dtype)
+        found.prev_sample = self._scaled(result).to(model_output.dtype)
         self._note(found.prev_sample, begins)
         return found if return_dict else tuple(found.values())
 
@@ -199,7 +190,7 @@ class _Guided(ABC):
         """The parameter-free form of the step from noise level s to t."""
 
 
-class ERKGuidHeunScheduler(_Guided, HeunDiscreteScheduler):  # type: ignore[metaclass]
+class ERKGuidHeunScheduler(UnitVariance, _Guided, HeunDiscreteScheduler):  # type: ignore[metaclass]
     """diffusers' `HeunDiscreteScheduler` with ERK guidance.
 
     Takes the config of any scheduler of that family (`from_config`). N steps take 2 N - 1 calls
@@ -208,6 +199,8 @@ class ERKGuidHeunScheduler(_Guided, HeunDiscreteScheduler):  # type: ignore[meta
     Args:
         w_stiff, w_con, bound, gate: see `erk_guid.Guidance`; w_stiff may be "auto", the
             parameter-free form. w_con has the unit 1/sigma, sigma being noise over signal.
+        unit_variance: for pipelines that keep samples at unit variance, such as `DDPMPipeline`,
+            `DDIMPipeline` and `DiTPipeline`; with these, diffusers' own Heun goes wrong.
 
     The other arguments are those of `HeunDiscreteScheduler`.
     """
@@ -232,6 +225,7 @@ class ERKGuidHeunScheduler(_Guided, HeunDiscreteScheduler):  # type: ignore[meta
         w_con: float = 0.5,
         bound: float | None = None,
         gate: str = GATES[0],
+        unit_variance: bool = False,
     ) -> None:
         Guidance.of(w_stiff, w_con, bound, gate)  # complain now, not in mid-run
         # By keyword: what is given by position, diffusers takes for a default.

@@ -1,0 +1,225 @@
+"""The modal solver as schedulers for diffusers: one call a step, no guidance, nothing to tune.
+
+A pipeline asks for the next sample after each call. What it is given is the predicted point; the
+evaluation there, which the next call brings, corrects the step that led to it before the next is
+predicted (`erk_guid.multistep.Modal`). Where a sample comes in that is not the one returned last
+(in-painting and callbacks edit it), the solver begins anew from it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import (
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    # Looked up here, by this name, where a saved pipeline with one of our schedulers is loaded.
+    SchedulerMixin,  # noqa: F401
+)
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from erk_guid.integrations.diffusers.variance import Samples, UnitVariance
+from erk_guid.multistep import MAX_ORDER, Modal, PredictorCorrectorStep
+
+__all__ = ["FlowMatchModalScheduler", "ModalScheduler"]
+
+
+@dataclass
+class _Run:
+    """Where the solver is, in float32."""
+
+    begin: int
+    """Number of the noise level it began at."""
+    steps: list[PredictorCorrectorStep]
+    x: Tensor
+    """Where the step begins that led to the sample returned last."""
+    values: tuple[Tensor, ...]
+    returned: Tensor
+    """That sample, in the pipeline's precision."""
+
+
+class _Modal(Samples, ABC):
+    """What both schedulers share, on top of one of diffusers' Euler schedulers."""
+
+    flow = False
+    _run: _Run | None = None
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """As diffusers': where in the schedule a run begins."""
+        super().set_begin_index(begin_index)  # type: ignore[misc]
+        self._run = None
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """The sample to call the network with next.
+
+        Args:
+            model_output, timestep, sample, return_dict: as diffusers' own.
+            generator: accepted, as some pipelines offer one; nothing here is random.
+        """
+        del generator
+        wide, output = self._unscaled(sample, timestep), model_output.float()
+        found = super().step(output, timestep, wide, return_dict=True)  # type: ignore[misc]
+        index: int = self.step_index - 1  # type: ignore[attr-defined]
+        denoised = self._denoised(found, output, wide, self.sigmas[index])
+        run = self._run
+        if run is None or index == run.begin or not torch.equal(sample, run.returned):
+            run = _Run(index, self._plan(index), wide, (denoised,), sample)
+        else:
+            last = run.steps[index - run.begin - 1]
+            if last.corrector is not None:
+                run.x, run.values = last.correct(run.x, wide, denoised, run.values)
+        k = index - run.begin
+        if k < len(run.steps):
+            result = run.steps[k].predict(run.x, run.values)
+        else:  # a step to 0 goes to the denoised x; some schedules end with one of no length
+            result = wide if self.sigmas[index + 1] > 0 else denoised
+        found.prev_sample = self._scaled(result).to(model_output.dtype)
+        run.returned = found.prev_sample.clone()
+        self._run = run
+        return found if return_dict else tuple(found.values())
+
+    def _plan(self, index: int) -> list[PredictorCorrectorStep]:
+        levels = list(dict.fromkeys(level for level in self.sigmas[index:].tolist() if level > 0))
+        return Modal(self.config.modal_order, self.flow).plan(levels) if len(levels) > 1 else []
+
+    @abstractmethod
+    def _denoised(self, found: Any, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        """The denoised x of this call."""
+
+
+class ModalScheduler(UnitVariance, _Modal, EulerDiscreteScheduler):  # type: ignore[metaclass]
+    """The modal solver over the noise levels of diffusers' `EulerDiscreteScheduler`.
+
+    Takes the config of any scheduler of that family (`from_config`). One call a step.
+
+    Args:
+        modal_order: evaluations combined, 1 to 4.
+        unit_variance: for pipelines that keep samples at unit variance, such as `DDPMPipeline`,
+            `DDIMPipeline` and `DiTPipeline`; with these, diffusers' own Euler goes wrong.
+
+    The other arguments are those of `EulerDiscreteScheduler`.
+    """
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Any = None,
+        prediction_type: str = "epsilon",
+        interpolation_type: str = "linear",
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        timestep_spacing: str = "linspace",
+        timestep_type: str = "discrete",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        final_sigmas_type: str = "zero",
+        modal_order: int = MAX_ORDER,
+        unit_variance: bool = False,
+    ) -> None:
+        Modal(modal_order)  # complain now, not in mid-run
+        # By keyword: what is given by position, diffusers takes for a default.
+        EulerDiscreteScheduler.__init__(
+            self, num_train_timesteps=num_train_timesteps, beta_start=beta_start,
+            beta_end=beta_end, beta_schedule=beta_schedule, trained_betas=trained_betas,
+            prediction_type=prediction_type, interpolation_type=interpolation_type,
+            use_karras_sigmas=use_karras_sigmas, use_exponential_sigmas=use_exponential_sigmas,
+            use_beta_sigmas=use_beta_sigmas, sigma_min=sigma_min, sigma_max=sigma_max,
+            timestep_spacing=timestep_spacing, timestep_type=timestep_type,
+            steps_offset=steps_offset, rescale_betas_zero_snr=rescale_betas_zero_snr,
+            final_sigmas_type=final_sigmas_type,
+        )  # fmt: skip
+
+    # Pipelines look at the signature to see what may be asked for.
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+    ) -> None:
+        """As diffusers' own."""
+        EulerDiscreteScheduler.set_timesteps(self, num_inference_steps, device, timesteps, sigmas)
+        self._run = None
+
+    def _denoised(self, found: Any, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        denoised: Tensor = found.pred_original_sample
+        return denoised
+
+
+class FlowMatchModalScheduler(_Modal, FlowMatchEulerDiscreteScheduler):  # type: ignore[metaclass]
+    """The modal solver over the times of diffusers' `FlowMatchEulerDiscreteScheduler`.
+
+    For SD3, FLUX and their kin. One call a step.
+
+    Args:
+        modal_order: evaluations combined, 1 to 4.
+
+    The other arguments are those of `FlowMatchEulerDiscreteScheduler`.
+    """
+
+    flow = True
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        base_shift: float | None = 0.5,
+        max_shift: float | None = 1.15,
+        base_image_seq_len: int | None = 256,
+        max_image_seq_len: int | None = 4096,
+        invert_sigmas: bool = False,
+        shift_terminal: float | None = None,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        time_shift_type: str = "exponential",
+        modal_order: int = MAX_ORDER,
+    ) -> None:
+        if invert_sigmas:
+            raise ValueError("invert_sigmas: a schedule that rises cannot be sampled by this")
+        Modal(modal_order)
+        FlowMatchEulerDiscreteScheduler.__init__(
+            self, num_train_timesteps=num_train_timesteps, shift=shift,
+            use_dynamic_shifting=use_dynamic_shifting, base_shift=base_shift,
+            max_shift=max_shift, base_image_seq_len=base_image_seq_len,
+            max_image_seq_len=max_image_seq_len, shift_terminal=shift_terminal,
+            use_karras_sigmas=use_karras_sigmas, use_exponential_sigmas=use_exponential_sigmas,
+            use_beta_sigmas=use_beta_sigmas, time_shift_type=time_shift_type,
+        )  # fmt: skip
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
+    ) -> None:
+        """As diffusers' own."""
+        FlowMatchEulerDiscreteScheduler.set_timesteps(
+            self, num_inference_steps, device, sigmas, mu, timesteps
+        )
+        self._run = None
+
+    def _denoised(self, found: Any, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        return x - sigma * output

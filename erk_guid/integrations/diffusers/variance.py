@@ -1,0 +1,77 @@
+"""Samples at unit variance, for pipelines that do not scale them.
+
+Schedulers over sigma (diffusers' Heun and Euler, and ours) keep x = clean + sigma noise, and rely
+on the pipeline to multiply the first noise by `init_noise_sigma` and to call `scale_model_input`.
+`DDPMPipeline`, `DDIMPipeline` and `DiTPipeline` do not do all of that: they keep
+x / sqrt(1 + sigma^2), and with such a scheduler what they make is no image, without a word. With
+``unit_variance=True`` a scheduler speaks to the pipeline in that scale.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Samples:
+    """What samples a scheduler and its pipeline hand to each other: x itself."""
+
+    config: Any
+    sigmas: Tensor
+
+    @property
+    def unit_variance(self) -> bool:
+        """Whether samples are x / sqrt(1 + sigma^2)."""
+        return False
+
+    def _unscaled(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
+        """The incoming sample as clean + sigma noise, in float32."""
+        return sample.float()
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """What goes back to the pipeline, once the index has moved on."""
+        return x
+
+
+class UnitVariance(Samples):
+    """The same, scaled if the config says so; before a scheduler over sigma among the bases."""
+
+    @property
+    def unit_variance(self) -> bool:
+        return bool(getattr(self.config, "unit_variance", False))
+
+    @property
+    def init_noise_sigma(self) -> float | Tensor:
+        """As diffusers': what the first noise is to be multiplied by."""
+        found: float | Tensor = super().init_noise_sigma  # type: ignore[misc]
+        return 1.0 if self.unit_variance else found
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
+        """As diffusers': the sample as the network wants it."""
+        scaled: Tensor = super().scale_model_input(sample, timestep)  # type: ignore[misc]
+        return sample if self.unit_variance else scaled
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """As diffusers': clean samples at the noise level of a timestep."""
+        add: Any = super().add_noise  # type: ignore[misc]
+        noisy: Tensor = add(original_samples, noise, timesteps)
+        if not self.unit_variance:
+            return noisy
+        sigma: Tensor = add(torch.zeros_like(noise), torch.ones_like(noise), timesteps)
+        return noisy / (1 + sigma**2).sqrt()
+
+    def _unscaled(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
+        if not self.unit_variance:
+            return sample.float()
+        if self.step_index is None:  # type: ignore[attr-defined]
+            self._init_step_index(timestep)  # type: ignore[attr-defined]
+        sigma: Tensor = self.sigmas[self.step_index]  # type: ignore[attr-defined]
+        return sample.float() * (1 + sigma**2).sqrt()
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        if not self.unit_variance:
+            return x
+        sigma: Tensor = self.sigmas[self.step_index]  # type: ignore[attr-defined]
+        return x / (1 + sigma**2).sqrt()

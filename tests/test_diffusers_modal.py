@@ -1,0 +1,154 @@
+"""The modal solver as schedulers for diffusers, against our sampler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
+from test_diffusers import Network, noise
+
+import erk_guid
+from erk_guid.integrations.diffusers import FlowMatchModalScheduler, ModalScheduler
+
+
+def run(
+    scheduler: Any, network: Network, x: torch.Tensor, edit: int | None = None, begin: int = 0
+) -> torch.Tensor:
+    """What a pipeline does, from the timestep `begin` on; `edit`: change x after that call."""
+    scheduler.set_begin_index(begin)
+    for k, time in enumerate(scheduler.timesteps[begin:]):
+        scheduler.scale_model_input(x, time) if not network.flow else None
+        x = scheduler.step(
+            network(x, scheduler.sigmas[begin + k]), time, x, return_dict=False
+        )[0]  # fmt: skip
+        if edit == k:
+            x = x + 0.05
+    return x
+
+
+@pytest.mark.parametrize("order", [1, 3, 4])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_it_is_our_sampler(order: int, prediction: str) -> None:
+    scheduler = ModalScheduler(prediction_type=prediction, modal_order=order)
+    scheduler.set_timesteps(9)
+    network = Network(prediction)
+    start = noise() * scheduler.sigmas[0]
+    found = run(scheduler, network, start)
+    assert network.calls == 9
+    expected = erk_guid.sample(
+        network.denoised, start, scheduler.sigmas, solver="modal", order=order
+    )
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_matching_is_our_sampler(shift: float) -> None:
+    scheduler = FlowMatchModalScheduler(shift=shift)
+    scheduler.set_timesteps(9)
+    network = Network(flow=True)
+    found = run(scheduler, network, noise())
+    assert network.calls == 9
+
+    def denoised(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return x - t * network(x, t)
+
+    expected = erk_guid.sample(denoised, noise(), scheduler.sigmas, solver="modal", flow=True)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    fine = erk_guid.sample(denoised, noise(), torch.linspace(1, 0, 400), solver="heun")
+    euler = erk_guid.sample(denoised, noise(), scheduler.sigmas, solver="euler")
+    assert (found - fine).norm() < 0.9 * (euler - fine).norm()
+
+
+@pytest.mark.parametrize("flow", [False, True])
+def test_an_edited_sample_begins_anew(flow: bool) -> None:
+    kind: Any = FlowMatchModalScheduler if flow else ModalScheduler
+    network = Network(flow=flow)
+    scheduler = kind()
+    scheduler.set_timesteps(8)
+    start = noise() * (1 if flow else scheduler.sigmas[0])
+    found = run(scheduler, network, start, edit=3)
+    # By hand: the first four calls, the edit, and a run of its own over the rest.
+    scheduler.set_timesteps(8)
+    x = start
+    for k, time in enumerate(scheduler.timesteps[:4]):
+        if not flow:
+            scheduler.scale_model_input(x, time)
+        x = scheduler.step(network(x, scheduler.sigmas[k]), time, x).prev_sample
+    rest = kind()
+    rest.set_timesteps(8)
+    expected = run(rest, network, x + 0.05, begin=4)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    scheduler.set_timesteps(8)
+    assert (run(scheduler, network, start) - found).abs().max() > 1e-3
+
+
+def test_a_start_in_mid_schedule_and_a_second_run() -> None:
+    scheduler = ModalScheduler(use_karras_sigmas=True)
+    scheduler.set_timesteps(8)
+    network = Network()
+    start = noise() * scheduler.sigmas[3]
+    first = run(scheduler, network, start, begin=3)
+    expected = erk_guid.sample(network.denoised, start, scheduler.sigmas[3:], solver="modal")
+    torch.testing.assert_close(first, expected, rtol=2e-4, atol=2e-4)
+    scheduler.set_timesteps(8)
+    assert torch.equal(run(scheduler, network, start, begin=3), first)
+
+
+def test_a_schedule_that_ends_above_zero() -> None:
+    scheduler = ModalScheduler(final_sigmas_type="sigma_min")
+    scheduler.set_timesteps(6)
+    network = Network()
+    start = noise() * scheduler.sigmas[0]
+    # As diffusers spaces them, the last step has no length.
+    assert scheduler.sigmas[-1] == scheduler.sigmas[-2] > 0
+    expected = erk_guid.sample(network.denoised, start, scheduler.sigmas[:-1], solver="modal")
+    found = run(scheduler, network, start)
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+
+
+def test_in_bfloat16_what_it_remembers_is_float32() -> None:
+    ends = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        scheduler = ModalScheduler(use_karras_sigmas=True)
+        scheduler.set_timesteps(12)
+        x = (noise(torch.bfloat16) * scheduler.sigmas[0]).to(dtype)
+        ends[dtype] = run(scheduler, Network(), x)
+    assert ends[torch.bfloat16].dtype == torch.bfloat16
+    apart = (ends[torch.bfloat16].float() - ends[torch.float32]).abs()
+    assert apart.median() < 0.05
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "DDIMScheduler", "PNDMScheduler"])
+def test_configs_of_other_schedulers(name: str) -> None:
+    # Their solver_order is not ours.
+    theirs = getattr(diffusers, name)(beta_end=0.01, beta_schedule="scaled_linear")
+    ours = ModalScheduler.from_config(theirs.config)
+    assert ours.config.beta_end == 0.01
+    assert ours.config.modal_order == 4
+    with pytest.raises(ValueError, match="modal combines 1 to 4 evaluations, got order 5"):
+        ModalScheduler(modal_order=5)
+
+
+def test_in_a_pipeline_that_is_saved_and_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8, layers_per_block=1, norm_num_groups=4, block_out_channels=(8,),
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    pipe = DDPMPipeline(unet, ModalScheduler(modal_order=3))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(tmp_path)
+    again = DiffusionPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert again.scheduler.config.modal_order == 3
+    images = [
+        each(generator=torch.Generator().manual_seed(1), num_inference_steps=4, output_type="np")
+        .images
+        for each in (pipe, again)
+    ]  # fmt: skip
+    # Loaded weights may lie otherwise in memory, which moves the last digit.
+    torch.testing.assert_close(*map(torch.from_numpy, images), rtol=1e-3, atol=1e-3)
