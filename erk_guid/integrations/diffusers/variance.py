@@ -65,8 +65,8 @@ class UnitVariance(Samples):
     def _unscaled(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         if not self.unit_variance:
             return sample.float()
-        if self.step_index is None:  # type: ignore[attr-defined]
-            self._init_step_index(timestep)  # type: ignore[attr-defined]
+        # Such pipelines need not call it; it finds the index, and Euler's warns where it was not.
+        self.scale_model_input(sample, timestep)
         sigma: Tensor = self.sigmas[self.step_index]  # type: ignore[attr-defined]
         return sample.float() * (1 + sigma**2).sqrt()
 
