@@ -98,6 +98,21 @@ def test_a_start_in_mid_schedule_and_a_second_run() -> None:
     assert torch.equal(run(scheduler, network, start, begin=3), first)
 
 
+@pytest.mark.parametrize("flow", [False, True])
+def test_a_new_run_forgets_the_last(flow: bool) -> None:
+    # The sample returned last comes back, at the next noise level: only set_timesteps tells that
+    # this is another run.
+    kind: Any = FlowMatchModalScheduler if flow else ModalScheduler
+    network, scheduler, fresh = Network(flow=flow), kind(), kind()
+    for each in (scheduler, fresh):
+        each.set_timesteps(8)
+    x = noise() * (1 if flow else scheduler.sigmas[0])
+    for k, time in enumerate(scheduler.timesteps[:4]):
+        x = scheduler.step(network(x, scheduler.sigmas[k]), time, x).prev_sample
+    scheduler.set_timesteps(8)
+    assert torch.equal(run(scheduler, network, x, begin=4), run(fresh, network, x, begin=4))
+
+
 def test_a_schedule_that_ends_above_zero() -> None:
     scheduler = ModalScheduler(final_sigmas_type="sigma_min")
     scheduler.set_timesteps(6)

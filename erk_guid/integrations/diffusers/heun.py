@@ -14,6 +14,7 @@ pipeline's precision.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -358,7 +359,10 @@ class FlowMatchERKGuidHeunScheduler(_Guided, FlowMatchHeunDiscreteScheduler):  #
             FlowMatchHeunDiscreteScheduler.set_timesteps(self, num_inference_steps, device)
             self._forget()
             return
-        euler = FlowMatchEulerDiscreteScheduler.from_config(self.config)
+        # Without our own settings, which it would remark on at every run.
+        known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
+        given = {name: value for name, value in self.config.items() if name in known}
+        euler = FlowMatchEulerDiscreteScheduler(**given)
         euler.set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         self._lay_out(euler.sigmas, euler.timesteps)
 
