@@ -272,7 +272,7 @@ def test_saved_and_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
         again = kind.from_pretrained(tmp_path)
         assert again.guidance == erk_guid.Guidance(0.3, 0.2, bound=0.5)
     flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    ours = FlowMatchERKGuidHeunScheduler.from_config(flow.config)
+    ours = FlowMatchERKGuidHeunScheduler.from_config(flow.config, w_stiff=0.3)
     ours.set_timesteps(sigmas=[1.0, 0.7, 0.4], mu=0.8)
     flow.set_timesteps(sigmas=[1.0, 0.7, 0.4], mu=0.8)
     torch.testing.assert_close(torch.cat([ours.sigmas[:1], ours.sigmas[1::2]]), flow.sigmas)
