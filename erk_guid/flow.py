@@ -3,9 +3,9 @@
 A flow-matching model keeps ``x = (1 - t) clean + t noise``. Divided by 1 - t that is clean data
 plus sigma = t / (1 - t) times noise, where Gaussian modes look as everywhere else here. The ODE,
 dx/dt = (x - D) / t, has the same form with t for sigma, and an Euler step is the same point from
-both sides. A Heun step is not: in t it is by far the better one. So the solvers run in t, and only
-what supposes Gaussian modes, the parameter-free form of Heun and the modal solver, is computed
-from sigma: ``Heun(flow=True)`` and ``Modal(flow=True)`` of `erk_guid.solvers`.
+both sides. A Heun step is not, and diffusers and ComfyUI take it in t. So the solvers run in t,
+and only what supposes Gaussian modes, the parameter-free form of Heun and the modal solver, is
+computed from sigma: ``Heun(flow=True)`` and ``Modal(flow=True)`` of `erk_guid.solvers`.
 """
 
 from __future__ import annotations
