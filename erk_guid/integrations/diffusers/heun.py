@@ -362,7 +362,7 @@ class FlowMatchERKGuidHeunScheduler(_Guided, FlowMatchHeunDiscreteScheduler):  #
         # Without our own settings, which it would remark on at every run.
         known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
         given = {name: value for name, value in self.config.items() if name in known}
-        euler = FlowMatchEulerDiscreteScheduler(**given)
+        euler: Any = FlowMatchEulerDiscreteScheduler(**given)
         euler.set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         self._lay_out(euler.sigmas, euler.timesteps)
 
