@@ -86,13 +86,15 @@ class Answer(NamedTuple):
     quadrature: float
     """Of the denoised image at sigma_next: `modal_weights` for the nodes sigma_next, sigma."""
     pair: Pair | None
+    prior: float = PRIOR_RESPONSE
+    """The denoiser's response at sigma_next where there is no pair to measure it."""
 
     def solution(self) -> Tensor:
         w = self.quadrature
         # Euler takes D for constant; D at x_low minus D at x is sigma_next (f - f_low).
         change = (self.f - self.f_low) * (w * self.sigma_next)
         if self.pair is None:
-            return self.x_low + change * _series(w * PRIOR_RESPONSE)
+            return self.x_low + change * _series(w * self.prior)
         # The solution y obeys y = x_low + change + w J (y - x_low) with J the denoiser's Jacobian
         # at sigma_next; two terms of its Neumann series, which stay bounded where an exact solve
         # would not.

@@ -15,12 +15,20 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from erk_guid.auto import Answer
+from erk_guid.auto import PRIOR_RESPONSE, Answer
 from erk_guid.guidance import Pair
 from erk_guid.weights import modal_weights
 
 LARGEST_SIGMA = 1e4
 """Stands for the infinite noise level at which flow matching begins (t = 1)."""
+
+
+ALL_NOISE = 0.99
+"""Above this time sigma is 100 or more, and every mode that data has is small against it."""
+
+
+MOSTLY_NOISE = 0.9
+"""Above this time sigma is 9 or more, and a denoiser hardly answers a displacement."""
 
 
 def sigma_of(t: float) -> float:
@@ -38,6 +46,29 @@ def check_times(times: Sequence[float]) -> None:
         raise ValueError(
             f"with flow=True, sigmas are times from 1 (noise) down to 0 (data), got {times[0]:g}"
         )
+
+
+def step_weights(past: Sequence[float], t: float, t_next: float) -> list[float]:
+    """What denoised images at the times `past` weigh in a step, in terms of sigma.
+
+    `modal_weights`, but for steps that begin where all is noise: modes of all sizes would be
+    mostly modes that no data has. D of those that it has goes as 1 / sigma there, in which the
+    step's integral is exact by the trapezoid.
+
+    Args:
+        past: times, those of the step's two ends first, if its end is among them.
+        t, t_next: the step.
+    """
+    sigma, sigma_next = sigma_of(t), sigma_of(t_next)
+    if t > ALL_NOISE:
+        whole = 1 - sigma_next / sigma
+        return [whole / 2, whole / 2] if past[0] == t_next else [whole]
+    return modal_weights([sigma_of(time) for time in past], sigma, sigma_next)
+
+
+def prior_response(t: float) -> float:
+    """How the denoiser answers a displacement at the time t, where that was not measured."""
+    return 0.0 if t > MOSTLY_NOISE else PRIOR_RESPONSE
 
 
 class FlowAnswer(NamedTuple):
@@ -58,6 +89,8 @@ class FlowAnswer(NamedTuple):
 
     def solution(self) -> Tensor:
         sigma, sigma_next = sigma_of(self.t), sigma_of(self.t_next)
+        if self.x.dtype.itemsize < 4:  # what is multiplied by sigma would overflow
+            return self._wide().solution().to(self.x.dtype)
 
         def drift(x: Tensor, f: Tensor, t: float, sigma: float) -> Tensor:
             return (x * (1 + sigma) - (x - t * f)) / sigma
@@ -73,6 +106,16 @@ class FlowAnswer(NamedTuple):
         answer = Answer(
             self.x_low * scale, f, drift(self.x_low, self.f_low, self.t_next, sigma_next),
             self.x.new_full((), sigma), self.x.new_full((), sigma_next),
-            modal_weights((sigma_next, sigma), sigma, sigma_next)[0], pair,
+            step_weights((self.t_next, self.t), self.t, self.t_next)[0], pair,
+            prior_response(self.t_next),
         )  # fmt: skip
         return answer.solution() / scale
+
+    def _wide(self) -> FlowAnswer:
+        """The same in float32."""
+        pair = self.pair
+        if pair is not None:
+            x, x_low, f, f_low = (part.float() for part in pair[:4])
+            pair = Pair(x, x_low, f, f_low, pair.h)
+        x, x_low, f, f_low = (part.float() for part in self[:4])
+        return FlowAnswer(x, x_low, f, f_low, self.t, self.t_next, pair)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from erk_guid.auto import PRIOR_RESPONSE
 from erk_guid.denoisers import Denoiser
-from erk_guid.flow import check_times, sigma_of
+from erk_guid.flow import check_times, prior_response, step_weights
 from erk_guid.guidance import Pair, norm
 from erk_guid.schedules import vp_sigma_slope, vp_time
 from erk_guid.steps import Evaluation, Step, StepResult, evaluate
@@ -440,25 +440,24 @@ class Modal:
         _check_order(self.order, MAX_ORDER, "modal")
 
     def plan(self, levels: Sequence[float]) -> list[PredictorCorrectorStep]:
-        sigmas = levels
+        weights = step_weights if self.flow else modal_weights
         if self.flow:
             check_times(levels)
-            sigmas = [sigma_of(t) for t in levels]
         steps = []
-        for i, (s, t) in enumerate(pairwise(sigmas)):
-            past = [sigmas[k] for k in range(i, max(i - self.order, -1), -1)]
-            last = i == len(sigmas) - 2
+        for i, (s, t) in enumerate(pairwise(levels)):
+            past = [levels[k] for k in range(i, max(i - self.order, -1), -1)]
+            last = i == len(levels) - 2
             # A flow's x is 1 - t times clean data plus sigma noise.
-            share = 1 - levels[i + 1] if self.flow else 1.0
-            predictor = modal_weights(past, s, t)
-            corrector = modal_weights([t, *past][: max(self.order, 2)], s, t)
+            share = 1 - t if self.flow else 1.0
+            predictor = weights(past, s, t)
+            corrector = weights([t, *past][: max(self.order, 2)], s, t)
             steps.append(
                 PredictorCorrectorStep(
                     predictor=tuple(share * w for w in predictor),
                     corrector=None if last else tuple(share * w for w in corrector),
-                    scale=levels[i + 1] / levels[i],
+                    scale=t / s,
                     predict_x0=True,
-                    answer=PRIOR_RESPONSE / share,
+                    answer=(prior_response(t) if self.flow else PRIOR_RESPONSE) / share,
                 )
             )
         return steps

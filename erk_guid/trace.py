@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from erk_guid.errors import ErkGuidError
 from erk_guid.files import replacing
+from erk_guid.npz import read_npz
 from erk_guid.sampling import StepInfo
 
 COLUMNS = (
@@ -29,6 +29,9 @@ COLUMNS = (
 )
 """`stiffness` is rho (unit 1/sigma), `h_stiffness` is rho times the step's length, `gate` 1 where
 rho exceeds w_con; sizes are Euclidean norms. Empty (NaN) at steps without an embedded pair."""
+
+MOST_STEPS = 10_000
+"""Of a trace that is read."""
 
 SUFFIXES = (".csv", ".npz")
 
@@ -85,13 +88,24 @@ def read_trace(path: Path) -> np.ndarray:
     """
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as columns:
-                return np.stack([columns[name] for name in COLUMNS], axis=1)
+            columns = read_npz(path, lambda name: "f" if name in COLUMNS else None)
+            return _checked(np.stack([columns[name] for name in COLUMNS], axis=1))
         with open(path, newline="") as file:
             rows = [[float(row[name] or "nan") for name in COLUMNS] for row in csv.DictReader(file)]
-        return np.asarray(rows, dtype=np.float64).reshape(-1, len(COLUMNS))
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        return _checked(np.asarray(rows, dtype=np.float64).reshape(-1, len(COLUMNS)))
+    except KeyError as error:
+        raise ErkGuidError(f"cannot read the trace {path}: it has no {error}") from error
+    except (OSError, TypeError, ValueError, csv.Error) as error:
         raise ErkGuidError(f"cannot read the trace {path}: {error}") from error
+
+
+def _checked(rows: np.ndarray) -> np.ndarray:
+    known = rows[:, : COLUMNS.index("stiffness")] if rows.ndim == 2 else rows
+    if rows.ndim != 2 or not np.isfinite(known).all():
+        raise ValueError("every row has a seed, a step and its noise levels")
+    if len(np.unique(rows[:, 1])) > MOST_STEPS:
+        raise ValueError(f"more than {MOST_STEPS} steps")
+    return rows
 
 
 def write_trace(path: Path, rows: np.ndarray) -> None:

@@ -81,7 +81,7 @@ def draw_trace(summary: np.ndarray, title: str) -> bytes:
     }  # fmt: skip
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(9, 6.4), layout="constrained")
-        figure.suptitle(title, x=0.02, ha="left", fontsize=12)
+        figure.suptitle(title.replace("$", r"\$"), x=0.02, ha="left", fontsize=12)
         for axes, (name, label, logarithmic) in zip(
             figure.subplots(2, 2).flat, panels, strict=True
         ):

@@ -273,6 +273,13 @@ SEARCHED = list(range(50000, 50032))
 """Half of what the command takes by default, to be quick."""
 
 
+def test_a_sample_that_overflows_is_said() -> None:
+    x = starts(12, 0)
+    x[9] = math.nan  # not among the few that are tried first
+    with pytest.raises(ValueError, match="does not end at finite values"):
+        calibrate(TREE, x, SIGMAS)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [6, 8, 12])
 def test_the_shipped_model_against_an_exhaustive_grid(steps: int) -> None:
@@ -350,6 +357,8 @@ GOOD = {"erk_guid_settings": 1, "w_stiff": 0.5, "w_con": 0.5}
         (json.dumps({**GOOD, "made_for": {"net": "x"}}), "unknown entry 'net'"),
         (json.dumps({**GOOD, "made_for": {"num_steps": 2.5}}), "num_steps cannot be 2.5"),
         (json.dumps({**GOOD, "made_for": {"schedule": [1, "x"]}}), "must be numbers"),
+        (json.dumps({**GOOD, "made_for": {"schedule": []}}), "must be numbers"),
+        (json.dumps({**GOOD, "w_stiff": 10**400}), "w_stiff cannot be 1"),
         (json.dumps({**GOOD, "measured": "x" * 2_000_000}), "too large"),
     ],
 )  # fmt: skip

@@ -168,6 +168,41 @@ def test_flow_matching_from_pure_noise(settings: dict[str, Any]) -> None:
         assert guided < plain
 
 
+def test_a_flows_noise_levels_are_checked() -> None:
+    scheduler = FlowMatchERKGuidHeunScheduler()
+    for sigmas in ([1.0, 0.6, 0.3], [1.0, 0.6, 0.3, 0.0]):  # the 0 is implied
+        scheduler.set_timesteps(sigmas=sigmas)
+        torch.testing.assert_close(scheduler.sigmas[1::2], torch.tensor([0.6, 0.3, 0.0]))
+    with pytest.raises(ValueError, match="must fall strictly"):
+        scheduler.set_timesteps(sigmas=[0.3, 0.6, 1.0])
+
+
+def test_the_dtype_of_what_comes_back_is_diffusers() -> None:
+    # A network under autocast gives float16 for a float32 sample.
+    for settings in ({"w_stiff": 0}, {"w_stiff": "auto"}):
+        scheduler = ERKGuidHeunScheduler(**settings)
+        scheduler.set_timesteps(4)
+        x = noise() * scheduler.init_noise_sigma
+        made = scheduler.step(noise().half(), scheduler.timesteps[0], x).prev_sample
+        assert made.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_solution_is_not_built_on_a_rounded_point(dtype: torch.dtype) -> None:
+    # The same denoised images in both precisions: what the pipeline's rounding of Euler's
+    # solution does to the end of the step is that of the end itself, no more.
+    first, second = noise(dtype), 0.9 * noise(dtype)
+    ends = {}
+    for kept in (torch.float32, dtype):
+        scheduler = ERKGuidHeunScheduler(prediction_type="sample", use_karras_sigmas=True)
+        scheduler.set_timesteps(20)
+        x = (noise(dtype) * 10).to(kept)
+        for output, time in zip((first, second), scheduler.timesteps, strict=False):
+            x = scheduler.step(output.to(kept), time, x).prev_sample
+        ends[kept] = x
+    torch.testing.assert_close(ends[dtype], ends[torch.float32].to(dtype), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("flow", [False, True])
 @pytest.mark.parametrize("edit", [3, 4])
 def test_an_edited_sample_drops_the_pair(flow: bool, edit: int) -> None:

@@ -61,7 +61,7 @@ def test_a_summary_counts_and_orders(tmp_path: Path) -> None:
         ("t.txt", "", "is no trace: those end in"),
         ("t.csv", "a,b\n1,2\n", "cannot read the trace"),
         ("missing.csv", None, "cannot read the trace"),
-        ("t.npz", "no zip", "cannot read the trace"),
+        ("t.npz", "no zip", "cannot read"),
     ],
 )
 def test_what_is_no_trace(name: str, text: str | None, message: str, tmp_path: Path) -> None:
@@ -71,3 +71,23 @@ def test_what_is_no_trace(name: str, text: str | None, message: str, tmp_path: P
     assert done.exit_code == 1
     assert message in done.output
     assert "Traceback" not in done.output
+
+
+def test_neither_the_trace_nor_a_folder_is_overwritten(tmp_path: Path) -> None:
+    trace = tmp_path / "run-steps.csv"
+    write_trace(trace, np.array([[0, 0, 2.0, 1.0, *[0.5] * 6]]))
+    before = trace.read_bytes()
+    done = CliRunner().invoke(
+        main, ["plot-trace", str(trace), "--dest", str(tmp_path / "run.png")]
+    )  # fmt: skip
+    assert done.exit_code == 1
+    assert "would overwrite the trace" in done.output
+    assert trace.read_bytes() == before
+    (tmp_path / "a-steps.csv").mkdir()
+    done = CliRunner().invoke(main, ["plot-trace", str(trace), "--dest", str(tmp_path / "a.png")])
+    assert "it is a folder" in done.output
+    # A title is text, not mathematics.
+    done = CliRunner().invoke(
+        main, ["plot-trace", str(trace), "--dest", str(tmp_path / "b.png"), "--title", "$x_$"]
+    )
+    assert done.exit_code == 0, done.output

@@ -385,10 +385,13 @@ def _search(
     trials.measure([Guidance(), *first], min(PROMISING, trials.samples))
     first = sorted(first, key=lambda s: trials.trial(s).score)[:FINALISTS]
     trials.measure([*others, *first], trials.samples)
+    if not math.isfinite(trials.trial(Guidance()).error):
+        raise ValueError("the plain solver does not end at finite values; look at the denoiser")
 
     # Near the best: stronger and weaker, and the gate half open at one step more or one less.
     ranked = [t for t in trials.all_of() if t.guidance in first]
-    close = [t.guidance for t in ranked[:2] if t.score < ranked[0].score + CLOSE]
+    close = [ranked[0].guidance]
+    close += [t.guidance for t in ranked[1:2] if t.score < ranked[0].score + CLOSE]
     near = [
         setting(_rounded(g.w_stiff * factor), g.w_con)
         for g in close

@@ -13,6 +13,7 @@ from erk_guid.guidance import AUTO, GATES, Guidance
 
 FORMAT = "erk_guid_settings"
 VERSION = 1
+LARGEST_NUMBER = 10**15
 LARGEST = 1_000_000
 """Bytes of a file that is read."""
 
@@ -99,7 +100,7 @@ def read_settings(path: str | Path) -> Settings:
             raise ErkGuidError(f"{path} does not say {name}")
     schedule = made_for.get("schedule")
     if isinstance(schedule, list):
-        if not all(_is_a(level, (float, int)) for level in schedule):
+        if not schedule or not all(_is_a(level, (float, int)) for level in schedule):
             raise ErkGuidError(f"{path}: the noise levels of 'schedule' must be numbers")
         made_for["schedule"] = tuple(map(float, schedule))
     try:
@@ -124,4 +125,6 @@ def _check(path: Path, found: dict[str, Any], known: dict[str, tuple[type, ...]]
 
 def _is_a(value: Any, types: tuple[type, ...]) -> bool:
     # To Python a bool is an int; not to a reader of the file.
+    if isinstance(value, int) and abs(value) > LARGEST_NUMBER:  # no float
+        return False
     return isinstance(value, types) and not isinstance(value, bool)

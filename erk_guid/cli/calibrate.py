@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ from erk_guid.solvers import guided_solvers
 
 MADE_FOR = ("solver", "order", "r", "deis_mode", "num_steps", "sigma_min", "sigma_max", "rho")
 """Options that settings belong to, besides the schedule."""
+
+
+NETWORK = ("net", "gnet", "guidance")
+"""Options that name a denoiser, besides a preset."""
 
 
 @click.command()
@@ -145,21 +150,22 @@ def calibrate_command(
     write_trials(found, outdir, heading.splitlines()[0], heading)
     click.echo(f"Written to {outdir}: {', '.join(FILES)}")
     click.echo(
-        f"Use it: python generate_images.py {_network_options(recipe, options['preset'])} "
+        f"Use it: python generate_images.py {_network_options(recipe, options)} "
         f"--settings={outdir / FILES[0]} --outdir=..."
     )
 
 
-def _network_options(recipe: Recipe, preset: str | None) -> str:
-    """The options that name the same network."""
-    if preset is not None:
-        return f"--preset={preset}"
-    named = f"--net={recipe.net}"
-    return (
-        named
-        if recipe.guidance == 1
-        else (f"{named} --gnet={recipe.gnet} --guidance={recipe.guidance:g}")
-    )
+def _network_options(recipe: Recipe, given: Mapping[str, Any]) -> str:
+    """The options that name the same denoiser."""
+    if given["preset"] is not None:
+        # With what was said besides, which goes before the preset's own.
+        said = {"preset": given["preset"], **{name: given[name] for name in NETWORK}}
+    else:
+        said = {"net": recipe.net}
+        if recipe.guidance != 1:
+            said |= {"gnet": recipe.gnet, "guidance": f"{recipe.guidance:g}"}
+    said["class"] = recipe.class_idx
+    return " ".join(f"--{name}={value}" for name, value in said.items() if value is not None)
 
 
 def _heading(recipe: Recipe, found: Calibration, samples: int) -> str:

@@ -39,8 +39,11 @@ def plot_trace_command(trace: Path, dest: Path | None, title: str | None) -> Non
     if picture.suffix != ".png":
         raise ErkGuidError(f"cannot draw to {picture}: end its name in .png")
     table = picture.with_name(picture.stem + "-steps.csv")
+    if trace.resolve() in (picture.resolve(), table.resolve()):
+        raise ErkGuidError(f"{table} would overwrite the trace; give another --dest")
     summary = summarize(read_trace(trace))
     check_writable(picture)
+    check_writable(table)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(SUMMARY)

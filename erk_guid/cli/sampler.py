@@ -346,7 +346,11 @@ def _schedule(value: str) -> str | tuple[float, ...]:
     path = Path(value)
     text = value
     if "," not in value:
-        if not path.is_file():
+        try:
+            found = path.is_file()
+        except OSError:  # longer than names may be
+            found = False
+        if not found:
             raise click.BadParameter(
                 f"{value!r} is none of {', '.join(SCHEDULES)}, no list such as 80,5,0.1, no file"
             )
@@ -355,7 +359,10 @@ def _schedule(value: str) -> str | tuple[float, ...]:
         levels = [float(part) for part in re.split(r"[\s,]+", text.strip())]
     except ValueError as error:
         raise click.BadParameter(f"noise levels are numbers: {error}") from error
-    return tuple(levels[:-1] if levels[-1] == 0 else levels)
+    levels = levels[:-1] if levels[-1] == 0 else levels
+    if not levels:
+        raise click.BadParameter("a list of noise levels needs one above 0")
+    return tuple(levels)
 
 
 def _check_levels(options: dict[str, Any]) -> None:

@@ -51,6 +51,8 @@ class _Step:
     x: Tensor
     f: Tensor
     pair: Pair | None
+    x_low: Tensor
+    """Euler's solution, before it is rounded to the pipeline's precision."""
     returned: Tensor
     """The sample given back, in the pipeline's precision."""
 
@@ -135,7 +137,7 @@ class _Guided(Samples, ABC):
             result = self._begin(found, wide, sample, sigma, sigma_next)
         elif guidance.active:
             result = self._end(found, output, wide, sample, sigma, sigma_next, guidance)
-        found.prev_sample = self._scaled(result).to(model_output.dtype)
+        found.prev_sample = self._scaled(result).to(self._dtype(sample, model_output))
         self._note(found.prev_sample, begins)
         return found if return_dict else tuple(found.values())
 
@@ -150,7 +152,7 @@ class _Guided(Samples, ABC):
         pair = None
         if left is not None and torch.equal(sample, left.returned):
             pair = Pair(x, left.x_low, f, left.f_low, float(sigma - sigma_next))
-        self._step = _Step(x, f, pair, result)
+        self._step = _Step(x, f, pair, result, result)
         return result
 
     def _end(
@@ -170,6 +172,10 @@ class _Guided(Samples, ABC):
         f_low = self._drift(found, output, x_low, sigma_next)
         self._left = _Left(x_low, f_low, result)
         if guidance.blends:
+            # The solution is built on x_low itself, which the pipeline has rounded; the denoised
+            # x is the same.
+            f_low = f_low - (x_low - step.x_low) / sigma_next
+            x_low = step.x_low
             return self._answered(step, x_low, f_low, float(sigma), float(sigma_next))
         if step.pair is not None:
             spread = norm(result - x_low) if guidance.bound is not None else None
@@ -181,6 +187,10 @@ class _Guided(Samples, ABC):
         holder = self._step if begins else self._left
         if holder is not None:
             holder.returned = returned.clone()
+
+    def _dtype(self, sample: Tensor, output: Tensor) -> torch.dtype:
+        """Of what is given back, as diffusers has it."""
+        return output.dtype
 
     @abstractmethod
     def _drift(self, found: Any, output: Tensor, x_low: Tensor, sigma_next: Tensor) -> Tensor:
@@ -280,6 +290,9 @@ class ERKGuidHeunScheduler(UnitVariance, _Guided, HeunDiscreteScheduler):  # typ
             torch.tensor(times, dtype=torch.float32, device=device),
         )
 
+    def _dtype(self, sample: Tensor, output: Tensor) -> torch.dtype:
+        return torch.promote_types(sample.dtype, output.dtype)
+
     def _drift(self, found: Any, output: Tensor, x_low: Tensor, sigma_next: Tensor) -> Tensor:
         return (x_low - found.pred_original_sample) / sigma_next
 
@@ -350,15 +363,22 @@ class FlowMatchERKGuidHeunScheduler(_Guided, FlowMatchHeunDiscreteScheduler):  #
         Args:
             num_inference_steps: steps; the network is called 2 N - 1 times.
             device: for the timesteps.
-            sigmas: N noise levels to be shifted, in place of evenly spaced ones.
+            sigmas: N noise levels above 0 to be shifted, in place of evenly spaced ones; a 0 at
+                the end is implied.
             mu: the shift, where the config asks for dynamic shifting.
             timesteps: N of them, in place of sigmas.
+
+        Raises:
+            ValueError: the sigmas do not fall.
         """
         asks = any(getattr(self.config, name) for name in self._SHIFTS)
         if sigmas is None and timesteps is None and mu is None and not asks:
             FlowMatchHeunDiscreteScheduler.set_timesteps(self, num_inference_steps, device)
             self._forget()
             return
+        if sigmas is not None:
+            ended = sigmas if sigmas[-1] == 0 else [*sigmas, 0.0]
+            sigmas = check_levels(torch.tensor(list(map(float, ended)), dtype=torch.float64))[:-1]
         # Without our own settings, which it would remark on at every run.
         known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
         given = {name: value for name, value in self.config.items() if name in known}
