@@ -3,8 +3,8 @@
 
 x = (1 - t) clean + t noise, so that D(x; t) is the network's D(x / (1 - t); t / (1 - t)), with
 1 - t held at 1 / 80 where the network's noise levels end. The times are evenly spaced from t = 1
-and shifted, as SD3 and FLUX do; the last step, to t = 0, is Euler's. Mean distance to a fine solution, as a
-multiple of plain Heun's at the same number of evaluations.
+and shifted, as SD3 and FLUX do; the last step, to t = 0, is Euler's. Mean distance to a fine
+solution, as a multiple of plain Heun's at the same number of evaluations.
 
     python benchmarks/flow.py
 """

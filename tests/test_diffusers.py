@@ -168,6 +168,52 @@ def test_flow_matching_from_pure_noise(settings: dict[str, Any]) -> None:
         assert guided < plain
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"timestep_spacing": "leading", "steps_offset": 1},
+        {"timestep_spacing": "trailing", "beta_schedule": "squaredcos_cap_v2"},
+        {"use_exponential_sigmas": True, "num_train_timesteps": 500},
+        {"use_beta_sigmas": True, "beta_start": 0.001, "beta_end": 0.01},
+        {"trained_betas": [0.001, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07]},
+        {"clip_sample": True, "clip_sample_range": 0.3},
+    ],
+)
+def test_every_option_reaches_diffusers_own(config: dict[str, Any]) -> None:
+    network, ends = Network(), []
+    theirs, ours = HeunDiscreteScheduler(**config), ERKGuidHeunScheduler(**config, w_stiff=0)
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(5)
+        ends.append(run(scheduler, network, noise() * scheduler.init_noise_sigma))
+    assert torch.equal(theirs.sigmas, ours.sigmas)
+    assert torch.equal(theirs.timesteps, ours.timesteps)
+    assert torch.equal(*ends)
+
+
+def test_what_cannot_be_guided_is_refused() -> None:
+    with pytest.raises(ValueError, match="invert_sigmas"):
+        FlowMatchERKGuidHeunScheduler(invert_sigmas=True)
+    scheduler = FlowMatchERKGuidHeunScheduler()
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match="s_churn must be 0"):
+        scheduler.step(noise(), scheduler.timesteps[0], noise(), s_churn=0.5)
+    with pytest.raises(TypeError, match="s_chrun"):
+        scheduler.step(noise(), scheduler.timesteps[0], noise(), s_chrun=0.5)
+
+
+def test_flow_timesteps_and_spacings_are_the_euler_schedulers() -> None:
+    for config in ({"use_karras_sigmas": True}, {"use_beta_sigmas": True}, {"shift_terminal": 0.1}):
+        theirs = diffusers.FlowMatchEulerDiscreteScheduler(**config)
+        ours = FlowMatchERKGuidHeunScheduler(**config)
+        for each in (theirs, ours):
+            each.set_timesteps(5)
+        levels = torch.cat([ours.sigmas[:1], ours.sigmas[1::2]])
+        torch.testing.assert_close(levels, theirs.sigmas)
+    times = [900.0, 500.0, 100.0]
+    ours.set_timesteps(timesteps=times)
+    assert ours.timesteps.tolist() == [900, 500, 500, 100, 100]
+
+
 def test_a_flows_noise_levels_are_checked() -> None:
     scheduler = FlowMatchERKGuidHeunScheduler()
     for sigmas in ([1.0, 0.6, 0.3], [1.0, 0.6, 0.3, 0.0]):  # the 0 is implied
