@@ -8,6 +8,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from erk_guid.accuracy.problems import high_dimensional_mixture, solve_finely
 from erk_guid.calibration import search
 from erk_guid.calibration.settings import Settings, read_settings
 from erk_guid.cli import main
+from erk_guid.cli.calibrate import _network_options
 from erk_guid.cli.common import SeedList, compact
 from erk_guid.errors import ErkGuidError
 from erk_guid.generation import draw
@@ -479,3 +481,16 @@ def test_deis_with_options_is_a_solver_too() -> None:
     found = calibrate(TREE, starts(12, 0), SIGMAS, solver=DEIS(order=3, mode="rhoab"))
     assert found.chosen.ratio <= 1
     assert replace(found.guidance, w_con=0.5).form == "published"
+
+
+def test_the_line_that_uses_it_names_the_same_denoiser() -> None:
+    given: dict[str, Any] = {"preset": "digits", "net": None, "gnet": "digits", "guidance": 2.0}
+    recipe: Any = SimpleNamespace(net="digits", gnet="digits", guidance=2.0, class_idx=3)
+    line = _network_options(recipe, given)
+    assert line == "--preset=digits --gnet=digits --guidance=2.0 --class=3"
+    recipe.class_idx = None
+    assert _network_options(recipe, {**given, "preset": None}) == (
+        "--net=digits --gnet=digits --guidance=2"
+    )
+    alone = {**given, "gnet": None, "guidance": None}
+    assert _network_options(recipe, alone) == "--preset=digits"

@@ -68,6 +68,8 @@ REFERENCE_ERROR = 0.03
 """It is refined, twice at most, until its own error is below this multiple of plain's."""
 REFINEMENTS = 2
 
+NOT_FINITE = "the plain solver does not end at finite values; look at the denoiser"
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -279,7 +281,7 @@ def _reference(task: Task, steps: Sequence[Step], solver: Solver) -> tuple[Tenso
     coarse, finer = (fine_path(few, n, solver)[-1] for n in (substeps, 2 * substeps))
     plain = float(distances(few, steps, [Guidance()], finer).values.mean())
     if not math.isfinite(plain):
-        raise ValueError("the plain solver does not end at finite values; look at the denoiser")
+        raise ValueError(NOT_FINITE)
     for refinement in range(REFINEMENTS + 1):
         error = float(norm(coarse - finer).mean())
         if error <= REFERENCE_ERROR * plain or refinement == REFINEMENTS:
@@ -386,7 +388,7 @@ def _search(
     first = sorted(first, key=lambda s: trials.trial(s).score)[:FINALISTS]
     trials.measure([*others, *first], trials.samples)
     if not math.isfinite(trials.trial(Guidance()).error):
-        raise ValueError("the plain solver does not end at finite values; look at the denoiser")
+        raise ValueError(NOT_FINITE)
 
     # Near the best: stronger and weaker, and the gate half open at one step more or one less.
     ranked = [t for t in trials.all_of() if t.guidance in first]

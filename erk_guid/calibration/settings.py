@@ -14,6 +14,7 @@ from erk_guid.guidance import AUTO, GATES, Guidance
 FORMAT = "erk_guid_settings"
 VERSION = 1
 LARGEST_NUMBER = 10**15
+"""Whole numbers beyond this belong nowhere in the file, and may be beyond any float."""
 LARGEST = 1_000_000
 """Bytes of a file that is read."""
 
@@ -124,7 +125,7 @@ def _check(path: Path, found: dict[str, Any], known: dict[str, tuple[type, ...]]
 
 
 def _is_a(value: Any, types: tuple[type, ...]) -> bool:
-    # To Python a bool is an int; not to a reader of the file.
-    if isinstance(value, int) and abs(value) > LARGEST_NUMBER:  # no float
+    if isinstance(value, int) and abs(value) > LARGEST_NUMBER:
         return False
+    # To Python a bool is an int; not to a reader of the file.
     return isinstance(value, types) and not isinstance(value, bool)
