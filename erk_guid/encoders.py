@@ -6,7 +6,7 @@ Final latents are what networks see (standard deviation 0.5); pixels are uint8 [
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +28,13 @@ class Encoder(Protocol):
         """uint8 pixels [N, C', H, W] to float32 latents [N, C, h, w] on the same device."""
 
 
+DEFAULT_VAE_BATCH = 8
+"""Images that a VAE encodes or decodes at a time, unless a file says otherwise."""
+
+GENERATION_VAE_BATCH = 4
+"""Latents decoded at a time while images are generated, whatever the file says (as EDM2 does)."""
+
+
 class StandardRGBEncoder:
     """Pixels scaled to [-1, 1]; for networks that work on pixels, of any channel count."""
 
@@ -43,13 +50,17 @@ class StandardRGBEncoder:
 
 
 class StabilityVAEEncoder:
-    """Stable Diffusion's VAE (sd-vae-ft-mse), with latents whitened per channel.
+    """Stable Diffusion's VAE (sd-vae-ft-mse) as EDM2 uses it, with latents whitened per channel.
+
+    EDM2's VAE works on pixels in [0, 1]: not in [-1, 1], as the pipelines of Stable Diffusion do.
+    Decoding clamps to [0, 1], multiplies by 255 and truncates. Encoding divides by 255. Latents of
+    the published networks are wrong in every pixel under the other convention.
 
     Args:
         vae_name: name on the Hugging Face hub, or a local folder in diffusers' layout.
         raw_mean, raw_std: statistics of the VAE's own latents, per channel.
         final_mean, final_std: those of the latents the network sees.
-        batch_size: images decoded at a time.
+        batch_size: images encoded or decoded at a time.
 
     The VAE is fetched (through diffusers) when the first image is decoded or encoded.
     """
@@ -61,7 +72,7 @@ class StabilityVAEEncoder:
         raw_std: Sequence[float] = (4.17, 4.62, 3.71, 3.28),
         final_mean: float = 0.0,
         final_std: float = 0.5,
-        batch_size: int = 8,
+        batch_size: int = DEFAULT_VAE_BATCH,
     ) -> None:
         self.config: dict[str, Any] = {
             "vae_name": vae_name,
@@ -110,15 +121,37 @@ class StabilityVAEEncoder:
         """
         self._load(device)
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """The mean of the VAE's posterior, whitened."""
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the VAE's posterior: its raw latents before whitening.
+
+        Args:
+            pixels: uint8 [N, 3, H, W].
+
+        Returns:
+            Two float32 tensors [N, C, h, w].
+        """
         vae = self._load(pixels.device)
-        raw = torch.cat(
-            [
-                vae.encode(batch.to(torch.float32) / 127.5 - 1).latent_dist.mean
-                for batch in pixels.split(self.batch_size)
-            ]
-        )
+        found = [
+            vae.encode(batch.to(torch.float32) / 255).latent_dist
+            for batch in pixels.split(self.batch_size)
+        ]
+        return torch.cat([d.mean for d in found]), torch.cat([d.std for d in found])
+
+    def encode(
+        self, pixels: Tensor, randn_like: Callable[[Tensor], Tensor] = torch.randn_like
+    ) -> Tensor:
+        """Draw latents from the VAE's posterior, and whiten them.
+
+        Args:
+            pixels: uint8 [N, 3, H, W].
+            randn_like: where the noise of the draw comes from; `torch.zeros_like` gives the
+                posterior's mean.
+
+        Returns:
+            ``(mean + std * noise) * scale + bias``, float32 [N, C, h, w].
+        """
+        mean, std = self.moments(pixels)
+        raw = mean + std * randn_like(mean)
         return raw * self._per_channel(self.scale, raw) + self._per_channel(self.bias, raw)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -130,7 +163,7 @@ class StabilityVAEEncoder:
         # 8-bit batches are kept, not float ones: a large batch would not fit otherwise.
         return torch.cat(
             [
-                ((vae.decode(batch).sample / 2 + 0.5).clamp(0, 1) * 255).to(torch.uint8)
+                (vae.decode(batch).sample.clamp(0, 1) * 255).to(torch.uint8)
                 for batch in raw.split(self.batch_size)
             ]
         )

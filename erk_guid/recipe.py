@@ -10,7 +10,7 @@ import torch
 from erk_guid._version import __version__
 from erk_guid.checkpoints import Loaded, load
 from erk_guid.checkpoints.loading import locate
-from erk_guid.encoders import Encoder, StabilityVAEEncoder
+from erk_guid.encoders import GENERATION_VAE_BATCH, Encoder, StabilityVAEEncoder
 from erk_guid.errors import ErkGuidError
 from erk_guid.generation import check_networks
 from erk_guid.guidance import GATES
@@ -155,9 +155,7 @@ class Recipe:
                 if value is not None:
                     raise ErkGuidError(f"{option} {value}: {self.net} has no VAE; leave it out")
             return encoder
-        changes: dict[str, Any] = {}
-        if self.encoder_batch is not None:
-            changes["batch_size"] = self.encoder_batch
+        changes: dict[str, Any] = {"batch_size": self.encoder_batch or GENERATION_VAE_BATCH}
         if self.vae is not None:
             changes["vae_name"] = self.vae
         return StabilityVAEEncoder(**{**encoder.config, **changes})

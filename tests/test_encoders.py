@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import golden
+from conftest import DATA, golden
 
 from erk_guid.encoders import StabilityVAEEncoder, StandardRGBEncoder
 from erk_guid.errors import ErkGuidError
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def test_rgb_decoding_matches_the_published_ramp() -> None:
@@ -39,40 +41,50 @@ def test_vae_whitening_matches_the_published_numbers() -> None:
     torch.testing.assert_close(encoder.bias, data["vae_bias"], rtol=1e-6, atol=0)
 
 
-@pytest.fixture
-def tiny_vae(tmp_path: Path) -> Path:
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-    )
-    vae.save_pretrained(tmp_path / "vae")
-    return tmp_path / "vae"
+VAE = str(DATA / "tiny_vae")
+"""A random VAE as a diffusers folder; edm2_vae.npz is what EDM2's own encoder class makes of it."""
 
 
-def test_vae_from_a_local_folder_in_batches(tiny_vae: Path) -> None:
-    latents = torch.randn(5, 4, 8, 8)
-    whole = StabilityVAEEncoder(str(tiny_vae), batch_size=8)
-    pieces = StabilityVAEEncoder(str(tiny_vae), batch_size=2)
+def test_vae_decoding_matches_the_published_encoder() -> None:
+    # Catches: pixels taken to lie in [-1, 1], as in Stable Diffusion's pipelines (98 % of pixels
+    # off, by up to 127).
+    pytest.importorskip("diffusers")
+    data = golden("edm2_vae")
     with torch.no_grad():
-        pixels = whole.decode(latents)
-        assert pixels.dtype == torch.uint8
-        assert pixels.shape == (5, 3, 16, 16)
-        assert (pixels.int() - pieces.decode(latents).int()).abs().max() <= 1
-        # By hand: undo the whitening, decode, scale to 0..255 and truncate.
-        from diffusers import AutoencoderKL
+        pixels = StabilityVAEEncoder(VAE).decode(data["latents"])
+    apart = (pixels.int() - data["pixels"].int()).abs()
+    assert pixels.dtype == torch.uint8
+    assert apart.max() <= 1
+    assert (apart == 0).float().mean() >= 0.995
 
-        std = torch.tensor([4.17, 4.62, 3.71, 3.28]).reshape(1, 4, 1, 1)
-        mean = torch.tensor([5.81, 3.25, 0.12, -2.15]).reshape(1, 4, 1, 1)
-        raw = latents * std / 0.5 + mean
-        decoded = AutoencoderKL.from_pretrained(tiny_vae).decode(raw).sample
-        by_hand = ((decoded + 1) / 2).clamp(0, 1).mul(255).to(torch.uint8)
-        assert (pixels.int() - by_hand.int()).abs().max() <= 1
-        assert whole.encode(pixels).shape == latents.shape
+
+def test_vae_encoding_matches_the_published_encoder() -> None:
+    # Catches: the same, exp(logvar) in place of the deviation, and whitening the wrong way round.
+    pytest.importorskip("diffusers")
+    data = golden("edm2_vae")
+    encoder = StabilityVAEEncoder(VAE)
+    with torch.no_grad():
+        mean, std = encoder.moments(data["raw_pixels"])
+        final = encoder.encode(data["raw_pixels"], torch.zeros_like)
+        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+        drawn = encoder.encode(data["raw_pixels"], lambda like: noise)
+    torch.testing.assert_close(torch.cat([mean, std], 1), data["posterior_mean_std"], **CLOSE)
+    torch.testing.assert_close(final, data["final_mean"], **CLOSE)
+    added = (drawn - final) / data["scale"].reshape(1, -1, 1, 1)
+    torch.testing.assert_close(added, std * noise, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(encoder.scale, data["scale"], rtol=1e-6, atol=0)
+    torch.testing.assert_close(encoder.bias, data["bias"], rtol=1e-6, atol=0)
+
+
+def test_vae_in_batches() -> None:
+    pytest.importorskip("diffusers")
+    data = golden("edm2_vae")
+    one_by_one = StabilityVAEEncoder(VAE, batch_size=1)
+    with torch.no_grad():
+        apart = one_by_one.decode(data["latents"]).int() - data["pixels"].int()
+        latents = one_by_one.encode(data["raw_pixels"], torch.zeros_like)
+    assert apart.abs().max() <= 1
+    torch.testing.assert_close(latents, data["final_mean"], **CLOSE)
 
 
 def test_a_vae_that_cannot_be_had_says_what_to_do(

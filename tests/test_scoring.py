@@ -15,13 +15,22 @@ import pytest
 import torch
 import torch_fidelity
 from click.testing import CliRunner, Result
+from conftest import DATA
 from PIL import Image
 
 import erk_guid
 from erk_guid.cli.metrics import metrics_command
 from erk_guid.cli.quality import quality_command
 from erk_guid.files import sha256_of
-from erk_guid.metrics import fidelity, frechet_distance, load_detector, read_reference
+from erk_guid.metrics import (
+    Statistics,
+    fidelity,
+    frechet_distance,
+    load_detector,
+    read_reference,
+    write_reference,
+)
+from erk_guid.metrics.jobs import subset
 from erk_guid.metrics.references import locate_reference
 
 ROOT = Path(__file__).parents[1]
@@ -159,10 +168,7 @@ def test_references_of_ones_own(
     found = read_reference(dest).of("fd_digits")
     np.testing.assert_allclose(found.mu, rows.mean(0), rtol=1e-10)
     np.testing.assert_allclose(found.sigma, np.cov(rows, rowvar=False), rtol=1e-9)
-    if suffix == ".pkl":  # as EDM2's programs read it
-        with open(dest, "rb") as file:
-            plain = pickle.load(file)
-        np.testing.assert_array_equal(plain["fd_digits"]["mu"], found.mu)
+    assert read_reference(dest).of("fd_digits").count == 50
 
 
 def test_references_with_features_serve_precision_and_recall(folder: Path, tmp_path: Path) -> None:
@@ -178,11 +184,56 @@ def test_references_with_features_serve_precision_and_recall(folder: Path, tmp_p
     ).output  # fmt: skip
 
 
-def test_edms_npz_is_for_fid(tmp_path: Path) -> None:
-    np.savez(tmp_path / "edm.npz", mu=np.zeros(2048), sigma=np.eye(2048, dtype=np.float32))
+def layout(value: Any) -> Any:
+    """Keys in order, types and dtypes of a pickled dict; numbers of features left out."""
+    if isinstance(value, dict):
+        return [(key, layout(entry)) for key, entry in value.items()]
+    return (type(value), value.dtype, value.ndim) if isinstance(value, np.ndarray) else type(value)
+
+
+def test_references_in_edm2s_layout(tmp_path: Path) -> None:
+    # Catches: num_images taken for a metric, or left out of what is written.
+    published = DATA / "edm2_ref.pkl"
+    with open(published, "rb") as file:
+        plain = pickle.load(file)
+    found = read_reference(published)
+    assert list(found.statistics) == ["fid", "fd_dinov2"]
+    for metric, one in found.statistics.items():
+        assert one.count == plain["num_images"] == 400
+        np.testing.assert_array_equal(one.mu, plain[metric]["mu"])
+        np.testing.assert_array_equal(one.sigma, plain[metric]["sigma"])
+    write_reference(tmp_path / "ours.pkl", found.statistics)
+    with open(tmp_path / "ours.pkl", "rb") as file:
+        ours = pickle.load(file)
+    assert layout(ours) == layout(plain)
+    np.testing.assert_equal(ours, plain)
+
+
+def test_fid_of_an_npz_lies_where_edm_has_it(tmp_path: Path) -> None:
+    # EDM (2022) keeps mu and sigma at the top level, for fid; no file of its own was at hand.
+    mu, sigma = np.arange(3.0), np.diag([1.0, 2.0, 3.0])
+    np.savez(tmp_path / "edm.npz", mu=mu, sigma=sigma.astype(np.float32))
     found = read_reference(tmp_path / "edm.npz")
     assert list(found.statistics) == ["fid"]
     assert found.of("fid").sigma.dtype == np.float64
+    both = {"fid": Statistics(mu, sigma, 7), "fd_digits": Statistics(2 * mu, sigma, 7)}
+    write_reference(tmp_path / "ours.npz", both, {"fid": np.ones([2, 3])})
+    with np.load(tmp_path / "ours.npz") as arrays:
+        np.testing.assert_array_equal(arrays["mu"], mu)
+        np.testing.assert_array_equal(arrays["sigma"], sigma)
+    back = read_reference(tmp_path / "ours.npz")
+    assert {name: one.count for name, one in back.statistics.items()} == {"fid": 7, "fd_digits": 7}
+    np.testing.assert_array_equal(back.of("fd_digits").mu, 2 * mu)
+    assert back.features["fid"].shape == (2, 3)
+
+
+def test_the_subset_is_the_one_that_edm2_draws() -> None:
+    # Catches: any other generator or order, the seed's modulus (the third case's is large).
+    for key, indices in json.loads((DATA / "edm2_subset.json").read_text()).items():
+        total, num, seed = map(int, key.split("/"))
+        assert subset(total, num, seed) == indices, key
+        assert subset(total, num, seed + (1 << 31)) == indices, key
+    assert subset(5, 5, 3) == [0, 1, 2, 3, 4]
 
 
 def test_the_two_copies_of_the_shipped_reference_are_one() -> None:

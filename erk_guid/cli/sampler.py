@@ -15,6 +15,7 @@ import click
 
 from erk_guid.checkpoints.presets import PRESETS
 from erk_guid.cli.common import NumberOr
+from erk_guid.encoders import GENERATION_VAE_BATCH
 from erk_guid.errors import printable
 from erk_guid.guidance import AUTO, GATES, Guidance, nearest_paper_steps
 from erk_guid.recipe import Recipe
@@ -231,7 +232,7 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         "--encoder-batch",
         metavar="INT",
         type=click.IntRange(min=1),
-        help="Latents decoded at a time by the VAE.  [default: the file's]",
+        help=f"Latents decoded at a time by the VAE.  [default: {GENERATION_VAE_BATCH}]",
     ),
     "vae": click.option(
         "--vae", metavar="DIR|NAME", help="Folder or hub name of the VAE, in place of the file's."

@@ -245,7 +245,7 @@ def check_weights_are_used(weights: Mapping[str, str], metrics: Sequence[str]) -
 
 
 def choose(source: ImageSource, num: int, seed: int) -> list[int]:
-    """Which images to score: `num` of them, drawn by `seed` if there are more.
+    """Which images to score: `num` of them; if there are more, those that EDM2 draws by `seed`.
 
     Raises:
         ErkGuidError: fewer than `num`, or fewer than 2.
@@ -257,9 +257,16 @@ def choose(source: ImageSource, num: int, seed: int) -> list[int]:
             "among equal numbers)"
         )
     _check_count(num, "--num")
-    if len(source) == num:
-        return list(range(num))
-    return sorted(np.random.default_rng(seed).permutation(len(source))[:num].tolist())
+    return subset(len(source), num, seed)
+
+
+def subset(total: int, num: int, seed: int) -> list[int]:
+    """`num` of the numbers below `total`, drawn by `seed` as EDM2 does, in rising order."""
+    if num >= total:
+        return list(range(total))
+    order = np.arange(total, dtype=np.int64)
+    np.random.RandomState(seed % (1 << 31)).shuffle(order)  # noqa: NPY002, the published stream
+    return np.sort(order[:num]).tolist()
 
 
 def _check_count(count: int, what: str) -> None:

@@ -1,4 +1,10 @@
-"""Reference statistics of data sets: EDM2's `.pkl`, EDM's and our own `.npz`."""
+"""Reference statistics of data sets: EDM2's `.pkl`, EDM's and our own `.npz`.
+
+A `.pkl` is EDM2's: ``{"num_images": int, metric: {"mu": [d], "sigma": [d, d]}, ...}``. An `.npz`
+keeps fid's `mu` and `sigma` at the top level, where EDM (2022) has and expects them, and
+``metric/mu``, ``metric/sigma`` for others; ours adds ``metric/count``, ``metric/features`` and
+`about`.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +30,11 @@ EDM2_URL = "https://nvlabs-fi-cdn.nvidia.com/edm2/dataset-refs/{}.pkl"
 PUBLISHED = ("img512", "img64")
 SHIPPED = "digits"
 SUFFIXES = (".npz", ".pkl")
+
+COUNT_KEY = "num_images"
+"""The entry of EDM2's files that is no metric: of how many images the statistics are."""
+TOP_LEVEL_METRIC = "fid"
+"""The metric that `mu` and `sigma` without a name are for, as in EDM (2022)."""
 
 MAX_DIM = 1 << 14
 """Features of a reference, at most: a covariance of this size has 2 GB."""
@@ -103,8 +114,8 @@ def locate_reference(source: str) -> Path:
 def read_reference(source: str | Path) -> Reference:
     """Read reference statistics; see `locate_reference` for what `source` may be.
 
-    A `.pkl` is read without running anything in it. An `.npz` with plain `mu` and `sigma` is
-    taken for EDM's, which is for FID.
+    A `.pkl` is read without running anything in it. `mu` and `sigma` at the top level of an
+    `.npz` are fid's, as in EDM (2022).
 
     Raises:
         ErkGuidError: the file is damaged, unsafe, or no reference.
@@ -129,6 +140,9 @@ def _read_pkl(source: str, path: Path) -> Reference:
     data = read_pickle(path)
     if not isinstance(data, dict):
         raise ReferenceFileError("it is no dict of metric names, so no reference statistics")
+    count = data.pop(COUNT_KEY, None)
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
+        raise ReferenceFileError(f"its {COUNT_KEY} is {str(count)[:40]!r}, not a number of images")
     found = {}
     for metric, entry in data.items():
         arrays = {
@@ -138,7 +152,9 @@ def _read_pkl(source: str, path: Path) -> Reference:
         mu, sigma = arrays["mu"], arrays["sigma"]
         if not isinstance(metric, str) or mu is None or sigma is None:
             raise ReferenceFileError(f"its entry {str(metric)[:40]!r} has no arrays mu and sigma")
-        found[metric] = _checked(metric, mu, sigma)
+        found[metric] = _checked(metric, mu, sigma, count)
+    if not found:
+        raise ReferenceFileError("it has no metrics, so no reference statistics")
     return Reference(source, path, found)
 
 
@@ -148,9 +164,9 @@ def _read_npz(source: str, path: Path) -> Reference:
         return kinds.get(name.rpartition("/")[2])
 
     arrays = read_npz(path, wanted)
-    if {"mu", "sigma"} <= set(arrays):
-        fid = _checked("fid", arrays["mu"], arrays["sigma"])
-        return Reference(source, path, {"fid": fid})
+    for what in ("mu", "sigma"):
+        if what in arrays:
+            arrays[f"{TOP_LEVEL_METRIC}/{what}"] = arrays.pop(what)
     statistics, features = {}, {}
     for key in sorted(arrays):
         metric, _, what = key.rpartition("/")
@@ -195,13 +211,25 @@ def check_destination(dest: Path) -> None:
     check_writable(dest)
 
 
+def edm2_layout(statistics: Mapping[str, Statistics]) -> dict[str, Any]:
+    """Statistics by metric as EDM2's programs keep them: plain dicts and NumPy arrays."""
+    counts = {one.count for one in statistics.values() if one.count is not None}
+    return {
+        # All metrics look at the same images; where that is not known, the entry is left out.
+        **({COUNT_KEY: counts.pop()} if len(counts) == 1 else {}),
+        **{metric: {"mu": one.mu, "sigma": one.sigma} for metric, one in statistics.items()},
+    }
+
+
 def write_reference(
     dest: Path,
     statistics: Mapping[str, Statistics],
     features: Mapping[str, np.ndarray] | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write statistics by metric: `.npz` is ours, `.pkl` is what EDM2's programs read.
+    """Write statistics by metric, in a layout that the published programs read too.
+
+    `.pkl` is EDM2's. Of an `.npz`, EDM (2022) reads `mu` and `sigma`, which are fid's here.
 
     Args:
         features: features by metric, [n, d], in an `.npz` only.
@@ -213,7 +241,8 @@ def write_reference(
     check_destination(dest)
     arrays: dict[str, np.ndarray] = {}
     for metric, one in statistics.items():
-        arrays[f"{metric}/mu"], arrays[f"{metric}/sigma"] = one.mu, one.sigma
+        prefix = "" if metric == TOP_LEVEL_METRIC else f"{metric}/"
+        arrays[f"{prefix}mu"], arrays[f"{prefix}sigma"] = one.mu, one.sigma
         if one.count is not None:
             arrays[f"{metric}/count"] = np.array(one.count)
     for metric, rows in (features or {}).items():
@@ -222,8 +251,7 @@ def write_reference(
     try:
         with replacing(dest) as partial, open(partial, "wb") as file:
             if dest.suffix == ".pkl":
-                plain = {m: {"mu": s.mu, "sigma": s.sigma} for m, s in statistics.items()}
-                pickle.dump(plain, file, protocol=4)
+                pickle.dump(edm2_layout(statistics), file, protocol=4)
             else:
                 np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     except OSError as error:
