@@ -113,7 +113,7 @@ class Answer(NamedTuple):
         ratio = (self.sigma_next / self.sigma).to(mu)
         # J = mu' + (gain dd - mu' dx) dx^T / |dx|^2.
         shrinking = mu + (1 - mu) * ratio**2
-        mu_next = torch.where(known, mu / shrinking, PRIOR_RESPONSE)
+        mu_next = torch.where(known, mu / shrinking, self.prior)
         gain = torch.minimum(1 / shrinking, LARGEST_RESPONSE / measured.clamp_min(1e-30))
         gain = torch.where(known, gain, torch.zeros_like(gain))
         along = inner(change, dx) / safe

@@ -212,9 +212,7 @@ def _split(rows: _Rows, result: StepResult, state: Any, settings: Sequence[Guida
             moved, _ = improve(result.x, result.embedded)
             takes = torch.ones_like(left[:, alike])
         elif first.active and not first.blends and result.pair is not None:
-            limit = None
-            if first.bound is not None and result.spread is not None:
-                limit = result.spread()
+            limit = result.spread() if first.bound is not None and result.spread else None
             # All at once as if the gate were open; then each setting's own gate.
             moved, measured = guide(result.x, result.pair, replace(first, w_con=0.0), limit)
             reading = gauge(measured.stiffness, result.pair.h, first.gate)
@@ -241,7 +239,8 @@ def _alike(settings: Sequence[Guidance]) -> list[list[int]]:
     """Places of the settings that differ in w_con alone, together."""
     groups: dict[Guidance, list[int]] = {}
     for k, setting in enumerate(settings):
-        groups.setdefault(replace(setting, w_con=0.0), []).append(k)
+        alike = setting if setting.blends else replace(setting, w_con=0.0)
+        groups.setdefault(alike, []).append(k)
     return list(groups.values())
 
 

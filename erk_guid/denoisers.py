@@ -46,9 +46,11 @@ class ModelGuidance:
             raise ValueError(f"strength must be a finite number, got {self.strength!r}")
 
     def __call__(self, x: Tensor, sigma: Tensor, /) -> Tensor:
-        main = self.main(x, sigma).to(x.dtype)
+        main = self.main(x, sigma)
         if self.strength == 1:
-            return main
+            return main.to(x.dtype)
+        # A copy: both may be one network that returns the same tensor each time.
+        main = main.to(x.dtype, copy=True)
         return self.guide(x, sigma).to(x.dtype).lerp(main, self.strength)
 
 

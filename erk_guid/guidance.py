@@ -17,7 +17,7 @@ Everything here is per sample, over all dimensions but the first, for tensors of
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import NamedTuple
 
@@ -46,8 +46,8 @@ class Guidance:
             leading error on a linear mode, the paper uses 0.5 (8 steps) to 2.5 (32 steps).
         w_con: the correction acts where the stiffness exceeds this. Its unit is 1/sigma, so
             0.5 acts mainly below sigma = 2 in EDM's units.
-        form: "published", or "auto" for the parameter-free form (`Guidance.auto`), in which the
-            numbers play no part.
+        form: "published", or "auto" for the parameter-free form (`Guidance.auto`), which takes no
+            numbers: they must be left at their defaults.
         bound: the correction is at most this times the distance between the step's solution and
             the one of lower order embedded in it, which is what the step has reason to doubt.
             On a linear mode with z = h lambda the error of Heun's step is about z / 3 of that
@@ -59,7 +59,8 @@ class Guidance:
             pure number, which does.
 
     Raises:
-        ValueError: a value is not a finite number, or negative; the message names it.
+        ValueError: a value is not a finite number, or negative, or stands beside the form "auto";
+            the message names it.
     """
 
     w_stiff: float = 0.0
@@ -81,6 +82,14 @@ class Guidance:
                 raise ValueError(f"{name} must be a finite number, got {value!r}")
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value!r}")
+        if self.form == AUTO:
+            for field in fields(self):
+                value = getattr(self, field.name)
+                if field.name != "form" and value != field.default:
+                    raise ValueError(
+                        f"{field.name} {value!r} has no part in the parameter-free form "
+                        f"({AUTO!r}); leave it out, or give w_stiff a number"
+                    )
 
     @property
     def active(self) -> bool:
@@ -104,19 +113,20 @@ class Guidance:
     def of(
         cls,
         w_stiff: float | str,
-        w_con: float,
+        w_con: float | None = None,
         bound: float | None = None,
         gate: str = GATES[0],
     ) -> Guidance:
-        """Settings as users write them: numbers, or "auto" for the first.
+        """Settings as users write them: numbers, or "auto" for the first; None is a default.
 
         Raises:
             ValueError: see `Guidance`.
         """
+        w_con = cls.w_con if w_con is None else w_con
         if isinstance(w_stiff, str):
             if w_stiff != AUTO:
                 raise ValueError(f"w_stiff must be a number or {AUTO!r}, got {w_stiff!r}")
-            return cls.auto()
+            return cls(w_con=w_con, form=AUTO, bound=bound, gate=gate)
         return cls(w_stiff, w_con, bound=bound, gate=gate)
 
     @classmethod
@@ -215,14 +225,19 @@ def correction(
         Like x; exactly 0 where the gate is shut or the pair agrees.
 
     Raises:
-        ValueError: the shapes differ, or a bound without `spread`.
+        ValueError: the shapes differ, a bound without `spread`, or settings of the parameter-free
+            form, which is no correction of a pair (`erk_guid.sample` computes it).
     """
     _check_shapes(x_high, x_low, f_high, f_low)
+    if guidance.blends:
+        raise ValueError(
+            "the parameter-free form is not a correction that a pair decides; erk_guid.sample "
+            "computes it, and in a loop of your own result.embedded.solution() is the step's "
+            "solution in that form"
+        )
     if isinstance(h, Tensor) and h.ndim and h.shape != x_high.shape[:1]:
         raise ValueError(f"h must be a number or [{len(x_high)}], got shape {list(h.shape)}")
     df = f_high - f_low
-    if guidance.bound is not None and spread is None:
-        raise ValueError("a bound needs spread, e.g. spread=result.spread()")
     measured = measure(Pair(x_high, x_low, f_high, f_low, h), guidance, df, spread)
     return df * per_sample(measured.coefficient, df)
 
@@ -230,7 +245,16 @@ def correction(
 def measure(
     pair: Pair, guidance: Guidance, df: Tensor | None = None, spread: Tensor | None = None
 ) -> Measurement:
-    """Stiffness, gate and size of the correction for `pair` (`df`: its drift difference)."""
+    """Stiffness, gate and size of the correction for `pair` (`df`: its drift difference).
+
+    Raises:
+        ValueError: a bound without `spread`, which it is a multiple of.
+    """
+    if guidance.bound is not None and spread is None:
+        raise ValueError(
+            "a bound is a multiple of spread, the distance between the step's solution and the "
+            "embedded one of lower order: give spread, e.g. spread=result.spread()"
+        )
     x_high, x_low, f_high, f_low, h = pair
     if df is None:
         df = f_high - f_low

@@ -5,14 +5,16 @@ All are of one kind. They add up evaluations, either drifts or denoised images:
 host before the first step.
 
 Sources: DEIS, Zhang and Chen 2023 (arXiv 2204.13902); iPNDM, ibid. after Liu et al. 2022;
-DPM-Solver++, Lu et al. 2022 (arXiv 2211.01095); UniPC, Zhao et al. 2023 (arXiv 2302.04867).
+DPM-Solver++, Lu et al. 2022 (arXiv 2211.01095); UniPC, Zhao et al. 2023 (arXiv 2302.04867);
+exponential Adams-Bashforth, Hochbruck and Ostermann 2010, called RES by Zhang et al. 2023 (arXiv
+2308.02157).
 Everything is written in sigma, for x that is the clean image plus sigma times noise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 from typing import NamedTuple
@@ -23,12 +25,33 @@ from torch import Tensor
 from erk_guid.auto import PRIOR_RESPONSE
 from erk_guid.denoisers import Denoiser
 from erk_guid.flow import check_times, prior_response, step_weights
-from erk_guid.guidance import Pair, norm
+from erk_guid.guidance import Pair, norm, per_sample
 from erk_guid.schedules import vp_sigma_slope, vp_time
 from erk_guid.steps import Evaluation, Step, StepResult, evaluate
 from erk_guid.weights import lagrange_integrals, modal_weights
 
 MAX_ORDER = 4
+
+THRESHOLD_SHARE = 0.995
+"""Of the pixels of a denoised image that dynamic thresholding leaves as they are."""
+
+
+def dynamic_threshold(denoised: Tensor) -> Tensor:
+    """Dynamic thresholding (Saharia et al. 2022, arXiv 2205.11487, section 2.3).
+
+    Each image is clamped to its own 0.995 quantile of |D|, but to no less than 1, and divided by
+    it. Made for pixels in [-1, 1]; latents are not meant to lie there.
+
+    Args:
+        denoised: [N, ...].
+
+    Returns:
+        Like `denoised`, from -1 to 1.
+    """
+    sizes = denoised.abs().flatten(1).to(torch.promote_types(denoised.dtype, torch.float32))
+    limit = torch.quantile(sizes, THRESHOLD_SHARE, dim=1).clamp_min(1)
+    limit = per_sample(limit, denoised)
+    return torch.maximum(torch.minimum(denoised, limit), -limit) / limit
 
 
 class History(NamedTuple):
@@ -46,6 +69,8 @@ class MultistepStep:
     weights: tuple[float, ...]
     scale: float = 1.0
     predict_x0: bool = False
+    threshold: bool = False
+    """Whether denoised images are limited by `dynamic_threshold`."""
     pair_h: float | None = None
     """Of the embedded pair, the last two points of the trajectory; None for none. The published
     program adds DEIS's correction where it subtracts the others': h is counted backwards."""
@@ -66,7 +91,7 @@ class MultistepStep:
     ) -> tuple[StepResult, History]:
         found = evaluate(denoiser, x, sigma)
         past = state.values if state is not None else ()
-        values = (_value(found, self.predict_x0), *past)
+        values = (_value(found, self.predict_x0, self.threshold), *past)
         pair = None
         if self.pair_h is not None and state is not None:
             pair = Pair(x, state.x, found.drift, state.values[0], self.pair_h)
@@ -80,8 +105,10 @@ class MultistepStep:
         return norm(_combine(torch.zeros_like(values[0]), 1.0, apart, values))
 
 
-def _value(found: Evaluation, predict_x0: bool) -> Tensor:
-    return found.denoised if predict_x0 else found.drift
+def _value(found: Evaluation, predict_x0: bool, threshold: bool = False) -> Tensor:
+    if not predict_x0:
+        return found.drift
+    return dynamic_threshold(found.denoised) if threshold else found.denoised
 
 
 def _combine(x: Tensor, scale: float, weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
@@ -96,6 +123,16 @@ def _check_order(order: int, highest: int, name: str, lowest: int = 1) -> None:
         raise ValueError(f"{name} combines {lowest} to {highest} evaluations, got order {order!r}")
 
 
+_VARIABLES: dict[str, tuple[Callable[[float], float], Callable[[float], float] | None]] = {
+    "tab": (vp_time, vp_sigma_slope),
+    "rhoab": (float, None),
+    "log": (math.log, math.exp),
+}
+"""Mode of DEIS to the variable that it interpolates in, and d sigma / d variable."""
+
+DEIS_MODES = tuple(_VARIABLES)
+
+
 @dataclass(frozen=True)
 class DEIS:
     """DEIS: the drift, interpolated through the last `order` points, integrated over the step.
@@ -103,7 +140,8 @@ class DEIS:
     Args:
         order: evaluations combined, 1 to 4; the first steps have fewer.
         mode: 'rhoab' interpolates in sigma, 'tab' in the time of the variance-preserving SDE
-            (with sigma from 0.002 to 80 and epsilon 1e-3, whatever the run's own range).
+            (with sigma from 0.002 to 80 and epsilon 1e-3, whatever the run's own range), 'log' in
+            log sigma, as diffusers' `DEISMultistepScheduler` does.
     """
 
     order: int = 4
@@ -113,12 +151,12 @@ class DEIS:
 
     def __post_init__(self) -> None:
         _check_order(self.order, MAX_ORDER, "deis")
-        if self.mode not in ("tab", "rhoab"):
-            raise ValueError(f"deis_mode must be 'tab' or 'rhoab', got {self.mode!r}")
+        if self.mode not in DEIS_MODES:
+            known = " or ".join(map(repr, DEIS_MODES))
+            raise ValueError(f"deis_mode must be {known}, got {self.mode!r}")
 
     def plan(self, levels: Sequence[float]) -> list[Step]:
-        place = vp_time if self.mode == "tab" else float
-        density = vp_sigma_slope if self.mode == "tab" else None
+        place, density = _VARIABLES[self.mode]
         places = [place(level) for level in levels]
         steps: list[Step] = []
         for i in range(len(levels) - 1):
@@ -213,6 +251,39 @@ def _published_weights(h: float, past: Sequence[float]) -> list[float]:
 
 
 @dataclass(frozen=True)
+class RES:
+    """Exponential Adams-Bashforth in log sigma on denoised images; RES 2M at order 2.
+
+    The denoised image is interpolated by a polynomial in log sigma through its last `order`
+    values, and the step integrated exactly (Zhang et al. 2023, arXiv 2308.02157; ComfyUI's
+    res_multistep is order 2). DPM-Solver++ differs from order 2 on by approximate integrals.
+
+    Args:
+        order: evaluations combined, 1 to 4; the first steps have fewer.
+    """
+
+    order: int = 2
+    has_pair = False
+    blends = False
+
+    def __post_init__(self) -> None:
+        _check_order(self.order, MAX_ORDER, "res")
+
+    def plan(self, levels: Sequence[float]) -> list[Step]:
+        lambdas = [-math.log(level) for level in levels]
+        steps: list[Step] = []
+        for i in range(len(levels) - 1):
+            nodes = lambdas[max(i + 1 - self.order, 0) : i + 1][::-1]
+
+            def decay(at: float, end: float = lambdas[i + 1]) -> float:
+                return math.exp(at - end)
+
+            weights = lagrange_integrals(nodes, lambdas[i], lambdas[i + 1], decay)
+            steps.append(MultistepStep(tuple(weights), levels[i + 1] / levels[i], predict_x0=True))
+        return steps
+
+
+@dataclass(frozen=True)
 class DPMpp:
     """DPM-Solver++ multistep.
 
@@ -220,16 +291,19 @@ class DPMpp:
         order: evaluations combined, 1 to 3.
         predict_x0: combine denoised images (the method's own form); False combines noise.
         lower_order_final: use fewer evaluations near the end, which steadies few steps.
+        threshold: limit denoised images by `dynamic_threshold`, as the published program does.
     """
 
     order: int = 3
     predict_x0: bool = True
     lower_order_final: bool = True
+    threshold: bool = False
     has_pair = False
     blends = False
 
     def __post_init__(self) -> None:
         _check_order(self.order, 3, "dpmpp")
+        _check_threshold(self)
 
     def plan(self, levels: Sequence[float]) -> list[Step]:
         steps: list[Step] = []
@@ -239,8 +313,14 @@ class DPMpp:
             scale = levels[i + 1] / levels[i] if self.predict_x0 else 1.0
             weights = _dpmpp_weights(h, lambdas, self.predict_x0)
             factor = 1.0 if self.predict_x0 else -levels[i + 1]
-            steps.append(MultistepStep(tuple(factor * w for w in weights), scale, self.predict_x0))
+            weights = [factor * w for w in weights]
+            steps.append(MultistepStep(tuple(weights), scale, self.predict_x0, self.threshold))
         return steps
+
+
+def _check_threshold(solver: DPMpp | UniPC) -> None:
+    if solver.threshold and not solver.predict_x0:
+        raise ValueError("threshold limits denoised images: it needs predict_x0, which is False")
 
 
 def _orders(solver: DPMpp | UniPC, count: int) -> list[int]:
@@ -286,6 +366,8 @@ class PredictorCorrectorStep:
     answer: float = 0.0
     """What part of the correction of x the value kept for the next step is moved by; 0 keeps
     the evaluation as it is, though x is no longer where it was made."""
+    threshold: bool = False
+    """Whether denoised images are limited by `dynamic_threshold`."""
     has_pair = False
 
     def __call__(
@@ -298,7 +380,7 @@ class PredictorCorrectorStep:
     ) -> tuple[StepResult, History]:
         evaluations = 0
         if state is None:
-            values: tuple[Tensor, ...] = (_value(evaluate(denoiser, x, sigma), self.predict_x0),)
+            values: tuple[Tensor, ...] = (self._asked(denoiser, x, sigma),)
             evaluations = 1
         else:
             values = state.values
@@ -308,11 +390,14 @@ class PredictorCorrectorStep:
             denoised, drift = x - sigma * values[0], values[0]
         x_next = self.predict(x, values)
         if self.corrector is not None:
-            found = evaluate(denoiser, x_next, sigma_next)
+            value = self._asked(denoiser, x_next, sigma_next)
             evaluations += 1
-            x_next, values = self.correct(x, x_next, _value(found, self.predict_x0), values)
+            x_next, values = self.correct(x, x_next, value, values)
         result = StepResult(x_next, denoised, drift, evaluations)
         return result, History(values[:MAX_ORDER], x)
+
+    def _asked(self, denoiser: Denoiser, x: Tensor, sigma: Tensor) -> Tensor:
+        return _value(evaluate(denoiser, x, sigma), self.predict_x0, self.threshold)
 
     def predict(self, x: Tensor, values: Sequence[Tensor]) -> Tensor:
         """The point at the end of the step where the denoiser is asked next."""
@@ -348,17 +433,20 @@ class UniPC:
         predict_x0: combine denoised images; False combines noise.
         variant: 'bh1' or 'bh2', the paper's two choices of B(h).
         lower_order_final: use fewer evaluations near the end.
+        threshold: limit denoised images by `dynamic_threshold`, as the published program does.
     """
 
     order: int = 3
     predict_x0: bool = True
     variant: str = "bh2"
     lower_order_final: bool = True
+    threshold: bool = False
     has_pair = False
     blends = False
 
     def __post_init__(self) -> None:
         _check_order(self.order, MAX_ORDER, "unipc")
+        _check_threshold(self)
         if self.variant not in ("bh1", "bh2"):
             raise ValueError(f"variant must be 'bh1' or 'bh2', got {self.variant!r}")
 
@@ -370,12 +458,15 @@ class UniPC:
             h = -math.log(levels[i + 1]) - lambdas[0]
             predictor, corrector = self._weights(h, [(lam - lambdas[0]) / h for lam in lambdas])
             factor = 1.0 if self.predict_x0 else levels[i + 1]
+            # The last step is not corrected, but (as published) where the order is still rising.
+            corrects = i < count - 1 or count < self.order
             steps.append(
                 PredictorCorrectorStep(
                     predictor=tuple(-factor * w for w in predictor),
-                    corrector=tuple(-factor * w for w in corrector) if i < count - 1 else None,
+                    corrector=tuple(-factor * w for w in corrector) if corrects else None,
                     scale=levels[i + 1] / levels[i] if self.predict_x0 else 1.0,
                     predict_x0=self.predict_x0,
+                    threshold=self.threshold,
                 )
             )
         return steps

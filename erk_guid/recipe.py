@@ -10,6 +10,7 @@ import torch
 from erk_guid._version import __version__
 from erk_guid.checkpoints import Loaded, load
 from erk_guid.checkpoints.loading import locate
+from erk_guid.churn import Churn
 from erk_guid.encoders import GENERATION_VAE_BATCH, Encoder, StabilityVAEEncoder
 from erk_guid.errors import ErkGuidError
 from erk_guid.generation import check_networks
@@ -33,6 +34,10 @@ class Recipe:
     sigma_min: float = 0.002
     sigma_max: float = 80
     rho: float = 7
+    S_churn: float = Churn.S_churn
+    S_min: float = Churn.S_min
+    S_max: float = Churn.S_max
+    S_noise: float = Churn.S_noise
     w_stiff: float | str = 0.0
     w_con: float = 0.5
     bound: float | None = None
@@ -44,6 +49,7 @@ class Recipe:
     predict_x0: bool | None = None
     variant: str | None = None
     lower_order_final: bool | None = None
+    threshold: bool | None = None
     schedule: str | tuple[float, ...] = "polynomial"
     afs: bool = False
     denoise_to_zero: bool = True
@@ -62,6 +68,7 @@ class Recipe:
             "sigma_max": self.sigma_max,
             "rho": self.rho,
             "guidance": self.guidance,
+            **self.churn_options,
             "w_stiff": self.w_stiff,
             "w_con": self.w_con,
             "bound": self.bound,
@@ -75,6 +82,12 @@ class Recipe:
         }
 
     @property
+    def churn_options(self) -> dict[str, Any]:
+        """Keyword arguments that say how much noise is added before steps; none for none."""
+        names = ("S_churn", "S_min", "S_max", "S_noise") if self.S_churn else ()
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def solver_options(self) -> dict[str, Any]:
         """Keyword arguments that go with the solver; None leaves one at its default."""
         return {
@@ -84,6 +97,7 @@ class Recipe:
             "predict_x0": self.predict_x0,
             "variant": self.variant,
             "lower_order_final": self.lower_order_final,
+            "threshold": self.threshold,
         }
 
     def describe(self) -> str:
@@ -98,6 +112,7 @@ class Recipe:
             parts.append(f"bound {self.bound:g}")
         if self.gate != GATES[0]:
             parts.append(f"gate {self.gate}")
+        parts += [f"{name} {value:g}" for name, value in self.churn_options.items()]
         if self.gnet and self.guidance != 1:
             parts.append(f"guiding model {self.gnet}")
         return ", ".join([*parts, f"erk_guid {__version__}"])

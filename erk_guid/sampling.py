@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,10 +12,17 @@ import torch
 from torch import Tensor
 
 from erk_guid.auto import improve
+from erk_guid.churn import Churn
 from erk_guid.denoisers import Denoiser, combined
 from erk_guid.guidance import GATES, Guidance, guide, measure
-from erk_guid.schedules import make_sigmas
-from erk_guid.solvers import Solver, check_guidance, make_solver
+from erk_guid.schedules import edm_sigmas, make_sigmas
+from erk_guid.solvers import (
+    Solver,
+    check_guidance,
+    check_solver,
+    churned_solvers,
+    make_solver,
+)
 from erk_guid.steps import EulerStep, Step
 
 
@@ -27,9 +34,10 @@ class StepInfo:
         step: number of the step, from 0.
         num_steps: how many there are.
         sigma, sigma_next: noise levels the step went from and to.
-        x_before: x at sigma.
+        sigma_hat: where the step itself began: sigma, or higher where churn added noise.
+        x_before: x at sigma_hat, noise of churn included.
         x: x at sigma_next, guidance included.
-        denoised: D(x_before; sigma); of a predictor-corrector (unipc, modal) the value it keeps
+        denoised: D(x_before; sigma_hat); of a predictor-corrector (unipc, modal) the value it keeps
             for x_before, which was made at the predicted point.
         stiffness: rho per sample, [N], unit 1/sigma; None at steps without an embedded pair.
         gate: per sample, [N] bool, whether rho (or h rho) exceeds w_con; None likewise.
@@ -42,6 +50,7 @@ class StepInfo:
     num_steps: int
     sigma: float
     sigma_next: float
+    sigma_hat: float
     x_before: Tensor
     x: Tensor
     denoised: Tensor
@@ -62,6 +71,7 @@ def sample(
     solver: str | Solver | Step = "heun",
     guidance: Guidance | None = None,
     callback: Callback | None = None,
+    churn: Churn | None = None,
     afs: bool = False,
     order: int | None = None,
     r: float | None = None,
@@ -69,6 +79,7 @@ def sample(
     predict_x0: bool | None = None,
     variant: str | None = None,
     lower_order_final: bool | None = None,
+    threshold: bool | None = None,
     flow: bool | None = None,
 ) -> Tensor:
     """Integrate the probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma.
@@ -80,21 +91,23 @@ def sample(
             device.
         sigmas: noise levels, [M >= 2], strictly decreasing. A trailing 0 is reached by an
             Euler step; without one the sampler stops at the last level.
-        solver: "heun", "euler", "dpm2", "deis", "ipndm", "ipndm_v", "dpmpp", "unipc" or
+        solver: "heun", "euler", "dpm2", "deis", "ipndm", "ipndm_v", "dpmpp", "unipc", "res" or
             "modal"; or a solver with its options (`erk_guid.solvers`), or one step
             (`erk_guid.Step`) that is taken again and again.
         guidance: ERK guidance, or None for the plain solver. With ``w_stiff=0`` the result is
             that of the plain solver, bit for bit. Costs no evaluation of the denoiser.
         callback: called with a `StepInfo` after each step.
+        churn: noise to add before steps (euler, heun and dpm2 without guidance), see `Churn`.
         afs: analytical first step: at the first noise level the drift is taken to be
             x / sqrt(1 + sigma^2), which saves an evaluation.
-        order: evaluations combined in a step (deis, ipndm, ipndm_v, unipc, modal: 1 to 4,
+        order: evaluations combined in a step (deis, ipndm, ipndm_v, unipc, res, modal: 1 to 4,
             dpmpp: 1 to 3), known elsewhere as max_order.
         r: where dpm2 puts its midpoint, sigma_next^r sigma^(1 - r).
-        deis_mode: "tab" or "rhoab".
+        deis_mode: "tab", "rhoab" or "log".
         predict_x0: whether dpmpp and unipc combine denoised images, or noise.
         variant: unipc's "bh1" or "bh2".
         lower_order_final: whether dpmpp and unipc lower the order near the end.
+        threshold: whether dpmpp and unipc limit denoised images to the range of most pixels.
         flow: heun and modal: whether the denoiser is a flow-matching one, x being (1 - t) clean
             + t noise, and `sigmas` the times t from 1 down; see `erk_guid.flow`.
             An option that is None is left at the solver's own default; the solver's class in
@@ -108,8 +121,9 @@ def sample(
 
     Raises:
         ValueError: unusable sigmas, an unknown solver, an option that it does not have, guidance
-            for a solver without a pair, a denoiser whose answer has another shape.
-        TypeError: `guidance` is not a `Guidance`.
+            for a solver without a pair, churn with guidance or for a solver with a memory, a
+            denoiser that returns another shape or edits its x.
+        TypeError: `guidance` is not a `Guidance`, or `solver` lacks a part of its protocol.
     """
     if guidance is not None and not isinstance(guidance, Guidance):
         raise TypeError(
@@ -119,14 +133,18 @@ def sample(
         )
     options = {
         "order": order, "r": r, "deis_mode": deis_mode, "predict_x0": predict_x0,
-        "variant": variant, "lower_order_final": lower_order_final, "flow": flow,
+        "variant": variant, "lower_order_final": lower_order_final, "threshold": threshold,
+        "flow": flow,
     }  # fmt: skip
     if isinstance(solver, str):
         solver = make_solver(solver, **options)
     elif given := [name for name, value in options.items() if value is not None]:
         raise ValueError(f"{given[0]} is set where the solver is made, not beside a solver object")
+    check_solver(solver)
     if guidance is not None:
         check_guidance(guidance, solver, type(solver).__name__)
+    if churn is not None and churn.active:
+        check_churn(churn, solver, guidance)
     if not x.is_floating_point() or x.ndim < 2:
         raise ValueError(f"x must be a floating tensor [N, ...], got {x.dtype} {list(x.shape)}")
     # One look at the noise levels from the host; after this the loop never waits for the device.
@@ -138,27 +156,26 @@ def sample(
     evaluations = 0
     steps = plan_steps(solver, levels)
     for i, (level, level_next) in enumerate(pairwise(levels)):
-        sigma, sigma_next = sigmas[i], sigmas[i + 1]
+        sigma, sigma_next, step, level_hat = sigmas[i], sigmas[i + 1], steps[i], level
+        gamma = churn.gamma(level, len(steps)) if churn is not None else None
+        if churn is not None and gamma is not None:
+            x, sigma = churn.add(x, sigma, gamma)
+            level_hat = level + gamma * level
+            step = plan_steps(solver, [level_hat, level_next])[0]
         analytic = afs and i == 0
         where = _analytic_at(sigma, denoiser) if analytic else denoiser
-        result, state = steps[i](where, x, sigma, sigma_next, state)
+        result, state = step(where, x, sigma, sigma_next, state)
         evaluations += result.evaluations - analytic
         x_before, x, measured = x, result.x, None
         size: Tensor | None = None
         if guidance.blends and result.embedded is not None:
             x, size = improve(x, result.embedded)
         elif result.pair is not None and guidance.active:
-            limit = None
-            if guidance.bound is not None:
-                if result.spread is None:
-                    raise ValueError(
-                        f"{type(steps[i]).__name__} gives no spread, which a bound is a multiple of"
-                    )
-                limit = result.spread()
+            limit = result.spread() if guidance.bound is not None and result.spread else None
             x, measured = guide(x, result.pair, guidance, limit)
         if callback is not None:
             if result.pair is not None and measured is None:
-                measured = measure(result.pair, guidance)
+                measured = measure(result.pair, replace(guidance, bound=None))
             if size is None and measured is not None:
                 size = measured.size
             callback(
@@ -167,6 +184,7 @@ def sample(
                     num_steps=len(levels) - 1,
                     sigma=level,
                     sigma_next=level_next,
+                    sigma_hat=level_hat,
                     x_before=x_before,
                     x=x,
                     denoised=result.denoised,
@@ -179,6 +197,26 @@ def sample(
         # What the next step needs is in its state; the rest should not live through it.
         del result, measured, size, x_before
     return x
+
+
+def check_churn(churn: Churn, solver: Any, guidance: Guidance | None) -> None:
+    """Refuse added noise where something remembers what was before it.
+
+    Raises:
+        ValueError: with guidance, or a solver with a memory.
+    """
+    if guidance is not None and guidance.active:
+        raise ValueError(
+            f"S_churn must be 0 with ERK guidance, got {churn.S_churn}: guidance compares two "
+            "solutions at one noise level, and churn moves one of them to another; leave one of "
+            "the two out (w_stiff=0 is the solver without guidance)"
+        )
+    if not getattr(solver, "one_step", False):
+        raise ValueError(
+            f"S_churn must be 0 with {type(solver).__name__}, got {churn.S_churn}: it remembers "
+            "evaluations at points that the added noise leaves; solvers that churn goes with: "
+            f"{', '.join(churned_solvers())}"
+        )
 
 
 def plan_steps(solver: Solver | Step, levels: list[float]) -> list[Step]:
@@ -240,7 +278,7 @@ def edm_sampler(
     dtype: torch.dtype = torch.float32,
     randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
     w_stiff: float | str = 0.0,
-    w_con: float = 0.5,
+    w_con: float = 0.0,
     *,
     solver: str | Solver | Step = "heun",
     callback: Callback | None = None,
@@ -253,6 +291,7 @@ def edm_sampler(
     predict_x0: bool | None = None,
     variant: str | None = None,
     lower_order_final: bool | None = None,
+    threshold: bool | None = None,
     bound: float | None = None,
     gate: str = GATES[0],
 ) -> Tensor:
@@ -269,11 +308,15 @@ def edm_sampler(
         num_steps, sigma_min, sigma_max, rho: see `karras_sigmas`.
         guidance: strength of *model* guidance (CFG, autoguidance), see `ModelGuidance`; with 1
             the guiding network is not run.
-        S_churn: must be 0: added noise would put the two solutions of the embedded pair at
-            different noise levels. S_min, S_max, S_noise and randn_like belong to it and are
-            accepted for the signature's sake.
-        dtype: the loop runs in it; the networks' output is cast to it.
-        w_stiff, w_con, bound, gate: see `Guidance`; w_stiff may be "auto".
+        S_churn, S_min, S_max, S_noise, randn_like: noise added before steps, see `Churn`; only
+            where nothing guides (w_stiff 0), and with a solver of one step (heun, euler, dpm2).
+        dtype: the loop runs in it, and the noise levels are computed in it (`edm_sigmas`), so that
+            results are EDM2's own; the networks' output is cast to it.
+        w_stiff: strength of ERK guidance, or "auto" for the parameter-free form. As in the
+            published function only the square counts, so a sign changes nothing.
+        w_con: stiffness above which it acts. The published function's default is 0, that of the
+            command lines, here and there, 0.5. A negative value opens the gate, as 0 does.
+        bound, gate: see `Guidance`.
         schedule: how the noise levels are spaced, see `make_sigmas`; or the levels themselves,
             falling to above 0, which then `num_steps` and the range have no part in.
         denoise_to_zero: end with an Euler step to sigma = 0; False stops at the last level.
@@ -286,14 +329,15 @@ def edm_sampler(
     Raises:
         ValueError: a value out of range, or model guidance without `gnet`.
     """
-    del S_min, S_max, S_noise, randn_like
-    if S_churn != 0:
-        raise ValueError(
-            f"S_churn must be 0, got {S_churn}: ERK guidance compares two solutions at one noise "
-            "level, and churn moves one of them to another; this sampler is deterministic"
-        )
+    churn = Churn(S_churn, S_min, S_max, S_noise, randn_like)
+    if isinstance(w_stiff, str):
+        erk = Guidance.of(w_stiff, w_con or None, bound, gate)
+    else:
+        erk = Guidance(abs(w_stiff), max(w_con, 0.0), bound=bound, gate=gate)
     denoise = combined(net, gnet, guidance)
-    if isinstance(schedule, str):
+    if schedule == "polynomial":
+        sigmas = edm_sigmas(num_steps, sigma_min, sigma_max, rho, dtype=dtype, device=noise.device)
+    elif isinstance(schedule, str):
         sigmas = make_sigmas(schedule, num_steps, sigma_min, sigma_max, rho)
     else:
         sigmas = torch.tensor([*schedule, 0.0], dtype=torch.float64)
@@ -302,8 +346,9 @@ def edm_sampler(
         noise.to(dtype) * sigmas[0].to(device=noise.device, dtype=dtype),
         sigmas if denoise_to_zero else sigmas[:-1],
         solver=solver,
-        guidance=Guidance.of(w_stiff, w_con, bound, gate),
+        guidance=erk,
         callback=callback,
+        churn=churn,
         afs=afs,
         order=order,
         r=r,
@@ -311,4 +356,5 @@ def edm_sampler(
         predict_x0=predict_x0,
         variant=variant,
         lower_order_final=lower_order_final,
+        threshold=threshold,
     )

@@ -23,19 +23,23 @@ from erk_guid.auto import Blend
 from erk_guid.denoisers import Denoiser
 from erk_guid.flow import check_times
 from erk_guid.guidance import Guidance, Pair, norm
-from erk_guid.multistep import DEIS, IPNDM, IPNDMV, DPMpp, Modal, UniPC
+from erk_guid.multistep import DEIS, IPNDM, IPNDMV, RES, DPMpp, Modal, UniPC
 from erk_guid.steps import EulerStep, HeunStep, Step, StepResult, evaluate
 from erk_guid.weights import modal_weights
 
 __all__ = [
-    "DEIS", "DPM2", "IPNDM", "IPNDMV", "SOLVERS", "DPMpp", "Euler", "Heun", "Modal", "Solver",
-    "UniPC", "make_solver",
+    "DEIS", "DPM2", "IPNDM", "IPNDMV", "RES", "SOLVERS", "DPMpp", "Euler", "Heun", "Modal",
+    "Solver", "UniPC", "make_solver",
 ]  # fmt: skip
 
 
 @runtime_checkable
 class Solver(Protocol):
-    """What `erk_guid.sample` takes: something that plans its steps."""
+    """What `erk_guid.sample` takes: something that plans its steps.
+
+    A solver whose solution does not depend on what its steps remember (guidance may) can say so
+    with ``one_step = True``: then noise may be added between steps, see `erk_guid.churn`.
+    """
 
     @property
     def has_pair(self) -> bool:
@@ -59,6 +63,7 @@ class Euler:
 
     has_pair = False
     blends = False
+    one_step = True
 
     def plan(self, levels: Sequence[float]) -> list[Step]:
         return [EulerStep()] * (len(levels) - 1)
@@ -76,6 +81,7 @@ class Heun:
     flow: bool = False
     has_pair = True
     blends = True
+    one_step = True
 
     def plan(self, levels: Sequence[float]) -> list[Step]:
         if self.flow:
@@ -120,6 +126,7 @@ class DPM2:
     r: float = 0.5
     has_pair = True
     blends = True
+    one_step = True
 
     def __post_init__(self) -> None:
         if not 0 < self.r <= 1:
@@ -140,6 +147,7 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "ipndm_v": IPNDMV,
     "dpmpp": DPMpp,
     "unipc": UniPC,
+    "res": RES,
     "modal": Modal,
 }
 """The solvers `erk_guid.sample` knows by name."""
@@ -171,6 +179,32 @@ def make_solver(name: str, **options: Any) -> Solver:
         fields[OPTION_NAMES.get(option, option)] = value
     solver: Solver = kind(**fields)
     return solver
+
+
+_MEMBERS = {"solver": ("has_pair", "blends", "plan"), "step": ("has_pair", "__call__")}
+
+
+def check_solver(solver: Any) -> None:
+    """Refuse what is neither a solver nor a step.
+
+    Raises:
+        TypeError: naming what it lacks.
+    """
+    if isinstance(solver, type):
+        raise TypeError(f"solver is the class {solver.__name__}; make one: {solver.__name__}()")
+    kind = "solver" if hasattr(solver, "plan") or not callable(solver) else "step"
+    missing = [name for name in _MEMBERS[kind] if not hasattr(solver, name)]
+    if missing:
+        raise TypeError(
+            f"solver must be a name, a solver or a step; {type(solver).__name__} lacks "
+            f"{', '.join(missing)} of the protocol of a {kind} (erk_guid.solvers.Solver, "
+            "erk_guid.Step)"
+        )
+
+
+def churned_solvers() -> list[str]:
+    """Names of the solvers between whose steps noise may be added."""
+    return [name for name, kind in sorted(SOLVERS.items()) if getattr(kind, "one_step", False)]
 
 
 def guided_solvers() -> list[str]:

@@ -41,17 +41,28 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(denoiser: Denoiser, x: Tensor, sigma: Tensor) -> Evaluation:
-    """Call the denoiser at (x, sigma > 0) and turn its answer into the drift.
+    """Call the denoiser at (x, sigma > 0) and turn its output into the drift.
+
+    The output is copied: a denoiser may return the same tensor each time (CUDA graphs do, and
+    ``torch.compile(mode="reduce-overhead")``), and what it returned before is still needed.
 
     Raises:
-        ValueError: the answer is not shaped like x.
+        ValueError: the output is not shaped like x, or the denoiser edited its x.
     """
-    denoised = denoiser(x, sigma)
+    # Inference tensors count no edits: the denoiser gets a copy of those.
+    given = x.clone() if x.is_inference() else x
+    edits = None if given.is_inference() else given._version
+    denoised = denoiser(given, sigma)
+    if edits is not None and given._version != edits:
+        raise ValueError(
+            "the denoiser edited its x in place, which the sampler still needs; let it work on a "
+            "copy (x.clone())"
+        )
     if denoised.shape != x.shape:
         raise ValueError(
             f"the denoiser returned {list(denoised.shape)} for an x of {list(x.shape)}"
         )
-    denoised = denoised.to(x.dtype)
+    denoised = denoised.to(x.dtype, copy=True)
     return Evaluation(denoised, (x - denoised) / sigma)
 
 
@@ -96,6 +107,7 @@ class EulerStep:
     """Order 1, one evaluation, no embedded pair. The only step that may end at sigma = 0."""
 
     has_pair = False
+    one_step = True
 
     def __call__(
         self, denoiser: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, state: None = None
@@ -128,6 +140,7 @@ class HeunStep:
     quadrature: float | None = None
     times: tuple[float, float] | None = None
     has_pair = True
+    one_step = True
 
     @property
     def blends(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 from conftest import oracle
 
 import erk_guid
+from erk_guid.branching import Task, distances
 from erk_guid.guidance import Guidance, Pair
 from erk_guid.solvers import make_solver
 
@@ -28,7 +29,7 @@ def test_a_bound_limits_the_correction_and_nothing_else() -> None:
     assert torch.equal(held[3:], free[3:])
     nothing = erk_guid.correction(*pair, Guidance(1.0, 0.0, bound=0.2), 0 * spread)
     assert (nothing == 0).all()
-    with pytest.raises(ValueError, match="a bound needs spread"):
+    with pytest.raises(ValueError, match="a bound is a multiple of spread"):
         erk_guid.correction(*pair, Guidance(1.0, 0.0, bound=0.2))
     # A correction that overflowed is held like any other, and gradients pass.
     huge = erk_guid.correction(*pair, Guidance(1e200, 0.0, bound=0.2), spread)
@@ -81,10 +82,13 @@ def test_a_step_without_a_spread_cannot_be_bounded() -> None:
             return dataclasses.replace(result, spread=None), state
 
     x, sigmas = torch.randn(2, 3), torch.tensor([3.0, 2, 1])
-    with pytest.raises(ValueError, match="Bare gives no spread"):
+    with pytest.raises(ValueError, match="a bound is a multiple of spread"):
         erk_guid.sample(
             lambda x, s: x / 2, x, sigmas, solver=Bare(), guidance=Guidance(1, 0, bound=0.2)
         )
+    task = Task(lambda x, s: x / 2, x, None, sigmas, 2)
+    with pytest.raises(ValueError, match="a bound is a multiple of spread"):
+        distances(task, [Bare()] * 2, [Guidance(1, 0, bound=0.2)], x)
 
 
 @pytest.mark.slow

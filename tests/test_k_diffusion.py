@@ -207,7 +207,7 @@ def test_the_published_form_needs_not_know(settings: dict[str, Any]) -> None:
 def test_what_does_not_go_is_refused() -> None:
     model, sigmas = Wrapped(), erk_guid.karras_sigmas(4)
     for function in FUNCTIONS.values():
-        with pytest.raises(ValueError, match=r"s_churn must be 0, got 0\.5"):
+        with pytest.raises(ValueError, match=r"S_churn must be 0 with ERK guidance, got 0\.5"):
             function(model, model.start, sigmas, s_churn=0.5, disable=True)
         with pytest.raises(TypeError, match="w_stif"):
             function(model, model.start, sigmas, w_stif=0.5)

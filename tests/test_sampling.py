@@ -16,6 +16,7 @@ from torch import Tensor
 import erk_guid
 from erk_guid import Guidance
 from erk_guid.networks.edm2 import Precond
+from erk_guid.solvers import SOLVERS
 
 
 def gaussian(x: Tensor, sigma: Tensor) -> Tensor:
@@ -278,12 +279,110 @@ def test_other_errors_name_what_is_wrong() -> None:
         erk_guid.HeunStep()(gaussian, x, torch.tensor(1.0), torch.tensor(0.0))
 
 
+def reusing(denoiser: Any) -> Any:
+    """The denoiser, but returning one and the same tensor each time, as CUDA graphs do."""
+    kept: list[Tensor] = []
+
+    def denoise(x: Tensor, sigma: Tensor, *more: Any) -> Tensor:
+        found = denoiser(x, sigma, *more)
+        if not kept:
+            kept.append(found.clone())
+        return kept[0].copy_(found)
+
+    return denoise
+
+
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+def test_a_denoiser_may_return_the_same_tensor_each_time(solver: str) -> None:
+    # Catches: a history of references to the output (dpmpp 37 %, unipc 35 % off).
+    x, sigmas = 80 * torch.randn(3, 4, dtype=torch.float64), erk_guid.karras_sigmas(8)
+    told: dict[bool, list[Tensor]] = {False: [], True: []}
+    found = [
+        erk_guid.sample(
+            reusing(gaussian) if again else gaussian, x, sigmas, solver=solver,
+            callback=lambda info, again=again: told[again].append(info.denoised),
+        )
+        for again in (False, True)
+    ]  # fmt: skip
+    assert torch.equal(*found)
+    assert torch.equal(torch.stack(told[False]), torch.stack(told[True]))
+
+
+def test_a_network_that_guides_itself_may_return_the_same_tensor_each_time() -> None:
+    # Catches: the main output overwritten by the guiding one, where both are one network.
+    x, sigmas = 80 * torch.randn(3, 4, dtype=torch.float64), erk_guid.karras_sigmas(5)
+
+    def network(x: Tensor, sigma: Tensor, label: float = 0.0) -> Tensor:
+        return gaussian(x, sigma) + label
+
+    def run(net: Any) -> Tensor:
+        guided = erk_guid.ModelGuidance(lambda x, s: net(x, s, 0.3), net, 2.0)
+        return erk_guid.sample(guided, x, sigmas)
+
+    assert torch.equal(run(network), run(reusing(network)))
+
+
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+def test_a_denoiser_that_edits_its_x(solver: str) -> None:
+    x, sigmas = 80 * torch.randn(3, 4), erk_guid.karras_sigmas(5).float()
+    plain = erk_guid.sample(gaussian, x, sigmas, solver=solver)
+
+    def editing(x: Tensor, sigma: Tensor) -> Tensor:
+        return x.mul_(0.25 / (0.25 + sigma**2))
+
+    with pytest.raises(ValueError, match=r"edited its x in place.*work on a copy"):
+        erk_guid.sample(editing, x.clone(), sigmas, solver=solver)
+    with torch.inference_mode():
+        # Edits are not counted here: the denoiser has a copy, and nothing else sees them.
+        start = x.clone()
+        found = erk_guid.sample(editing, start, sigmas, solver=solver)
+        torch.testing.assert_close(found, plain)
+        assert torch.equal(start, x)
+
+
+def test_solvers_that_lack_a_part_are_named() -> None:
+    x, sigmas = torch.randn(2, 3), erk_guid.karras_sigmas(3)
+
+    class NoForm:
+        has_pair = False
+
+        def plan(self, levels: Any) -> Any:
+            return [erk_guid.EulerStep()] * (len(levels) - 1)
+
+    for solver, lacks in (
+        (NoForm(), "NoForm lacks blends of the protocol of a solver"),
+        (object(), "object lacks has_pair, blends, plan of the protocol of a solver"),
+        (lambda *args: None, "function lacks has_pair of the protocol of a step"),
+        (erk_guid.EulerStep, r"solver is the class EulerStep; make one: EulerStep\(\)"),
+    ):
+        with pytest.raises(TypeError, match=lacks):
+            erk_guid.sample(gaussian, x, sigmas, solver=solver)
+
+
 def test_edm_sampler_refuses_what_the_method_does_not_support() -> None:
     noise = torch.zeros(1, 3, 4, 4)
-    with pytest.raises(ValueError, match="S_churn must be 0, got 40"):
-        erk_guid.edm_sampler(gaussian, noise, S_churn=40)
+    with pytest.raises(ValueError, match="S_churn must be 0 with ERK guidance, got 40"):
+        erk_guid.edm_sampler(gaussian, noise, S_churn=40, w_stiff=0.5)
+    with pytest.raises(ValueError, match="S_churn must be 0 with ERK guidance, got 40"):
+        erk_guid.edm_sampler(gaussian, noise, S_churn=40, w_stiff="auto")
+    # The published function would call None; its script guides by the main network itself.
     with pytest.raises(ValueError, match="guidance of 2 needs a guiding network"):
         erk_guid.edm_sampler(gaussian, noise, guidance=2)
+
+
+def test_a_sign_of_w_changes_nothing_in_edm_sampler() -> None:
+    # As in the published function, where w_stiff is squared and rho never lies below 0.
+    noise = torch.randn(3, 4)
+    options: dict[str, Any] = {"num_steps": 6}
+
+    def net(x: Tensor, sigma: Tensor, labels: None) -> Tensor:
+        return gaussian(x, sigma)
+
+    plain = erk_guid.edm_sampler(net, noise, **options)
+    found = erk_guid.edm_sampler(net, noise, w_stiff=-0.5, w_con=-1, **options)
+    assert torch.equal(found, erk_guid.edm_sampler(net, noise, w_stiff=0.5, w_con=0, **options))
+    assert torch.equal(found, erk_guid.edm_sampler(net, noise, w_stiff=0.5, **options))
+    assert not torch.equal(found, plain)
 
 
 def test_edm_samplers_signature_is_edm2s() -> None:
@@ -307,7 +406,8 @@ def test_edm_samplers_signature_is_edm2s() -> None:
         ("dtype", torch.float32),
         ("randn_like", torch.randn_like),
         ("w_stiff", 0.0),
-        ("w_con", 0.5),
+        # The published function's; its command line, and ours, have 0.5.
+        ("w_con", 0.0),
     ]
 
 

@@ -287,16 +287,19 @@ def test_evaluations_are_counted(name: str, evaluations: int, afs: bool) -> None
     assert (80 in counting.sigmas) != afs
 
 
-def test_afs_is_exact_for_standard_normal_data() -> None:
+def test_afs_takes_the_first_drift_for_standard_normal_data() -> None:
+    # Catches: a drift of x / sigma, or of x / (1 + sigma^2): for standard normal data the exact
+    # one is sigma x / (1 + sigma^2), of which x / sqrt(1 + sigma^2) is off by 1 / (2 sigma^2).
     x = 80 * torch.randn(4, 3, dtype=torch.float64)
-    sigmas = erk_guid.karras_sigmas(6)
-    plain, saved = (
-        erk_guid.sample(lambda x, s: x / (1 + s * s), x, sigmas, solver="heun", afs=afs)
-        for afs in (False, True)
+    levels = torch.tensor([80.0, 20.0], dtype=torch.float64)
+    denoiser = Counting(lambda x, s: x / (1 + s * s))
+    saved = erk_guid.sample(denoiser, x, levels, solver="euler", afs=True)
+    assert denoiser.sigmas == []
+    plain = erk_guid.sample(denoiser, x, levels, solver="euler")
+    drift, exact = (x - saved) / 60, (x - plain) / 60
+    torch.testing.assert_close(
+        drift / exact, torch.full_like(x, 1 + 1 / (2 * 80**2)), rtol=1e-7, atol=0
     )
-    # x / sqrt(1 + sigma^2) is not that drift, x sigma / (1 + sigma^2), but near it at sigma = 80.
-    assert not torch.equal(plain, saved)
-    assert torch.allclose(plain, saved, rtol=1e-3)
 
 
 def test_guidance_goes_with_the_solvers_that_have_a_pair() -> None:

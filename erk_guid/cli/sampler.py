@@ -12,16 +12,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import torch
 
 from erk_guid.checkpoints.presets import PRESETS
+from erk_guid.churn import Churn
 from erk_guid.cli.common import NumberOr
 from erk_guid.encoders import GENERATION_VAE_BATCH
 from erk_guid.errors import printable
 from erk_guid.guidance import AUTO, GATES, Guidance, nearest_paper_steps
+from erk_guid.multistep import DEIS_MODES
 from erk_guid.recipe import Recipe
 from erk_guid.runtime import launched_rank
-from erk_guid.schedules import SCHEDULES, make_sigmas
-from erk_guid.solvers import SOLVERS, check_guidance, guided_solvers, make_solver
+from erk_guid.sampling import check_churn
+from erk_guid.schedules import SCHEDULES, edm_sigmas, make_sigmas
+from erk_guid.solvers import SOLVERS, Solver, check_guidance, guided_solvers, make_solver
 
 F = TypeVar("F", bound=Callable[..., Any])
 JOB = Recipe  # its field defaults are the one home of these options' defaults
@@ -92,45 +96,45 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         type=float,
         help="Strength of model guidance.  [default: the preset's, else 1]",
     ),
-    "s_churn": click.option(
+    "S_churn": click.option(
         "--S_churn",
         "--s_churn",
-        "s_churn",
+        "S_churn",
         metavar="FLOAT",
         type=float,
-        default=0.0,
+        default=JOB.S_churn,
         show_default=True,
-        help="EDM2's stochasticity; must be 0 here.",
+        help="Noise added before the steps, as EDM2's; heun, euler, dpm2 without ERK guidance.",
     ),
-    "s_min": click.option(
+    "S_min": click.option(
         "--S_min",
         "--s_min",
-        "s_min",
+        "S_min",
         metavar="FLOAT",
         type=float,
-        default=0.0,
+        default=JOB.S_min,
         show_default=True,
-        help="Belongs to --S_churn.",
+        help="Lowest noise level at which --S_churn acts.",
     ),
-    "s_max": click.option(
+    "S_max": click.option(
         "--S_max",
         "--s_max",
-        "s_max",
+        "S_max",
         metavar="FLOAT",
         type=float,
-        default=float("inf"),
+        default=JOB.S_max,
         show_default=True,
-        help="Belongs to --S_churn.",
+        help="Highest noise level at which --S_churn acts.",
     ),
-    "s_noise": click.option(
+    "S_noise": click.option(
         "--S_noise",
         "--s_noise",
-        "s_noise",
+        "S_noise",
         metavar="FLOAT",
         type=float,
-        default=1.0,
+        default=JOB.S_noise,
         show_default=True,
-        help="Belongs to --S_churn.",
+        help="Standard deviation of the noise that --S_churn adds.",
     ),
     "w_stiff": click.option(
         "--w_stiff",
@@ -181,12 +185,13 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         "--order",
         metavar="INT",
         type=int,
-        help="Evaluations combined in a step: deis, ipndm, ipndm_v, unipc, modal 1-4, dpmpp 1-3.  "
+        help="Evaluations combined in a step: deis, ipndm, ipndm_v, unipc, res, modal 1-4, dpmpp "
+        "1-3.  "
         "[default: the solver's]",
     ),
     "r": click.option("--r", metavar="FLOAT", type=float, help="dpm2's midpoint.  [default: 0.5]"),
     "deis_mode": click.option(
-        "--deis_mode", type=click.Choice(["tab", "rhoab"]), help="deis only.  [default: tab]"
+        "--deis_mode", type=click.Choice(DEIS_MODES), help="deis only.  [default: tab]"
     ),
     "predict_x0": click.option(
         "--predict_x0",
@@ -202,6 +207,13 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         metavar="BOOL",
         type=bool,
         help="dpmpp, unipc: lower the order near the end.  [default: true]",
+    ),
+    "threshold": click.option(
+        "--threshold",
+        metavar="BOOL",
+        type=bool,
+        help="dpmpp, unipc with --predict_x0: limit denoised images to the range of most of their "
+        "pixels, as the diff-sampler toolbox does.  [default: false]",
     ),
     "schedule": click.option(
         "--schedule",
@@ -275,18 +287,13 @@ def recipe_fields(
     Raises:
         click.UsageError: naming the option at fault.
     """
-    if options.pop("s_churn", 0) != 0:
-        raise click.UsageError(
-            "--S_churn must be 0: ERK guidance compares two solutions at one noise level, and "
-            "churn moves one of them; leave the option out"
-        )
-    for unused in ("s_min", "s_max", "s_noise"):
-        options.pop(unused, None)
     options = preset_fields(preset, options)
     try:
         if settings is not None:
             guidance, options = _from_file(settings, options)
         else:
+            if w_con is not None and not _given("w_stiff"):
+                raise ValueError(f"--w_con {w_con:g} has nothing to act on: give --w_stiff, too")
             guidance = _erk_guidance(w_stiff, w_con, options["num_steps"], preset)
         if settings is None and (bound is not None or gate != JOB.gate):
             if guidance.blends:
@@ -301,6 +308,7 @@ def recipe_fields(
             options["solver"], **{name: options.get(name) for name in SOLVER_OPTIONS}
         )
         check_guidance(guidance, solver, f"--solver {options['solver']}")
+        _check_churn(options, solver, guidance)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     return {
@@ -310,6 +318,24 @@ def recipe_fields(
         "bound": guidance.bound,
         "gate": guidance.gate,
     }
+
+
+CHURN_OPTIONS = ("S_churn", "S_min", "S_max", "S_noise")
+
+
+def _check_churn(options: dict[str, Any], solver: Solver, guidance: Guidance) -> None:
+    """
+    Raises:
+        ValueError: naming the option at fault.
+    """
+    given = {name: options[name] for name in CHURN_OPTIONS if name in options}
+    churn = Churn(**given)
+    if churn.active:
+        check_churn(churn, solver, guidance)
+        return
+    for name in CHURN_OPTIONS[1:]:
+        if name in given and given[name] != getattr(JOB, name):
+            raise ValueError(f"--{name} has nothing to act on: --S_churn is 0")
 
 
 def preset_fields(preset: str | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -337,7 +363,9 @@ def preset_fields(preset: str | None, options: dict[str, Any]) -> dict[str, Any]
     return {**options, "guidance": strength}
 
 
-SOLVER_OPTIONS = ("order", "r", "deis_mode", "predict_x0", "variant", "lower_order_final")
+SOLVER_OPTIONS = (
+    "order", "r", "deis_mode", "predict_x0", "variant", "lower_order_final", "threshold",
+)  # fmt: skip
 
 
 def _schedule(value: str) -> str | tuple[float, ...]:
@@ -370,7 +398,10 @@ def _check_levels(options: dict[str, Any]) -> None:
     schedule = options["schedule"]
     if isinstance(schedule, str):
         names = ("num_steps", "sigma_min", "sigma_max", "rho")
-        make_sigmas(schedule, *(options[name] for name in names))
+        values = [options[name] for name in names]
+        make_sigmas(schedule, *values)
+        if schedule == "polynomial":
+            edm_sigmas(*values, dtype=getattr(torch, options.get("dtype", JOB.dtype)))
         return
     falling = all(a > b for a, b in pairwise([*schedule, 0.0]))
     if not falling or not all(math.isfinite(level) for level in schedule):
@@ -405,18 +436,12 @@ def _from_file(path: Path, options: dict[str, Any]) -> tuple[Guidance, dict[str,
     from erk_guid.calibration.settings import read_settings
 
     found = read_settings(path)
-    context = click.get_current_context()
-    default = click.core.ParameterSource.DEFAULT
     shown = {"num_steps": "steps"}
-
-    def given(name: str) -> bool:
-        return context.get_parameter_source(name) != default
-
     for name in ("w_stiff", "w_con", "bound", "gate"):
-        if given(name):
+        if _given(name):
             raise ValueError(f"--{name} and --settings both say how to guide; leave one out")
     for name, value in found.made_for.items():
-        if given(name) and options[name] != value:
+        if _given(name) and options[name] != value:
             option = f"--{shown.get(name, name)}"
             raise ValueError(
                 f"{option} {options[name]}: {path} was made for {option} {value}; leave {option} "
@@ -442,10 +467,18 @@ def _from_file(path: Path, options: dict[str, Any]) -> tuple[Guidance, dict[str,
     return found.guidance, options
 
 
+def _given(name: str) -> bool:
+    """Whether the user gave this option."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source != click.core.ParameterSource.DEFAULT
+
+
 def _erk_guidance(
     w_stiff: float | str, w_con: float | None, num_steps: int, preset: str | None
 ) -> Guidance:
     if w_stiff == AUTO:
+        if w_con is not None:
+            raise ValueError(f"--w_con {w_con:g} has no part in --w_stiff auto; leave it out")
         return Guidance.auto()
     if isinstance(w_stiff, float | int):
         return Guidance(float(w_stiff), JOB.w_con if w_con is None else w_con)

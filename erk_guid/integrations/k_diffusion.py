@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from erk_guid.churn import Churn
 from erk_guid.guidance import AUTO, GATES, Guidance
 from erk_guid.sampling import StepInfo, sample
 from erk_guid.solvers import DPM2, Heun, Modal, Solver
@@ -39,15 +40,10 @@ def _run(
     extra_args: Mapping[str, Any] | None,
     callback: StepCallback | None,
     disable: bool | None,
-    s_churn: float = 0.0,
+    churn: Churn | None = None,
 ) -> Tensor:
     from tqdm.auto import tqdm
 
-    if s_churn > 0:
-        raise ValueError(
-            f"s_churn must be 0, got {s_churn}: ERK guidance compares two solutions at one noise "
-            "level, and churn moves one of them to another"
-        )
     if len(sigmas) < 2:
         return x  # as the field's samplers do where there is nothing left to denoise
     extra = dict(extra_args or {})
@@ -63,11 +59,13 @@ def _run(
             if callback is not None:
                 sigma = sigmas[info.step]
                 callback({
-                    "x": info.x_before, "i": info.step, "sigma": sigma, "sigma_hat": sigma,
-                    "denoised": info.denoised,
+                    "x": info.x_before, "i": info.step, "sigma": sigma,
+                    "sigma_hat": sigma * (info.sigma_hat / info.sigma), "denoised": info.denoised,
                 })  # fmt: skip
 
-        return sample(denoiser, x, sigmas, solver=solver, guidance=guidance, callback=note)
+        return sample(
+            denoiser, x, sigmas, solver=solver, guidance=guidance, callback=note, churn=churn
+        )
 
 
 @torch.no_grad()
@@ -98,7 +96,9 @@ def sample_erk_heun(
         extra_args: handed to the model.
         callback: called once a step with x (before the step), i, sigma, sigma_hat, denoised.
         disable: switches the progress bar off.
-        s_churn: must be 0. s_tmin, s_tmax and s_noise belong to it.
+        s_churn, s_tmin, s_tmax, s_noise: noise added before steps at levels from s_tmin to s_tmax,
+            without guidance (w_stiff=0) only. It is drawn by `torch.randn_like` where it is
+            added (as in EDM2; k-diffusion also draws, and drops it, at the other steps).
         w_stiff, w_con, bound, gate: see `Guidance`; "auto" is the parameter-free form.
         flow: whether the model is a flow-matching one: x is (1 - t) clean + t noise, and `sigmas`
             are times t. See `erk_guid.flow` for what that changes.
@@ -107,11 +107,11 @@ def sample_erk_heun(
         x at ``sigmas[-1]``.
 
     Raises:
-        ValueError: s_churn is not 0, or a value out of range.
+        ValueError: s_churn together with guidance, or a value out of range.
     """
-    del s_tmin, s_tmax, s_noise
+    churn = Churn(s_churn, s_tmin, s_tmax, s_noise, torch.randn_like)
     guidance = Guidance.of(w_stiff, w_con, bound, gate)
-    return _run(Heun(flow), guidance, model, x, sigmas, extra_args, callback, disable, s_churn)
+    return _run(Heun(flow), guidance, model, x, sigmas, extra_args, callback, disable, churn)
 
 
 @torch.no_grad()
@@ -138,9 +138,10 @@ def sample_erk_dpm_2(
     `flow` is accepted, but changes nothing here: the two solutions of a step are blended as well
     in a flow's time as in sigma.
     """
-    del s_tmin, s_tmax, s_noise, flow
+    del flow
+    churn = Churn(s_churn, s_tmin, s_tmax, s_noise, torch.randn_like)
     guidance = Guidance.of(w_stiff, w_con, bound, gate)
-    return _run(DPM2(), guidance, model, x, sigmas, extra_args, callback, disable, s_churn)
+    return _run(DPM2(), guidance, model, x, sigmas, extra_args, callback, disable, churn)
 
 
 @torch.no_grad()

@@ -265,7 +265,7 @@ def subset(total: int, num: int, seed: int) -> list[int]:
     if num >= total:
         return list(range(total))
     order = np.arange(total, dtype=np.int64)
-    np.random.RandomState(seed % (1 << 31)).shuffle(order)  # noqa: NPY002, the published stream
+    np.random.RandomState(seed % (1 << 31)).shuffle(order)
     return np.sort(order[:num]).tolist()
 
 

@@ -118,10 +118,10 @@ class ERKGuidSampler:
         """The sampler, for ComfyUI to call."""
         import comfy.samplers  # there when ComfyUI calls this, and nowhere else
 
-        guidance: dict[str, Any] = {
-            "w_stiff": AUTO if form == AUTO else w_stiff, "w_con": w_con,
-            "bound": bound or None, "gate": gate,
-        }  # fmt: skip
+        # Every widget has a value; those of the published form say nothing in the other.
+        guidance: dict[str, Any] = {"w_stiff": AUTO}
+        if form != AUTO:
+            guidance = {"w_stiff": w_stiff, "w_con": w_con, "bound": bound or None, "gate": gate}
         Guidance.of(**guidance)  # complain at the node, not in mid-run
         options = {"solver": solver, "model_type": model_type, "guidance": guidance}
         return (comfy.samplers.KSAMPLER(sample_in_comfyui, options),)

@@ -35,7 +35,7 @@ from torch import Tensor
 from erk_guid.auto import Answer
 from erk_guid.flow import FlowAnswer
 from erk_guid.guidance import AUTO, GATES, Guidance, Pair, guide, norm
-from erk_guid.integrations.diffusers.variance import Samples, UnitVariance
+from erk_guid.integrations.diffusers.variance import Samples, UnitVariance, in_float32
 from erk_guid.sampling import check_levels
 from erk_guid.weights import modal_weights
 
@@ -127,7 +127,7 @@ class _Guided(Samples, ABC):
         begins = self.state_in_first_order  # type: ignore[attr-defined]
         if begins and self.step_index is None:  # type: ignore[attr-defined]
             self._forget()
-        wide, output = self._unscaled(sample, timestep), model_output.float()
+        wide, output = self._unscaled(sample, timestep), in_float32(model_output)
         found = plain(output, timestep, wide, return_dict=True, **options)
         # The index has moved on by one: to the end of this call's interval.
         index = self.step_index - (1 if begins else 2)  # type: ignore[attr-defined]

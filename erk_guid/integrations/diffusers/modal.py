@@ -22,7 +22,7 @@ from diffusers import (
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from erk_guid.integrations.diffusers.variance import Samples, UnitVariance
+from erk_guid.integrations.diffusers.variance import Samples, UnitVariance, in_float32
 from erk_guid.multistep import MAX_ORDER, Modal, PredictorCorrectorStep
 
 __all__ = ["FlowMatchModalScheduler", "ModalScheduler"]
@@ -68,7 +68,7 @@ class _Modal(Samples, ABC):
             generator: accepted, as some pipelines offer one; nothing here is random.
         """
         del generator
-        wide, output = self._unscaled(sample, timestep), model_output.float()
+        wide, output = self._unscaled(sample, timestep), in_float32(model_output)
         found = super().step(output, timestep, wide, return_dict=True)  # type: ignore[misc]
         index: int = self.step_index - 1  # type: ignore[attr-defined]
         denoised = self._denoised(found, output, wide, self.sigmas[index])

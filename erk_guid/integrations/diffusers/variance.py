@@ -15,6 +15,11 @@ import torch
 from torch import Tensor
 
 
+def in_float32(output: Tensor) -> Tensor:
+    """A copy of the network's output in float32: it may be written over by the next call."""
+    return output.to(torch.float32, copy=True)
+
+
 class Samples:
     """What samples a scheduler and its pipeline hand to each other: x itself."""
 

@@ -1,0 +1,64 @@
+"""Churn: EDM's stochastic sampler, noise added before a step (Karras et al. 2022, algorithm 2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LARGEST_GAMMA = math.sqrt(2) - 1
+"""Limit of gamma, so that no more noise is added than there is."""
+
+
+@dataclass(frozen=True)
+class Churn:
+    """Add noise before a step, which then starts from a higher noise level.
+
+    ``gamma = min(S_churn / steps, sqrt(2) - 1)``, ``sigma_hat = sigma + gamma sigma``,
+    ``x_hat = x + sqrt(sigma_hat^2 - sigma^2) S_noise randn_like(x)``, at noise levels from
+    `S_min` to `S_max` (both included). Elsewhere no noise is asked for.
+
+    Args:
+        S_churn: how much noise is added in all, 0 or more. 0 adds none.
+        S_min, S_max: the range of sigma where it is added.
+        S_noise: standard deviation of the noise; above 1 makes up for detail that is lost.
+        randn_like: returns standard normal noise shaped like its argument.
+
+    Raises:
+        ValueError: a number out of range; the message names it.
+    """
+
+    S_churn: float = 0.0
+    S_min: float = 0.0
+    S_max: float = math.inf
+    S_noise: float = 1.0
+    randn_like: Callable[[Tensor], Tensor] = torch.randn_like
+
+    def __post_init__(self) -> None:
+        for name in ("S_churn", "S_min", "S_max", "S_noise"):
+            value: Any = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+                raise ValueError(f"{name} must be a number of 0 or more, got {value!r}")
+            if name != "S_max" and not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value!r}")
+
+    @property
+    def active(self) -> bool:
+        """Whether any noise is added at all."""
+        return self.S_churn > 0
+
+    def gamma(self, sigma: float, steps: int) -> float | None:
+        """How far above `sigma` a step of a run of `steps` begins; None adds no noise."""
+        if not self.active or not self.S_min <= sigma <= self.S_max:
+            return None
+        return min(self.S_churn / steps, LARGEST_GAMMA)
+
+    def add(self, x: Tensor, sigma: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+        """``(x_hat, sigma_hat)`` for x at noise level sigma."""
+        sigma_hat = sigma + gamma * sigma
+        noise = self.randn_like(x)
+        return x + (sigma_hat**2 - sigma**2).sqrt() * self.S_noise * noise, sigma_hat
