@@ -114,7 +114,7 @@ def _value(found: Evaluation, predict_x0: bool, threshold: bool = False) -> Tens
 def _combine(x: Tensor, scale: float, weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
     total = x if scale == 1 else x * scale
     for weight, value in zip(weights, values, strict=False):
-        total = torch.add(total, value, alpha=weight)
+        total = total + weight * value
     return total
 
 
@@ -283,8 +283,17 @@ class RES:
         return steps
 
 
+class _LogSNRSteps:
+    """What steps in log-SNR share."""
+
+    @staticmethod
+    def _rounded(value: float) -> float:
+        """A log-SNR, or a step in it, in the precision that the weights are computed from."""
+        return value
+
+
 @dataclass(frozen=True)
-class DPMpp:
+class DPMpp(_LogSNRSteps):
     """DPM-Solver++ multistep.
 
     Args:
@@ -308,8 +317,8 @@ class DPMpp:
     def plan(self, levels: Sequence[float]) -> list[Step]:
         steps: list[Step] = []
         for i, order in enumerate(_orders(self, len(levels) - 1)):
-            lambdas = [-math.log(levels[k]) for k in range(i, i - order, -1)]
-            h = -math.log(levels[i + 1]) - lambdas[0]
+            lambdas = [self._rounded(-math.log(levels[k])) for k in range(i, i - order, -1)]
+            h = self._rounded(self._rounded(-math.log(levels[i + 1])) - lambdas[0])
             scale = levels[i + 1] / levels[i] if self.predict_x0 else 1.0
             weights = _dpmpp_weights(h, lambdas, self.predict_x0)
             factor = 1.0 if self.predict_x0 else -levels[i + 1]
@@ -324,11 +333,18 @@ def _check_threshold(solver: DPMpp | UniPC) -> None:
 
 
 def _orders(solver: DPMpp | UniPC, count: int) -> list[int]:
-    """How many evaluations each of `count` steps combines."""
+    """How many evaluations each of `count` steps combines.
+
+    As published, the order is not lowered while it still rises, even if the end is near.
+    """
     return [
-        min(solver.order, i + 1, count - i if solver.lower_order_final else count)
-        for i in range(count)
-    ]
+        i + 1 if i + 1 < solver.order or not solver.lower_order_final
+        else min(solver.order, count - i)
+        for i in range(min(count, solver.order))
+    ] + [
+        min(solver.order, count - i) if solver.lower_order_final else solver.order
+        for i in range(solver.order, count)
+    ]  # fmt: skip
 
 
 def _dpmpp_weights(h: float, lambdas: Sequence[float], predict_x0: bool) -> list[float]:
@@ -425,7 +441,7 @@ class PredictorCorrectorStep:
 
 
 @dataclass(frozen=True)
-class UniPC:
+class UniPC(_LogSNRSteps):
     """UniPC: a multistep predictor and a corrector that costs no evaluation of its own.
 
     Args:
@@ -454,8 +470,8 @@ class UniPC:
         count = len(levels) - 1
         steps: list[Step] = []
         for i, order in enumerate(_orders(self, count)):
-            lambdas = [-math.log(levels[k]) for k in range(i, i - order, -1)]
-            h = -math.log(levels[i + 1]) - lambdas[0]
+            lambdas = [self._rounded(-math.log(levels[k])) for k in range(i, i - order, -1)]
+            h = self._rounded(self._rounded(-math.log(levels[i + 1])) - lambdas[0])
             predictor, corrector = self._weights(h, [(lam - lambdas[0]) / h for lam in lambdas])
             factor = 1.0 if self.predict_x0 else levels[i + 1]
             # The last step is not corrected, but (as published) where the order is still rising.
@@ -475,7 +491,7 @@ class UniPC:
         """Predictor's and corrector's, for values at `places` (0, then -h0 / h, ...) and at 1."""
         order = len(places)
         hh = -h if self.predict_x0 else h
-        phi = [math.expm1(hh)]  # times hh: the first of the phi functions
+        phi = [self._rounded(math.expm1(hh))]  # times hh: the first of the phi functions
         lead = phi[0]
         b_h = hh if self.variant == "bh1" else lead
         at = [*places[1:], 1.0]

@@ -6,21 +6,25 @@ In a checkout of that toolbox one line in ``solvers.py`` puts these in place of 
 
 Every function takes all options that the toolbox's driver passes; those that do not concern a
 solver are ignored, and any other name is an error. ``w_stiff`` and ``w_con`` default to 0, as
-there. Unlike the toolbox's, DPM-Solver++ and UniPC in data prediction do not threshold the
-denoised images.
+there. As there, DPM-Solver++ and UniPC in data prediction (predict_x0, the toolbox's default)
+limit denoised images by dynamic thresholding (`erk_guid.multistep.dynamic_threshold`), which the
+package's own solvers do only when asked to.
+
+``scripts/check_programs.py --diff-sampler CHECKOUT`` runs the toolbox's driver with its own
+functions and with these, and compares the images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from erk_guid.guidance import Guidance
-from erk_guid.multistep import DEIS, MultistepStep
+from erk_guid.multistep import DEIS, DPMpp, MultistepStep, UniPC
 from erk_guid.sampling import StepInfo, sample
 from erk_guid.schedules import make_sigmas
 from erk_guid.solvers import Solver, make_solver
@@ -40,13 +44,14 @@ __all__ = [
 DRIVER_OPTIONS = frozenset({
     "w_stiff", "w_con", "r", "solver", "num_steps", "afs", "guidance_type", "guidance_rate",
     "denoise_to_zero", "return_inters", "use_fp16", "max_order", "predict_x0",
-    "lower_order_final", "variant", "deis_mode", "sigma_min", "sigma_max", "schedule_type",
-    "schedule_rho", "t_steps", "nfe", "model_source", "prompt", "coeff_list",
+    "lower_order_final", "variant", "deis_mode", "model_path", "prompt", "sigma_min", "sigma_max",
+    "schedule_type", "schedule_rho", "t_steps", "nfe", "model_source", "coeff_list",
 })  # fmt: skip
 """What that toolbox's driver passes to every sampler."""
 
 Sampled = Any
-"""The end points, or with `return_inters` the trajectory, or with `return_eps` also the drifts."""
+"""The end points; with `return_inters` the trajectory, and with `return_eps` besides (but for
+UniPC) a pair of trajectory and drifts."""
 
 
 def _sampler(name: str, *takes: str) -> Callable[..., Sampled]:
@@ -61,8 +66,8 @@ def _sampler(name: str, *takes: str) -> Callable[..., Sampled]:
         num_steps: int | None = None,
         sigma_min: float = 0.002,
         sigma_max: float = 80,
-        schedule_type: str = "polynomial",
-        schedule_rho: float = 7,
+        schedule_type: str | None = "polynomial",
+        schedule_rho: float | None = 7,
         afs: bool = False,
         denoise_to_zero: bool = False,
         return_inters: bool = False,
@@ -79,6 +84,8 @@ def _sampler(name: str, *takes: str) -> Callable[..., Sampled]:
         if t_steps is None:
             if num_steps is None:
                 raise ValueError("give num_steps (how many noise levels) or t_steps")
+            if schedule_type is None or schedule_rho is None:
+                raise ValueError("give schedule_type and schedule_rho, or t_steps")
             t_steps = _schedule(net, num_steps, sigma_min, sigma_max, schedule_type, schedule_rho)
         levels = torch.as_tensor(t_steps).detach().to("cpu", torch.float64)
         if denoise_to_zero:
@@ -94,15 +101,18 @@ def _sampler(name: str, *takes: str) -> Callable[..., Sampled]:
         found = sample(
             _denoiser(net, class_labels, condition, unconditional_condition),
             x, levels,
-            solver=_solver(name, {k: options.get(k) for k in takes}),
+            solver=_solver(name, {k: options.get(k) for k in takes}, x.dtype),
             guidance=Guidance(w_stiff, w_con),
             afs=afs,
-            callback=remember if return_inters or return_eps else None,
+            callback=remember if return_inters else None,
         )  # fmt: skip
-        if not return_inters and not return_eps:
+        if not return_inters:
             return found
         trajectory = torch.stack([x, *points])
-        return (trajectory, torch.stack(drifts)) if return_eps else trajectory
+        if not return_eps or name == "unipc":
+            return trajectory
+        # The step to 0 is a call of the network there, and has no drift.
+        return trajectory, torch.stack(drifts[:-1] if denoise_to_zero else drifts)
 
     return sampler
 
@@ -113,9 +123,10 @@ def _schedule(
     if kind != "discrete":
         return make_sigmas(kind, num_steps, sigma_min, sigma_max, rho)[:-1]
     # Equal steps in the network's own time, which it turns into noise levels itself.
-    first, last = (float(net.sigma_inv(s)) for s in (sigma_max, sigma_min))
+    # With rho other than 1 the toolbox's expression does not begin at sigma_max; it is kept.
+    first, last = (float(net.sigma_inv(torch.tensor(s))) for s in (sigma_max, sigma_min))
     ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
-    times = (first ** (1 / rho) + ramp * (last ** (1 / rho) - first ** (1 / rho))) ** rho
+    times = (first + ramp * (last ** (1 / rho) - first)) ** rho
     return torch.as_tensor([float(net.sigma(t)) for t in times], dtype=torch.float64)
 
 
@@ -129,13 +140,40 @@ def _denoiser(
     return lambda x, t: net(x, t, class_labels=class_labels)
 
 
+class _InFloat32:
+    """Log-SNRs in float32, as the toolbox computes them in a float32 run.
+
+    Its weights are up to 1e-6 off by that, which decides on the last grey level of one pixel in a
+    hundred; with the same rounding the images agree.
+    """
+
+    @staticmethod
+    def _rounded(value: float) -> float:
+        return torch.tensor(value, dtype=torch.float32).item()
+
+
+class _DPMpp(_InFloat32, DPMpp):
+    pass
+
+
+class _UniPC(_InFloat32, UniPC):
+    pass
+
+
+_IN_FLOAT32: dict[str, Any] = {"dpmpp": _DPMpp, "unipc": _UniPC}
+
 _NAMES = {"max_order": "order"}
 """The toolbox's name of an option, and ours."""
 
 
-def _solver(name: str, options: dict[str, Any]) -> Solver:
+def _solver(name: str, options: dict[str, Any], dtype: torch.dtype) -> Solver:
     coefficients = options.pop("coeff_list", None)
+    if "predict_x0" in options:
+        options["threshold"] = options["predict_x0"] is not False
     solver = make_solver(name, **{_NAMES.get(k, k): v for k, v in options.items()})
+    if dtype == torch.float32 and isinstance(solver, (DPMpp, UniPC)):
+        settings = {field.name: getattr(solver, field.name) for field in fields(solver)}
+        return _IN_FLOAT32[name](**settings)
     if coefficients is None:
         return solver
     assert isinstance(solver, DEIS)

@@ -1,0 +1,440 @@
+#!/usr/bin/env python3
+"""Run other programs' own checkouts beside this package, on the same files, and compare.
+
+    python scripts/check_programs.py --diff-sampler PATH [--edm2 PATH] [--erk-guid PATH]
+
+Each PATH is a checkout of that program (git clone), or an unpacked archive of it; it is run as it
+is, in a process of its own, on the CPU. Only its calls for CUDA devices and process groups are
+replaced while it runs; nothing in it is changed, and nothing is downloaded. The networks are small
+and random, made from this checkout's `tests/data`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "tests" / "data"
+sys.path.insert(0, str(ROOT))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: what was run, and how far apart the two programs are."""
+
+    program: str
+    what: str
+    found: str
+    agrees: bool | None
+    """None: the other program did not complete it either."""
+
+
+# --- files that both programs read ------------------------------------------------------------
+
+
+def tiny_network() -> Any:
+    """EDM's (2022) DDPM++ in the size of tests/data, with random weights."""
+    import erk_guid
+
+    return erk_guid.load(DATA / "edm_ddpmpp.pkl").net
+
+
+class _Persistent:
+    """Pickles as the published programs' persistent objects do, from the package's own class."""
+
+    def __init__(self, source: str, class_name: str, state: dict[str, Any]) -> None:
+        self.meta = {
+            "type": "class", "version": 6, "module_src": source, "class_name": class_name,
+            "state": state,
+        }  # fmt: skip
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _published_name(), (self.meta,)
+
+
+def _published_name() -> Any:
+    return importlib.import_module("torch_utils.persistence")._reconstruct_persistent_obj
+
+
+@contextlib.contextmanager
+def _stand_in_names() -> Iterator[None]:
+    """Modules that lend their names to a pickle while it is written."""
+    import types
+
+    package, module = types.ModuleType("torch_utils"), types.ModuleType("torch_utils.persistence")
+
+    def _reconstruct_persistent_obj(meta: dict[str, Any]) -> Any:
+        raise RuntimeError("only a name")
+
+    _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
+    _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
+    module.__dict__["_reconstruct_persistent_obj"] = _reconstruct_persistent_obj
+    names = {"torch_utils": package, "torch_utils.persistence": module}
+    with mock.patch.dict(sys.modules, names):
+        yield
+
+
+NETWORK_SOURCE = """
+import torch
+from erk_guid.networks.edm import EDMPrecond as Base
+
+
+class EDMPrecond(Base):
+    # What the toolbox's 'discrete' schedule asks of a network.
+    def sigma(self, t):
+        return torch.as_tensor(t)
+
+    def sigma_inv(self, sigma):
+        return torch.as_tensor(sigma)
+
+    def round_sigma(self, sigma):
+        return torch.as_tensor(sigma)
+"""
+
+
+def write_snapshot(path: Path, net: Any, source: str, class_name: str) -> None:
+    """A snapshot in the published format whose network is `net`."""
+    state = {**net.__dict__, "_init_args": (), "_init_kwargs": dict(net.config)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _stand_in_names(), open(path, "wb") as file:
+        pickle.dump({"ema": _Persistent(source, class_name, state)}, file, protocol=4)
+
+
+# --- running a checkout's program -------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def on_the_cpu() -> Iterator[None]:
+    """Replace what only makes sense with CUDA: devices and process groups."""
+    cpu, device = torch.device("cpu"), torch.device
+
+    class Device:
+        """Stands for torch.device while a module is imported: its defaults become the CPU."""
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            made = device(*args, **kwargs)
+            return cpu if made.type == "cuda" else made
+
+    with (
+        mock.patch.object(torch, "device", Device),
+        mock.patch.object(torch.cuda, "set_device"),
+        mock.patch.object(torch.distributed, "init_process_group"),
+        mock.patch.object(torch.distributed, "barrier"),
+    ):
+        yield
+
+
+def imported(name: str) -> Any:
+    """A module of the checkout, imported with its CUDA defaults turned to the CPU."""
+    with on_the_cpu():
+        return importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def no_process_group() -> Iterator[None]:
+    with (
+        mock.patch.object(torch.cuda, "set_device"),
+        mock.patch.object(torch.distributed, "init_process_group"),
+        mock.patch.object(torch.distributed, "barrier"),
+    ):
+        yield
+
+
+def run_cases(command: Any, cases: Sequence[Sequence[str]], out: Path) -> list[str | None]:
+    """Call a program's command for each case, into a folder each; errors as text, None for none."""
+    errors: list[str | None] = []
+    for number, case in enumerate(cases):
+        folder = out / f"{number:04d}"
+        try:
+            with no_process_group(), contextlib.redirect_stdout(io.StringIO()):
+                command.main([*case, f"--outdir={folder}"], standalone_mode=False)
+            errors.append(None)
+        except (Exception, SystemExit):
+            errors.append(traceback.format_exc(limit=-1).strip().splitlines()[-1][:200])
+            shutil.rmtree(folder, ignore_errors=True)
+    return errors
+
+
+def in_a_process(
+    checkout: Path, work: Path, mode: str, cases: Sequence[Sequence[str]], out: Path
+) -> list[str | None]:
+    """`run_cases` in a process of its own, whose folder is `work` and whose path has `checkout`."""
+    out.mkdir(parents=True)
+    (out / "cases.json").write_text(json.dumps(cases))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(checkout), str(ROOT)]),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(Path(__file__).resolve()), "inside", mode, str(out)],
+        cwd=work, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    if done.returncode:
+        tail = "\n".join(done.stderr.strip().splitlines()[-6:])
+        raise click.ClickException(f"{checkout} ({mode}) could not be run:\n{tail}")
+    found: list[str | None] = json.loads((out / "errors.json").read_text())
+    return found
+
+
+def pictures(folder: Path) -> dict[str, np.ndarray]:
+    """All PNGs below a folder, by their path in it."""
+    found = {}
+    for path in sorted(folder.rglob("*.png")):
+        with Image.open(path) as image:
+            found[path.relative_to(folder).as_posix()] = np.asarray(image).astype(int)
+    return found
+
+
+def compare(theirs: Path, ours: Path) -> tuple[str, bool]:
+    """Share of identical pixels and the largest difference."""
+    a, b = pictures(theirs), pictures(ours)
+    if a.keys() != b.keys() or not a:
+        return f"other files: {sorted(a)[:3]}... and {sorted(b)[:3]}...", False
+    apart = np.concatenate([np.abs(a[name] - b[name]).ravel() for name in a])
+    same, worst = float((apart == 0).mean()), int(apart.max())
+    return f"{same:.4%} of pixels identical, off by {worst} at most", same >= 0.999 and worst <= 1
+
+
+# --- diff-sampler -----------------------------------------------------------------------------
+
+
+def diff_sampler_cases() -> list[list[str]]:
+    """The driver's options: each solver, with what concerns it."""
+    cases: list[list[str]] = []
+
+    def add(solver: str, **options: Any) -> None:
+        given = [f"--{name}={value}" for name, value in options.items() if value is not None]
+        cases.append([f"--solver={solver}", *given])
+
+    schedules = [("polynomial", 7), ("logsnr", 7), ("time_uniform", 2), ("discrete", 1)]
+    orders = {"ipndm": 4, "ipndm_v": 4, "deis": 4, "dpmpp": 3, "unipc": 3}
+    solvers = ("euler", "heun", "dpm", "ipndm", "ipndm_v", "deis", "dpmpp", "unipc")
+    for solver, (kind, rho) in product(solvers, schedules):
+        for afs, to_zero in product((False, True), repeat=2):
+            add(
+                solver, num_steps=6, schedule_type=kind, schedule_rho=rho, afs=afs,
+                denoise_to_zero=to_zero, max_order=min(3, orders.get(solver, 3)),
+            )  # fmt: skip
+    for solver, order in orders.items():
+        for max_order, steps in product(range(1, order + 1), (2, 3, 4, 5, 8)):
+            if solver == "deis":
+                for mode in ("tab", "rhoab"):
+                    add(solver, num_steps=steps, max_order=max_order, deis_mode=mode)
+            elif solver in ("dpmpp", "unipc"):
+                for x0, lower in product((True, False), repeat=2):
+                    for variant in ("bh1", "bh2") if solver == "unipc" else (None,):
+                        add(
+                            solver, num_steps=steps, max_order=max_order, predict_x0=x0,
+                            lower_order_final=lower, variant=variant,
+                        )  # fmt: skip
+            else:
+                add(solver, num_steps=steps, max_order=max_order)
+    for solver in solvers:
+        add(solver, t_steps="[80.0,10.0,2.5,0.6,0.05]", max_order=2)
+        add(solver, num_steps=12, max_order=3)
+    # Beyond what the toolbox takes: it is told so, and nothing is compared.
+    for solver in ("dpmpp", "unipc", "deis"):
+        add(solver, num_steps=5)
+        add(solver, num_steps=6, max_order=4)
+    return cases
+
+
+def check_diff_sampler(path: Path, work: Path) -> Iterator[Row]:
+    """The toolbox's driver, sample.py, with its own sampler functions and with ours."""
+    checkout = path / "diff-solvers-main" if (path / "diff-solvers-main").is_dir() else path
+    if not (checkout / "sample.py").is_file():
+        raise click.ClickException(f"{path} has no sample.py; name a checkout of diff-sampler")
+    # It looks for networks in ./src and beside; one of its own names for ours.
+    here = work / "diff-sampler" / "run"
+    snapshot = here / "src" / "cifar10" / "edm-cifar10-32x32-uncond-vp.pkl"
+    write_snapshot(snapshot, tiny_network(), NETWORK_SOURCE, "EDMPrecond")
+    cases = diff_sampler_cases()
+    common = ["--dataset_name=cifar10", "--seeds=0-3", "--batch=4"]
+    full = [[*common, *case] for case in cases]
+    outs = {mode: work / "diff-sampler" / mode for mode in ("theirs", "ours")}
+    errors = {
+        mode: in_a_process(checkout, here, f"diff-sampler-{mode}", full, out)
+        for mode, out in outs.items()
+    }
+    for number, case in enumerate(cases):
+        theirs, ours = errors["theirs"][number], errors["ours"][number]
+        what = " ".join(option.removeprefix("--") for option in case)
+        if theirs is not None:
+            also = "ours does" if ours is None else f"nor does ours: {ours}"
+            yield Row("diff-sampler", what, f"does not complete ({theirs}); {also}", None)
+        elif ours is not None:
+            yield Row("diff-sampler", what, f"ours does not complete: {ours}", False)
+        else:
+            name = f"{number:04d}"
+            yield Row("diff-sampler", what, *compare(outs["theirs"] / name, outs["ours"] / name))
+
+
+def inside_diff_sampler(ours: bool) -> Any:
+    if ours:
+        # The line that the README puts into the checkout's solvers.py.
+        solvers = imported("solvers")
+        exec("from erk_guid.integrations.diff_sampler import *", solvers.__dict__)
+    return imported("sample").main
+
+
+def golden_cases() -> list[dict[str, Any]]:
+    """Calls of the toolbox's functions whose end points the tests keep."""
+    cases: list[dict[str, Any]] = []
+    for solver, x0, steps in product(("dpmpp", "unipc"), (True, False), (2, 3, 4, 7)):
+        cases += [
+            {"solver": solver, "num_steps": steps, "max_order": order, "predict_x0": x0}
+            for order in range(1, 4)
+            if order < steps
+        ]
+        more = {"num_steps": steps, "max_order": 3, "predict_x0": x0, "lower_order_final": False}
+        cases.append({"solver": solver, **more})
+    names = ("euler", "heun", "dpm", "ipndm", "ipndm_v", "dpmpp", "unipc")
+    cases += [{"solver": name, "num_steps": 6} for name in names]  # their own defaults
+    cases += [{"solver": name, "num_steps": 6, "afs": True} for name in names]
+    cases += [{"solver": name, "num_steps": 6, "denoise_to_zero": True} for name in names]
+    return cases
+
+
+FUNCTIONS = {
+    "euler": "euler_sampler", "heun": "heun_sampler", "dpm": "dpm_2_sampler",
+    "deis": "deis_sampler", "ipndm": "ipndm_sampler", "ipndm_v": "ipndm_v_sampler",
+    "dpmpp": "dpm_pp_sampler", "unipc": "unipc_sampler",
+}  # fmt: skip
+
+
+def inside_golden(out: Path) -> None:
+    """End points of the toolbox's own functions, in float32, on the mixture of tests/data.
+
+    Three times as large as there, so that dynamic thresholding has something to do.
+    """
+    solvers = imported("solvers")
+    with np.load(DATA / "diff_sampler_solvers.npz") as data:
+        mu, std, weight, latents = (
+            torch.from_numpy(data[name]) for name in ("mu", "std", "weight", "latents")
+        )
+    mu, std = 3 * mu.flatten(1), 3 * std
+
+    def net(x: torch.Tensor, t: torch.Tensor, class_labels: None = None) -> torch.Tensor:
+        wide, sigma = x.double().flatten(1), t.double()
+        variance = std**2 + sigma**2
+        apart = wide[:, None] - mu
+        score = weight.log() - mu.shape[1] / 2 * variance.log()
+        p = (score - 0.5 * apart.square().sum(2) / variance).softmax(1)
+        means = mu + (std**2 / variance)[:, None] * apart
+        return torch.einsum("nk,nkd->nd", p, means).reshape(x.shape).to(x.dtype)
+
+    arrays: dict[str, Any] = {}
+    for number, case in enumerate(golden_cases()):
+        options = {k: v for k, v in case.items() if k != "solver"}
+        with torch.no_grad():
+            end = getattr(solvers, FUNCTIONS[case["solver"]])(net, latents.float(), **options)
+        arrays[f"case{number}"] = end.numpy()
+    np.savez_compressed(out / "golden.npz", cases=np.array(repr(golden_cases())), **arrays)
+
+
+# --- the command ------------------------------------------------------------------------------
+
+Check = Callable[[Path, Path], Iterator[Row]]
+CHECKS: dict[str, Check] = {"diff_sampler": check_diff_sampler}
+
+
+@click.group(invoke_without_command=True)
+@click.option(
+    "--diff-sampler",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Checkout of zju-pi/diff-sampler.",
+)
+@click.option("--all", "show_all", is_flag=True, help="Print every row, not only what differs.")
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="Write all rows to a file."
+)
+@click.pass_context
+def main(
+    context: click.Context, /, show_all: bool, json_path: Path | None, **checkouts: Path | None
+) -> None:
+    """Compare this package with other programs' own checkouts; exit code 1 where they differ."""
+    if context.invoked_subcommand:
+        return
+    chosen = {name: path for name, path in checkouts.items() if path is not None}
+    if not chosen:
+        raise click.UsageError("name at least one checkout, e.g. --diff-sampler=PATH")
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, path in chosen.items():
+            click.echo(f"Running {path} ...", err=True)
+            for row in CHECKS[name](path.resolve(), Path(folder)):
+                rows.append(row)
+                if show_all or row.agrees is False:
+                    click.echo(_line(row))
+    if json_path is not None:
+        json_path.write_text(json.dumps([row.__dict__ for row in rows], indent=1) + "\n")
+    for program in dict.fromkeys(row.program for row in rows):
+        mine = [row.agrees for row in rows if row.program == program]
+        click.echo(
+            f"{program}: {mine.count(True)} of {len(mine) - mine.count(None)} agree; "
+            f"{mine.count(None)} that it does not complete itself"
+        )
+    if any(row.agrees is False for row in rows):
+        sys.exit(1)
+
+
+def _line(row: Row) -> str:
+    mark = {True: "agrees ", False: "DIFFERS", None: "-      "}[row.agrees]
+    return f"{mark}  {row.program}  {row.what}: {row.found}"
+
+
+@main.command("golden-diff-sampler", hidden=True)
+@click.argument("checkout", type=click.Path(exists=True, path_type=Path))
+@click.argument("dest", type=click.Path(path_type=Path))
+def golden_diff_sampler(checkout: Path, dest: Path) -> None:
+    """Write tests/data/diff_sampler_more.npz from the checkout's own functions."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        in_a_process(checkout.resolve() / "diff-solvers-main", Path(folder), "golden", [], out)
+        shutil.copyfile(out / "golden.npz", dest)
+
+
+@main.command("inside", hidden=True)
+@click.argument("mode")
+@click.argument("out", type=click.Path(path_type=Path))
+def inside(mode: str, out: Path) -> None:
+    """What runs in a checkout's process."""
+    torch.set_num_threads(1)
+    if mode == "golden":
+        inside_golden(out)
+        (out / "errors.json").write_text("[]")
+        return
+    cases = json.loads((out / "cases.json").read_text())
+    commands: dict[str, Callable[[], Any]] = {
+        "diff-sampler-theirs": lambda: inside_diff_sampler(False),
+        "diff-sampler-ours": lambda: inside_diff_sampler(True),
+    }
+    errors = run_cases(commands[mode](), cases, out)
+    (out / "errors.json").write_text(json.dumps(errors))
+
+
+if __name__ == "__main__":
+    main()
