@@ -226,8 +226,51 @@ def test_unconditional_ignores_labels(cond: Precond) -> None:
 def test_a_misspelt_option_is_an_error() -> None:
     with pytest.raises(TypeError, match="no option clip_activation"):
         Precond(8, 2, 3, clip_activation=3)
-    with pytest.raises(ValueError, match="channels_per_head 5 does not divide the 8 channels"):
-        Precond(8, 2, 3, model_channels=8, channel_mult=[1], channels_per_head=5)
+
+
+@pytest.mark.parametrize(
+    ("channels", "per_head", "heads"), [(96, 64, 1), (32, 64, 0), (160, 64, 2)]
+)
+def test_heads_are_counted_as_published(channels: int, per_head: int, heads: int) -> None:
+    # EDM2's rule (measured there for the first two): the quotient rounded down, none where it is
+    # 0. No stored outputs of such a network exist here.
+    net = Precond(8, 2, 0, model_channels=channels, channel_mult=[1], channels_per_head=per_head)
+    (first, *_) = [block for name, block in net.unet.dec.items() if name.endswith("_in0")]
+    assert first.heads == heads
+    assert ("unet.dec.8x8_in0.attn_qkv.weight" in net.state_dict()) == (heads > 0)
+    with torch.no_grad():
+        assert net(torch.randn(2, 2, 8, 8), 0.5).isfinite().all()
+
+
+def test_heads_that_divide_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="makes 3 heads, which do not divide the 224 channels"):
+        Precond(8, 2, 3, model_channels=224, channel_mult=[1], channels_per_head=64)
+
+
+@pytest.mark.parametrize("label_dim", [4, 3])
+def test_class_numbers_are_one_hot_rows(label_dim: int) -> None:
+    # Catches: a batch of label_dim class numbers taken for one row of labels.
+    torch.manual_seed(0)
+    net = Precond(8, 1, label_dim, model_channels=8, channel_mult=[1], channels_per_head=8).eval()
+    for parameter in net.unet.parameters():
+        if parameter.ndim == 0:
+            torch.nn.init.ones_(parameter)
+    x = torch.randn(4, 1, 8, 8)
+    numbers = torch.tensor([2, 0, 1, 2])
+    rows = torch.eye(label_dim)[numbers]
+    with torch.no_grad():
+        expected = net(x, 0.7, rows)
+        assert not torch.equal(expected, net(x, 0.7))
+        for same in (numbers, numbers.int(), rows.double(), rows.long(), rows.bool()):
+            assert torch.equal(net(x, 0.7, same), expected)
+        one = net(x, 0.7, torch.eye(label_dim)[[1]])
+        for same in (torch.tensor(1), torch.tensor([1]), torch.eye(label_dim)[1]):
+            assert torch.equal(net(x, 0.7, same), one)
+        for wrong in (rows[:3], torch.ones(4, label_dim + 1), torch.ones(2), numbers[:3]):
+            with pytest.raises(ValueError, match=r"class labels must be one-hot rows \[4, "):
+                net(x, 0.7, wrong)
+        with pytest.raises(ValueError, match=f"from 0 to {label_dim - 1}, got"):
+            net(x, 0.7, torch.tensor([0, 1, label_dim, 0]))
 
 
 @pytest.mark.gpu

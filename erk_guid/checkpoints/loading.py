@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from erk_guid.checkpoints.download import download, is_url
-from erk_guid.checkpoints.native import read_native, save_network
+from erk_guid.checkpoints.folder import fetch_from_hub, is_model, read_model, weights_in
+from erk_guid.checkpoints.native import has_header, read_native, save_network
 from erk_guid.checkpoints.presets import PRESETS, SHIPPED, Preset
 from erk_guid.checkpoints.snapshot import read_snapshot
 from erk_guid.checkpoints.trusted import read_trusted
@@ -36,7 +37,7 @@ class Loaded:
         encoder: turns what the network makes into pixels.
         source: what was asked for: a preset's name, a path or a URL.
         path: the local file.
-        format: "safetensors", "pkl", or "pkl (trusted)".
+        format: "safetensors", "diffusers", "pkl", or "pkl (trusted)".
         metadata: further text from the header, such as how the network was trained.
         preset: the preset of that name, if `source` is one: it also names the guiding network.
         unconditional: whether `net` was wrapped to ignore class labels ("uncond:" sources).
@@ -68,6 +69,9 @@ def load(
     trust: bool = False,
 ) -> Loaded:
     """Open a network: a preset's name, a `.pkl` or `.safetensors` file, or a URL of either.
+
+    EDM2 networks in diffusers' layout open, too: a model's folder (``unet/config.json``, a VAE in
+    ``vae/``), or its name on the Hugging Face hub, ``owner/name[/folder][@revision]``.
 
     Args:
         name_or_path_or_url: for a preset, its main network is opened. With "uncond:" in front,
@@ -119,8 +123,11 @@ def locate(source: str) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        raise ErkGuidError(f"{source} is a folder; name the .pkl or .safetensors file in it")
+        return weights_in(path)
     close = get_close_matches(source, PRESETS, n=3)
+    fetched = fetch_from_hub(source)
+    if fetched is not None:
+        return fetched
     hint = f"; did you mean {' or '.join(close)}?" if close else " ('erk-guid presets' lists them)"
     raise ErkGuidError(f"{source!r} is no file, no URL and no preset{hint}")
 
@@ -131,6 +138,8 @@ def _read(path: Path, source: str, trust: bool) -> Loaded:
     # By content, not by suffix: cached downloads and renamed files keep working. A safetensors
     # file begins with the length of its JSON header and a brace.
     if start[8:9] == b"{" or path.suffix == ".safetensors":
+        if not has_header(path) and is_model(path):
+            return Loaded(*read_model(path), source, path, "diffusers")
         net, encoder, metadata = read_native(path)
         return Loaded(net, encoder, source, path, "safetensors", metadata)
     if start.lstrip()[:1] == b"<":

@@ -53,6 +53,15 @@ def save_network(
         save_file(state, partial, metadata=header)
 
 
+def has_header(path: Path) -> bool:
+    """Whether a safetensors file says that it is of our format."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError, ValueError):
+        return False
+
+
 def read_native(path: Path) -> tuple[Any, Encoder, dict[str, str]]:
     """Network, encoder and the remaining header text.
 
@@ -65,7 +74,8 @@ def read_native(path: Path) -> tuple[Any, Encoder, dict[str, str]]:
             if header.pop("format", None) != FORMAT:
                 raise CheckpointError(
                     "it is a safetensors file, but not one of ours: its header does not say how "
-                    "the network is built (make one with 'erk-guid convert')"
+                    "the network is built (make one with 'erk-guid convert'), nor does a "
+                    "config.json beside it"
                 )
             network = _description(header, "network")
             encoder = _description(header, "encoder")

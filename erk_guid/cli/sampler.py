@@ -37,7 +37,10 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         help="Published model with its settings; 'digits' ships with the package.",
     ),
     "net": click.option(
-        "--net", metavar="PATH|URL", help="Network: .pkl, .safetensors, URL or preset name."
+        "--net",
+        metavar="PATH|URL",
+        help="Network: .pkl, .safetensors, URL, preset name, or a folder in diffusers' layout "
+        "(also OWNER/NAME[/FOLDER][@REVISION] on the Hugging Face hub).",
     ),
     "gnet": click.option(
         "--gnet", metavar="PATH|URL", help="Guiding network for model guidance (CFG, autoguidance)."

@@ -229,11 +229,12 @@ class Block(nn.Module):
         self.flavor = flavor
         self.resample_mode: Resampling = resample_mode
         self.resample_filter = tuple(resample_filter)
+        # As published: the quotient rounded down, and no attention where that is 0.
         self.heads = cout // channels_per_head if attention else 0
-        if attention and cout % channels_per_head:
+        if self.heads and cout % self.heads:
             raise ValueError(
-                f"channels_per_head {channels_per_head} does not divide the {cout} channels "
-                "of an attention block"
+                f"channels_per_head {channels_per_head} makes {self.heads} heads, which do not "
+                f"divide the {cout} channels of an attention block"
             )
         self.dropout = dropout
         self.res_balance = res_balance
@@ -244,8 +245,8 @@ class Block(nn.Module):
         self.emb_linear = MPConv(emb, cout, [])
         self.conv_res1 = MPConv(cout, cout, [3, 3])
         self.conv_skip = MPConv(cin, cout, [1, 1]) if cin != cout else None
-        self.attn_qkv = MPConv(cout, cout * 3, [1, 1]) if attention else None
-        self.attn_proj = MPConv(cout, cout, [1, 1]) if attention else None
+        self.attn_qkv = MPConv(cout, cout * 3, [1, 1]) if self.heads else None
+        self.attn_proj = MPConv(cout, cout, [1, 1]) if self.heads else None
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         x = resample(x, self.resample_filter, self.resample_mode)
@@ -428,16 +429,50 @@ class Precond(nn.Module):
     ) -> Any:
         """Denoise `x` [N, C, H, W] at noise level `sigma` (a scalar or [N]).
 
-        `class_labels` are one-hot rows [N, label_dim]; None means unconditional (a zero
-        vector for a conditional network). Computes in float32, inside in float16 on CUDA when
-        `use_fp16` holds and `force_fp32` does not. Returns float32 like x; with
-        `return_logvar` also u(sigma) (arXiv 2312.02696, eq. 21), shaped [N, 1, 1, 1] or
+        `class_labels` are one-hot rows [N, label_dim], or whole class numbers [N]; None means
+        unconditional (a zero vector for a conditional network). Computes in float32, inside in
+        float16 on CUDA when `use_fp16` holds and `force_fp32` does not. Returns float32 like
+        x; with `return_logvar` also u(sigma) (arXiv 2312.02696, eq. 21), shaped [N, 1, 1, 1] or
         [1, 1, 1, 1].
+
+        Raises:
+            ValueError: labels of another shape, or class numbers out of range.
         """
         denoised, c_noise = preconditioned(self, self.unet, x, sigma, class_labels, force_fp32)
         if not return_logvar:
             return denoised
         return denoised, self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)
+
+
+def one_hot_rows(labels: Tensor, label_dim: int, count: int) -> Tensor:
+    """Class labels as a network takes them: rows, float32 [count or 1, label_dim].
+
+    Args:
+        labels: rows [count, label_dim], one row for all ([1, label_dim] or [label_dim]), or class
+            numbers: whole numbers [count] or a single one.
+        label_dim: number of classes.
+        count: number of images.
+
+    Raises:
+        ValueError: any other shape, or a class number out of range (on the CPU; elsewhere a look
+            at the numbers would wait for the device).
+    """
+    whole = not labels.is_floating_point() and labels.dtype != torch.bool
+    if whole and labels.ndim < 2:
+        numbers = labels.reshape(-1)
+        if numbers.device.type == "cpu" and not ((numbers >= 0) & (numbers < label_dim)).all():
+            raise ValueError(
+                f"class numbers must be from 0 to {label_dim - 1}, got {numbers.tolist()[:8]}"
+            )
+        labels = F.one_hot(numbers.long(), label_dim)
+    if labels.ndim == 1:
+        labels = labels[None]
+    if labels.ndim != 2 or labels.shape[1] != label_dim or len(labels) not in (1, count):
+        raise ValueError(
+            f"class labels must be one-hot rows [{count}, {label_dim}] or class numbers [{count}], "
+            f"got {labels.dtype} {list(labels.shape)}"
+        )
+    return labels.to(torch.float32)
 
 
 def preconditioned(
@@ -461,7 +496,7 @@ def preconditioned(
         if class_labels is None:
             labels = torch.zeros([1, precond.label_dim], device=x.device)
         else:
-            labels = class_labels.to(x.device, torch.float32).reshape(-1, precond.label_dim)
+            labels = one_hot_rows(class_labels, precond.label_dim, len(x)).to(x.device)
     half = precond.use_fp16 and not force_fp32 and x.device.type == "cuda"
 
     total = sigma**2 + precond.sigma_data**2
