@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -144,6 +145,15 @@ class ProcessGroup:
             raise ErkGuidError(f"rank {self.rank} lost the other processes: {error}") from error
 
 
+def current_group() -> ProcessGroup:
+    """The process group that a script of the user's has set up; without one, a lone process."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return ProcessGroup()
+    control = dist.new_group(backend="gloo", timeout=timedelta(days=2))
+    store = dist.distributed_c10d._get_default_store()
+    return ProcessGroup(dist.get_rank(), dist.get_world_size(), store, control)
+
+
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[ProcessGroup]:
     """Join the processes that torchrun started; a lone process joins nothing.
@@ -180,6 +190,31 @@ def process_group(device: torch.device) -> Iterator[ProcessGroup]:
     dist.destroy_process_group()
 
 
+MOST_SEEDS = 10_000_000
+
+
+def seeds_in(text: str) -> list[int]:
+    """'1,2,5-10' to [1, 2, 5, 6, 7, 8, 9, 10], repeated ones as often as they stand there.
+
+    Raises:
+        ValueError: a part is neither a whole number nor a range, or too long a range.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part)
+        if match is None:
+            raise ValueError(
+                f"{part.strip()!r} in {text!r} is neither a whole number nor a range such as 5-10"
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ValueError(f"the range {part.strip()!r} runs backwards; write {last}-{first}")
+        if last - first >= MOST_SEEDS:
+            raise ValueError(f"the range {part.strip()!r} has more than ten million seeds")
+        seeds.extend(range(first, last + 1))
+    return seeds
+
+
 class SeededNoise:
     """One random stream per image, so that an image depends on its seed and nothing else.
 
@@ -192,6 +227,9 @@ class SeededNoise:
             torch.Generator(device).manual_seed(int(seed) % (1 << 32)) for seed in seeds
         ]
         self._device = device
+
+    def __len__(self) -> int:
+        return len(self._generators)
 
     def randn(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normal noise, [seeds, *shape]."""

@@ -9,6 +9,7 @@ from erk_guid.cli.accuracy import accuracy_command
 from erk_guid.cli.calibrate import calibrate_command
 from erk_guid.cli.convert import convert_command
 from erk_guid.cli.demo import demo_command
+from erk_guid.cli.flops import flops_command
 from erk_guid.cli.generate import generate_command
 from erk_guid.cli.metrics import metrics_command
 from erk_guid.cli.plot_trace import plot_trace_command
@@ -33,5 +34,6 @@ main.add_command(calibrate_command, "calibrate")
 main.add_command(plot_trace_command, "plot-trace")
 main.add_command(toy_command, "toy")
 main.add_command(convert_command, "convert")
+main.add_command(flops_command, "flops")
 main.add_command(presets_command, "presets")
 main.add_command(demo_command, "demo")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import re
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from erk_guid.errors import ErkGuidError, printable
-from erk_guid.runtime import OtherRankError
+from erk_guid.runtime import OtherRankError, seeds_in
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -26,25 +25,10 @@ class SeedList(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if isinstance(value, list):
             return value
-        seeds: dict[int, None] = {}
-        for part in str(value).split(","):
-            match = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part)
-            if match is None:
-                self.fail(
-                    f"{part.strip()!r} in {value!r} is neither a whole number nor a range such as "
-                    "5-10",
-                    param,
-                    ctx,
-                )
-            first, last = int(match[1]), int(match[2] or match[1])
-            if last < first:
-                self.fail(
-                    f"the range {part.strip()!r} runs backwards; write {last}-{first}", param, ctx
-                )
-            if last - first >= 10_000_000:
-                self.fail(f"the range {part.strip()!r} has more than ten million seeds", param, ctx)
-            seeds.update(dict.fromkeys(range(first, last + 1)))
-        return list(seeds)
+        try:
+            return list(dict.fromkeys(seeds_in(str(value))))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 def compact(seeds: Sequence[int]) -> str:
