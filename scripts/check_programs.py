@@ -1,12 +1,18 @@
 #!/usr/bin/env python3
 """Run other programs' own checkouts beside this package, on the same files, and compare.
 
-    python scripts/check_programs.py --diff-sampler PATH [--edm2 PATH] [--erk-guid PATH]
+    python scripts/check_programs.py --diff-sampler PATH [--edm2 PATH] [--erk-guid PATH] \\
+        [--comfyui PATH]
 
 Each PATH is a checkout of that program (git clone), or an unpacked archive of it; it is run as it
 is, in a process of its own, on the CPU. Only its calls for CUDA devices and process groups are
 replaced while it runs; nothing in it is changed, and nothing is downloaded. The networks are small
 and random, made from this checkout's `tests/data`.
+
+diff-sampler: its driver, sample.py, with its own sampler functions and with ours in their place.
+EDM2 and ERK-Guid: `generate_images` of their generate_images.py and of ours on the same files, the
+command line, and reference statistics written by one and read by the other. ComfyUI: the samplers
+of its own k_diffusion and ours without guidance.
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ import io
 import json
 import os
 import pickle
+import runpy
 import shutil
 import subprocess
 import sys
@@ -36,7 +43,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "data"
-sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT))  # behind a checkout that has modules of the same names
 
 
 @dataclass(frozen=True)
@@ -61,16 +68,30 @@ def tiny_network() -> Any:
 
 
 class _Persistent:
-    """Pickles as the published programs' persistent objects do, from the package's own class."""
+    """Pickles a module as the published programs' persistent objects do, and those in it."""
 
-    def __init__(self, source: str, class_name: str, state: dict[str, Any]) -> None:
+    def __init__(self, source: str, module: Any) -> None:
+        state = {**module.__dict__, "_cached": None, "_init_args": (), "_init_kwargs": {}}
+        state["_modules"] = {name: _persistent(source, m) for name, m in module._modules.items()}
+        if hasattr(module, "config"):
+            state["_init_kwargs"] = dict(module.config)
         self.meta = {
-            "type": "class", "version": 6, "module_src": source, "class_name": class_name,
-            "state": state,
+            "type": "class", "version": 6, "module_src": source,
+            "class_name": type(module).__name__, "state": state,
         }  # fmt: skip
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _published_name(), (self.meta,)
+
+
+def _persistent(source: str, module: Any) -> Any:
+    if module is None:
+        return None
+    if type(module).__module__.startswith("torch."):  # containers
+        children = {name: _persistent(source, m) for name, m in module._modules.items()}
+        module.__dict__["_modules"] = children
+        return module
+    return _Persistent(source, module)
 
 
 def _published_name() -> Any:
@@ -95,9 +116,10 @@ def _stand_in_names() -> Iterator[None]:
         yield
 
 
-NETWORK_SOURCE = """
+EDM_SOURCE = """
 import torch
-from erk_guid.networks.edm import EDMPrecond as Base
+from erk_guid.networks.edm import Block, Conv2d, EDMPrecond as Base, FourierEmbedding, GroupNorm
+from erk_guid.networks.edm import Linear, PositionalEmbedding, SongUNet
 
 
 class EDMPrecond(Base):
@@ -107,18 +129,18 @@ class EDMPrecond(Base):
 
     def sigma_inv(self, sigma):
         return torch.as_tensor(sigma)
-
-    def round_sigma(self, sigma):
-        return torch.as_tensor(sigma)
 """
 
 
-def write_snapshot(path: Path, net: Any, source: str, class_name: str) -> None:
-    """A snapshot in the published format whose network is `net`."""
-    state = {**net.__dict__, "_init_args": (), "_init_kwargs": dict(net.config)}
+def write_snapshot(path: Path, net: Any, source: str) -> None:
+    """A snapshot in the published format whose network is `net`, which is spent by it.
+
+    Args:
+        source: what the file carries as the text of its module: it makes this package's classes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _stand_in_names(), open(path, "wb") as file:
-        pickle.dump({"ema": _Persistent(source, class_name, state)}, file, protocol=4)
+        pickle.dump({"ema": _persistent(source, net)}, file, protocol=4)
 
 
 # --- running a checkout's program -------------------------------------------------------------
@@ -184,7 +206,9 @@ def in_a_process(
     (out / "cases.json").write_text(json.dumps(cases))
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(checkout), str(ROOT)]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(checkout), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     done = subprocess.run(
@@ -270,7 +294,7 @@ def check_diff_sampler(path: Path, work: Path) -> Iterator[Row]:
     # It looks for networks in ./src and beside; one of its own names for ours.
     here = work / "diff-sampler" / "run"
     snapshot = here / "src" / "cifar10" / "edm-cifar10-32x32-uncond-vp.pkl"
-    write_snapshot(snapshot, tiny_network(), NETWORK_SOURCE, "EDMPrecond")
+    write_snapshot(snapshot, tiny_network(), EDM_SOURCE)
     cases = diff_sampler_cases()
     common = ["--dataset_name=cifar10", "--seeds=0-3", "--batch=4"]
     full = [[*common, *case] for case in cases]
@@ -298,6 +322,191 @@ def inside_diff_sampler(ours: bool) -> Any:
         solvers = imported("solvers")
         exec("from erk_guid.integrations.diff_sampler import *", solvers.__dict__)
     return imported("sample").main
+
+
+# --- EDM2 and ERK-Guid ------------------------------------------------------------------------
+
+EDM2_SOURCE = "from erk_guid.networks.edm2 import Block, MPConv, MPFourier, Precond, UNet"
+
+EDM2_CASES: list[dict[str, Any]] = [
+    {"num_steps": 6},
+    {"num_steps": 2},
+    {"num_steps": 18, "sigma_min": 0.01, "sigma_max": 40, "rho": 5},
+    {"num_steps": 6, "guidance": 1.7},
+    {"num_steps": 6, "class_idx": 2},
+    {"num_steps": 8, "S_churn": 20},
+    {"num_steps": 8, "S_churn": 40, "S_min": 0.05, "S_max": 50, "S_noise": 1.003},
+]
+ERK_CASES: list[dict[str, Any]] = [
+    {"num_steps": 6},
+    {"num_steps": 6, "guidance": 1.7},
+    {"num_steps": 8, "w_stiff": 0.5, "w_con": 0.1},
+    {"num_steps": 8, "w_stiff": 0.5},
+    {"num_steps": 8, "w_stiff": -0.5, "w_con": 0.5},
+    {"num_steps": 8, "guidance": 1.7, "w_stiff": 1.0, "w_con": 0.5},
+]
+EDM2_COMMAND = ["--seeds=3,5-7", "--steps=5", "--batch=2"]
+
+
+def check_edm2(path: Path, work: Path) -> Iterator[Row]:
+    yield from _check_edm2("edm2", EDM2_CASES, path, work)
+
+
+def check_erk_guid(path: Path, work: Path) -> Iterator[Row]:
+    yield from _check_edm2("erk-guid", ERK_CASES, path, work)
+
+
+def _check_edm2(program: str, cases: list[dict[str, Any]], path: Path, work: Path) -> Iterator[Row]:
+    import erk_guid
+    from erk_guid.metrics import read_reference, write_reference
+
+    if not (path / "generate_images.py").is_file():
+        raise click.ClickException(
+            f"{path} has no generate_images.py; name a checkout of {program}"
+        )
+    here = work / program
+    for name in ("cond", "guide"):
+        net = erk_guid.load(DATA / f"edm2_{name}.pkl").net
+        write_snapshot(here / f"{name}.pkl", net, EDM2_SOURCE)
+    outs = {}
+    for mode, checkout in (("theirs", path), ("ours", ROOT)):
+        outs[mode] = here / mode
+        in_a_process(checkout, here, "edm2", [[json.dumps(case)] for case in cases], outs[mode])
+    for number, case in enumerate(cases):
+        what = "generate_images(" + ", ".join(f"{k}={v}" for k, v in case.items()) + ")"
+        yield _compare_latents(program, what, *(outs[mode] / f"{number:04d}" for mode in outs))
+    yield Row(program, "the command line", *compare(*(outs[mode] / "command" for mode in outs)))
+    statistics = read_reference(DATA / "edm2_ref.pkl").statistics
+    write_reference(here / "ref.pkl", statistics)
+    for mode, checkout in (("theirs", path), ("ours", ROOT)):
+        in_a_process(checkout, here, "edm2-stats", [], here / f"stats-{mode}")
+    theirs, ours = (here / f"stats-{mode}" for mode in ("theirs", "ours"))
+    for what in ("read.npz", "written.npz"):
+        with np.load(theirs / what) as a, np.load(ours / what) as b:
+            same = a.files == b.files and all(np.array_equal(a[n], b[n]) for n in a.files)
+        yield Row(program, f"statistics, {what.removesuffix('.npz')}", f"equal: {same}", same)
+
+
+def _compare_latents(program: str, what: str, theirs: Path, ours: Path) -> Row:
+    files = [folder / "latents.npz" for folder in (theirs, ours)]
+    if not files[0].exists():
+        return Row(program, what, f"does not complete ({(theirs / 'error').read_text()})", None)
+    if not files[1].exists():
+        return Row(program, what, f"ours does not complete: {(ours / 'error').read_text()}", False)
+    with np.load(files[0]) as a, np.load(files[1]) as b:
+        apart = float(np.abs(a["latents"] - b["latents"]).max() / np.abs(a["latents"]).max())
+        inputs = all(np.array_equal(a[name], b[name]) for name in ("noise", "labels"))
+        pixels = np.abs(a["images"].astype(int) - b["images"].astype(int))
+    found = (
+        f"noise and labels {'equal' if inputs else 'DIFFERENT'}, latents {apart:.1e} apart, "
+        f"{float((pixels == 0).mean()):.4%} of pixels identical, off by {pixels.max()} at most"
+    )
+    agrees = inputs and (pixels == 0).mean() >= 0.999 and pixels.max() <= 1
+    return Row(program, what, found, bool(agrees))
+
+
+def inside_edm2(cases: Sequence[Sequence[str]], out: Path) -> None:
+    """What runs with EDM2's generate_images.py, or ours, as the module of that name."""
+    program = imported("generate_images")
+    for number, (text,) in enumerate(cases):
+        folder = out / f"{number:04d}"
+        folder.mkdir()
+        options = json.loads(text)
+        gnet = {"gnet": "guide.pkl"} if options.get("guidance", 1) != 1 else {}
+        try:
+            with no_process_group():
+                batches = [
+                    (r.images.numpy(), r.latents.numpy(), r.noise.numpy(), r.labels.numpy())
+                    for r in program.generate_images(
+                        net="cond.pkl", **gnet, seeds=[3, 5, 6, 7], max_batch_size=2,
+                        verbose=False, device=torch.device("cpu"), **options,
+                    )
+                ]  # fmt: skip
+        except Exception as error:
+            (folder / "error").write_text(f"{type(error).__name__}: {error}"[:200])
+            continue
+        names = ("images", "latents", "noise", "labels")
+        arrays: dict[str, Any] = {
+            name: np.concatenate([batch[k] for batch in batches]) for k, name in enumerate(names)
+        }
+        np.savez(folder / "latents.npz", **arrays)
+    argv = ["generate_images.py", "--net=cond.pkl", f"--outdir={out / 'command'}", *EDM2_COMMAND]
+    with mock.patch.object(sys, "argv", argv), on_the_cpu(), contextlib.suppress(SystemExit):
+        runpy.run_path(str(program.__file__), run_name="__main__")
+
+
+def inside_edm2_statistics(out: Path) -> None:
+    """Statistics that ours wrote, read; and read again after they were written by this program."""
+    program = imported("calculate_metrics")
+    with no_process_group():
+        found = program.load_stats("ref.pkl", verbose=False)
+        np.savez(out / "read.npz", **_flat(found))
+        program.save_stats(found, str(out / "written.pkl"), verbose=False)
+    from erk_guid.metrics import read_reference
+    from erk_guid.metrics.references import edm2_layout
+
+    np.savez(
+        out / "written.npz", **_flat(edm2_layout(read_reference(out / "written.pkl").statistics))
+    )
+
+
+def _flat(stats: Any) -> dict[str, Any]:
+    flat = {"num_images": np.asarray(stats["num_images"])}
+    for metric in ("fid", "fd_dinov2"):
+        flat |= {f"{metric}/{name}": np.asarray(stats[metric][name]) for name in ("mu", "sigma")}
+    return flat
+
+
+# --- ComfyUI ----------------------------------------------------------------------------------
+
+COMFYUI_CASES: list[tuple[str, dict[str, float], float]] = [
+    ("heun", {}, 0.0),
+    ("dpm_2", {}, 1e-5),
+    ("heun", {"s_churn": 10.0}, 1e-6),
+    ("dpm_2", {"s_churn": 10.0}, 1e-5),
+    ("heun", {"s_churn": 30.0, "s_tmin": 0.1, "s_tmax": 5.0, "s_noise": 1.01}, 1e-6),
+]
+"""Its sampler, its options, and how far apart (relative) the results may be."""
+
+
+def check_comfyui(path: Path, work: Path) -> Iterator[Row]:
+    """The samplers in its own k_diffusion, without guidance, on the same random numbers."""
+    if not (path / "comfy" / "k_diffusion" / "sampling.py").is_file():
+        raise click.ClickException(f"{path} has no comfy/k_diffusion; name a checkout of ComfyUI")
+    out = work / "comfyui"
+    in_a_process(path, path, "comfyui", [], out)
+    for name, options, apart, allowed in json.loads((out / "found.json").read_text()):
+        given = "".join(f" {k}={v:g}" for k, v in options.items())
+        yield Row("comfyui", f"{name}{given}", f"{apart:.1e} apart", apart <= allowed)
+
+
+def inside_comfyui(out: Path) -> None:
+    sys.argv = ["main.py", "--cpu"]
+    importlib.import_module("comfy.options").enable_args_parsing()
+    theirs = importlib.import_module("comfy.k_diffusion.sampling")
+    from erk_guid.integrations import k_diffusion
+
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(4, 4, 3, padding=1).requires_grad_(False)
+    sigmas = theirs.get_sigmas_karras(8, 0.03, 14.6)
+    x = sigmas[0] * torch.randn(2, 4, 8, 8)
+
+    def model(x: torch.Tensor, sigma: torch.Tensor, **extra: Any) -> torch.Tensor:
+        s = sigma[:, None, None, None]
+        return (x + s * torch.tanh(layer(x / (1 + s**2).sqrt()))) / (1 + s**2)
+
+    found = []
+    for name, options, allowed in COMFYUI_CASES:
+        ends = []
+        for function, more in (
+            (getattr(theirs, f"sample_{name}"), {}),
+            (getattr(k_diffusion, f"sample_erk_{name}"), {"w_stiff": 0}),
+        ):
+            torch.manual_seed(1)
+            ends.append(function(model, x.clone(), sigmas, disable=True, **options, **more))
+        apart = float((ends[0] - ends[1]).abs().max() / ends[0].abs().max())
+        found.append((name, options, apart, allowed))
+    (out / "found.json").write_text(json.dumps(found))
 
 
 def golden_cases() -> list[dict[str, Any]]:
@@ -358,15 +567,24 @@ def inside_golden(out: Path) -> None:
 # --- the command ------------------------------------------------------------------------------
 
 Check = Callable[[Path, Path], Iterator[Row]]
-CHECKS: dict[str, Check] = {"diff_sampler": check_diff_sampler}
+CHECKS: dict[str, Check] = {
+    "diff_sampler": check_diff_sampler,
+    "edm2": check_edm2,
+    "erk_guid": check_erk_guid,
+    "comfyui": check_comfyui,
+}
+
+
+def checkout_option(name: str, what: str) -> Callable[[Any], Any]:
+    kind = click.Path(exists=True, file_okay=False, path_type=Path)
+    return click.option(f"--{name}", type=kind, help=f"Checkout of {what}.")
 
 
 @click.group(invoke_without_command=True)
-@click.option(
-    "--diff-sampler",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Checkout of zju-pi/diff-sampler.",
-)
+@checkout_option("diff-sampler", "zju-pi/diff-sampler")
+@checkout_option("edm2", "NVlabs/edm2")
+@checkout_option("erk-guid", "mlvlab/ERK-Guid")
+@checkout_option("comfyui", "Comfy-Org/ComfyUI (its requirements must be installed)")
 @click.option("--all", "show_all", is_flag=True, help="Print every row, not only what differs.")
 @click.option(
     "--json", "json_path", type=click.Path(path_type=Path), help="Write all rows to a file."
@@ -423,11 +641,17 @@ def golden_diff_sampler(checkout: Path, dest: Path) -> None:
 def inside(mode: str, out: Path) -> None:
     """What runs in a checkout's process."""
     torch.set_num_threads(1)
-    if mode == "golden":
-        inside_golden(out)
+    cases = json.loads((out / "cases.json").read_text())
+    others: dict[str, Callable[[], None]] = {
+        "golden": lambda: inside_golden(out),
+        "edm2": lambda: inside_edm2(cases, out),
+        "comfyui": lambda: inside_comfyui(out),
+        "edm2-stats": lambda: inside_edm2_statistics(out),
+    }
+    if mode in others:
+        others[mode]()
         (out / "errors.json").write_text("[]")
         return
-    cases = json.loads((out / "cases.json").read_text())
     commands: dict[str, Callable[[], Any]] = {
         "diff-sampler-theirs": lambda: inside_diff_sampler(False),
         "diff-sampler-ours": lambda: inside_diff_sampler(True),
