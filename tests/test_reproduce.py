@@ -96,6 +96,16 @@ def test_a_dry_run_prints_commands_that_parse() -> None:
     )
     score = next(c for c in commands if "metrics" in c)
     assert {"--ref=img512", "--metrics=fid,fd_dinov2", "--num=50000"} <= set(score)
+    # The third command of every row of the published script, on the folder of real images that
+    # its calculate_precision_recall_is.py expects.
+    quality = [c for c in commands if "precision-recall" in c]
+    assert len(quality) == 10 + 8  # of the other models' real images nothing is known
+    assert quality[0] == shlex.split(
+        f"python -m erk_guid precision-recall output/images/{name} "
+        f"--real=ILSVRC2012_img_val_resize_centercrop --json=output/scores/{name}-quality.json"
+    )
+    assert "precision-recall" not in commands_of("--skip-quality")
+    assert "--real=x.zip" in commands_of("--table=4", "--real=x.zip")
     assert ["rm", "-r", f"output/images/{name}"] in commands
     # Every option that is printed exists.
     for command in commands:
@@ -118,6 +128,9 @@ def test_a_dry_run_prints_commands_that_parse() -> None:
         (False, False), (True, True)
     ] * 3  # fmt: skip
     assert ["--solver=deis" in c for c in table4] == [False] * 4 + [True] * 2
+    # zju-pi/diff-sampler's README has the unguided numbers; DEIS's with this schedule and order.
+    deis = {"--order=4", "--schedule=time_uniform", "--rho=2"}
+    assert [deis <= set(c) for c in table4] == [False] * 4 + [True] * 2
 
 
 def commands_of(*args: Any) -> str:

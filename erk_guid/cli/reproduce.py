@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from erk_guid.cli.common import Names, SeedList, load_plugins, name_and_path, reporting_errors
+from erk_guid.metrics.quality import REAL
 from erk_guid.reproduce.report import write_report
 from erk_guid.reproduce.runner import RESULTS, Reproduction, commands, run
 from erk_guid.reproduce.tables import PAPER_NUM, PAPER_TABLES, TABLES, choose_rows
@@ -99,6 +100,15 @@ JOB = Reproduction
     help="For the guided rows of table 4, whose settings are not known here.",
 )
 @click.option("--w_con", metavar="FLOAT", type=click.FloatRange(min=0), help="Likewise.")
+@click.option(
+    "--skip-quality", is_flag=True, help="Leave out precision, recall and inception score."
+)
+@click.option(
+    "--real",
+    metavar="DIR",
+    help="Real images for precision and recall: a folder, zip or .npz.  [default: "
+    f"{REAL} for the img512 models, the shipped features for digits]",
+)
 @click.option("--keep-images", is_flag=True, help="Do not delete a row's images once scored.")
 @click.option("--dry-run", is_flag=True, help="Print the commands and run nothing.")
 @reporting_errors
@@ -107,13 +117,16 @@ def reproduce_command(
 ) -> None:
     """Measure the rows of the paper's tables: generate, score, compare, report.
 
+    Every row gets its Frechet distances, and precision, recall and inception score, which need
+    the real images themselves (--real; --skip-quality leaves them out).
+
     Each row's scores are appended to result.txt and results.jsonl in --outdir; rows that are
     there are not made again, so a run that was killed is continued by repeating its command.
     At the end report.html and report.md show the paper's numbers beside the measured ones.
 
     \b
     Examples:
-      bash scripts/reproduce.sh                        # everything, on all GPUs
+      bash scripts/reproduce.sh --real=imagenet-val-512  # everything, on all GPUs
       bash scripts/reproduce.sh --table=4 --w_stiff=0.5 --w_con=0.1
       bash scripts/reproduce.sh --table=2 --dry-run    # only say what would be run
       bash scripts/reproduce.sh --row=2-8-plain,2-8-w0.5 --num=5000

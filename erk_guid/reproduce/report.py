@@ -114,7 +114,10 @@ class Findings:
     @cached_property
     def by_row(self) -> dict[str, Any]:
         """Result by row id, for rows that were run with this job's settings."""
-        found = {name: result_of(self.job, self.results, p) for name, p in self.plans.items()}
+        found = {
+            name: result_of(self.job, self.results, p, complete=False)
+            for name, p in self.plans.items()
+        }
         return {name: result for name, result in found.items() if result}
 
     @cached_property
@@ -227,6 +230,11 @@ class Findings:
                     found[row.id, metric] = precision_recall(
                         real=reference.features[metric].astype(np.float32), generated=features
                     )
+        return found
+
+    def quality(self, row: Row) -> dict[str, float]:
+        """Precision, recall and inception score of a row, as far as they were computed."""
+        found: dict[str, float] = self.by_row.get(row.id, {}).get("quality", {}).get("scores", {})
         return found
 
     def precision_recall(self, row: Row, metric: str) -> tuple[float, float] | None:
@@ -357,7 +365,11 @@ def _table(findings: Findings, table: str) -> Table:
     paper_metrics = list(dict.fromkeys(m for r in rows for m in r.paper))
     metrics = findings.metrics or paper_metrics
     shared = [m for m in metrics if m in paper_metrics] if findings.comparable else []
-    quality = [m for m in metrics if any(findings.precision_recall(r, m) for r in rows)]
+    scored = any(findings.quality(r) for r in rows)
+    # Else from features, where they and the reference's were kept.
+    quality = [
+        m for m in metrics if not scored and any(findings.precision_recall(r, m) for r in rows)
+    ]
     columns = ["Steps", "Run"]
     for metric in [m for m in paper_metrics if m not in shared]:
         columns.append(f"Paper's {_name(metric)}")
@@ -368,6 +380,8 @@ def _table(findings: Findings, table: str) -> Table:
         if metric in shared:
             columns.append("Difference")
         columns.append("Change by ERK-Guid")
+    if scored:
+        columns += [name for name, _ in _QUALITY]
     for _ in quality:
         columns += ["Precision", "Recall"]
     body = []
@@ -377,6 +391,9 @@ def _table(findings: Findings, table: str) -> Table:
             cells.append(Cell(_stated(row.paper.get(metric)), "paper"))
         for metric in metrics:
             cells += _measured(findings, row, metric, metric in shared)
+        if scored:
+            values = findings.quality(row)
+            cells += [Cell(f"{values[key]:.3f}" if key in values else EMPTY) for _, key in _QUALITY]
         for metric in quality:
             found = findings.precision_recall(row, metric)
             cells += [Cell(f"{v:.3f}") for v in found] if found else [Cell(EMPTY)] * 2
@@ -390,6 +407,14 @@ def _table(findings: Findings, table: str) -> Table:
     if quality:
         notes.append(f"Precision and recall: k = {NEIGHBOURS}, against the reference's features.")
     return Table(CAPTIONS[table], columns, body, " ".join(notes))
+
+
+_QUALITY = (
+    ("Precision", "precision"),
+    ("Recall", "recall"),
+    ("Inception score", "inception_score_mean"),
+)
+"""Columns and what they show."""
 
 
 def _measured(findings: Findings, row: Row, metric: str, shared: bool) -> list[Cell]:

@@ -28,12 +28,17 @@ from erk_guid.errors import ErkGuidError
 from erk_guid.files import sha256_of, user_path, write_bytes
 from erk_guid.jobs import image_path
 from erk_guid.metrics.detectors import check_detector_name
+from erk_guid.metrics.quality import MANIFOLD_DETECTOR, REAL, SCORE_DETECTOR
+from erk_guid.metrics.references import SHIPPED
 from erk_guid.pictures import save_picture, tile
 from erk_guid.reproduce.tables import FIRST_SEED, PAPER_BATCH, PAPER_NUM, Row
 from erk_guid.runtime import choose_device
 
 RESULTS, LINES = "results.jsonl", "result.txt"
 GRID_IMAGES, GRID_COLUMNS, GRID_SIDE = 24, 8, 128
+QUALITY_SCORES = (
+    "precision", "recall", "inception_score_mean", "inception_score_std",
+)  # fmt: skip
 RESAMPLES = 200
 """For standard errors, where features are small enough that they cost nothing."""
 
@@ -58,6 +63,8 @@ class Reproduction:
     plugin: Sequence[str] = ()
     w_stiff: float | None = None
     w_con: float | None = None
+    skip_quality: bool = False
+    real: str | None = None
     keep_images: bool = False
 
     def check(self) -> None:
@@ -78,6 +85,8 @@ class Reproduction:
             )
         if self.bootstrap == 1:
             raise ErkGuidError("--bootstrap 1: a standard error needs at least 2 resamples")
+        if self.skip_quality and self.real is not None:
+            raise ErkGuidError(f"--real {self.real} has no use with --skip-quality")
 
     @property
     def chosen_seeds(self) -> list[int]:
@@ -100,6 +109,8 @@ class Plan:
 
     Attributes:
         generate, score: command lines; 'python' and 'torchrun' stand for this interpreter's.
+        quality: likewise, for precision, recall and inception score; empty where they are left
+            out.
         key: all that the scores depend on; a result with the same key need not be made again.
         name: of the row's files: its id, and a few digits that stand for the key.
         papers: whether model, reference and detectors are the paper's, so that its numbers can
@@ -113,6 +124,7 @@ class Plan:
     key: dict[str, Any]
     name: str
     papers: bool
+    quality: list[str] = field(default_factory=list)
 
     @property
     def images(self) -> Path:
@@ -121,6 +133,10 @@ class Plan:
     @property
     def scores(self) -> Path:
         return self.outdir / "scores" / f"{self.name}.json"
+
+    @property
+    def qualities(self) -> Path:
+        return self.outdir / "scores" / f"{self.name}-quality.json"
 
     @property
     def features(self) -> Path:
@@ -134,6 +150,8 @@ class Plan:
         """The commands as a shell would take them."""
         yield shlex.join(self.generate)
         yield shlex.join(self.score)
+        if self.quality:
+            yield shlex.join(self.quality)
         if not keep_images:
             yield shlex.join(["rm", "-r", str(self.images)])
 
@@ -162,6 +180,7 @@ def plan(job: Reproduction, row: Row) -> Plan:
         "w_con": row.w_con,
         "solver": row.solver,
         "denoise_to_zero": row.denoise_to_zero,
+        **({"options": dict(row.options)} if row.options else {}),
         "seeds": seeds,
         "metrics": metrics,
         "ref": ref,
@@ -180,6 +199,7 @@ def plan(job: Reproduction, row: Row) -> Plan:
     )  # fmt: skip
     made.generate.extend(_generate_command(job, made, model, seeds))
     made.score.extend(_score_command(job, made, metrics, ref))
+    made.quality.extend(_quality_command(job, made))
     return made
 
 
@@ -220,6 +240,8 @@ def _generate_command(job: Reproduction, one: Plan, model: list[str], seeds: str
         *_launcher(job), "generate", *model, f"--outdir={one.images}", "--subdirs",
         f"--seeds={seeds}", f"--batch={job.batch}", f"--steps={row.steps}", *erk,
         *([] if row.solver == "heun" else [f"--solver={row.solver}"]),
+        *(f"--{k}={v:g}" if isinstance(v, float | int) else f"--{k}={v}"
+          for k, v in row.options.items()),
         *([] if row.denoise_to_zero else ["--no-denoise-to-zero"]),
         *_device(job), "--resume",
     ]  # fmt: skip
@@ -229,13 +251,81 @@ def _score_command(job: Reproduction, one: Plan, metrics: list[str], ref: str) -
     command = [
         *_launcher(job), "metrics", "calc", f"--images={one.images}", f"--ref={ref}",
         f"--metrics={','.join(metrics)}", f"--num={len(job.chosen_seeds)}", *_device(job),
-        *(f"--detector-weights={name}={path}" for name, path in job.detector_weights.items()),
-        *(f"--plugin={plugin}" for plugin in job.plugin), f"--json={one.scores}",
+        *_weights(job, metrics), *(f"--plugin={plugin}" for plugin in job.plugin),
+        f"--json={one.scores}",
     ]  # fmt: skip
     resamples = _resamples(job, metrics)
     if resamples:
         command += [f"--bootstrap={resamples}", f"--features={one.features}"]
     return command
+
+
+def _quality_command(job: Reproduction, one: Plan) -> list[str]:
+    """Precision, recall and inception score, as the published script has them for every row."""
+    if job.skip_quality:
+        return []
+    real, detector = quality_of(job, one.row)
+    if real is None:
+        return []
+    used = [detector] if detector else [MANIFOLD_DETECTOR, SCORE_DETECTOR]
+    return [
+        "python", "-m", "erk_guid", "precision-recall", str(one.images), f"--real={real}",
+        *([f"--detector={detector}"] if detector else []), *_device(job), *_weights(job, used),
+        *(f"--plugin={plugin}" for plugin in job.plugin), f"--json={one.qualities}",
+    ]  # fmt: skip
+
+
+def quality_of(job: Reproduction, row: Row) -> tuple[str | None, str | None]:
+    """The real images that a row's are compared with, and the detector if not the usual ones.
+
+    Real images are None where none are known for the model, and none were named.
+    """
+    model = job.model or row.model
+    if model in PRESETS:
+        for start, (real, detector) in _KNOWN_REAL.items():
+            if model.startswith(start):
+                return job.real or real, detector
+    return job.real, None
+
+
+_KNOWN_REAL: dict[str, tuple[str, str | None]] = {
+    "digits": ("digits", "fd_digits"),
+    "edm2-img512": (REAL, None),
+}
+"""Beginning of a preset's name to real images and detector."""
+
+
+def _check_quality(job: Reproduction, plans: Sequence[Plan]) -> None:
+    """Say what is missing before hours of work.
+
+    Raises:
+        ErkGuidError: there are no real images where they should be.
+    """
+    for one in plans:
+        real, _ = quality_of(job, one.row)
+        if job.skip_quality:
+            continue
+        if real is None:
+            print(
+                f"{one.row.id}: no precision, recall and inception score, for no real images are "
+                "known for its model (--real names some)",
+                file=sys.stderr,
+            )
+        elif real != SHIPPED and not user_path(real).exists():
+            raise ErkGuidError(
+                f"row {one.row.id}: precision and recall need real images, and there is no {real}; "
+                "name a folder, zip or .npz with --real, or leave these scores out with "
+                "--skip-quality"
+            )
+
+
+def _weights(job: Reproduction, detectors: Sequence[str]) -> list[str]:
+    """The user's files of weights for these detectors."""
+    return [
+        f"--detector-weights={name}={path}"
+        for name, path in job.detector_weights.items()
+        if name in detectors
+    ]
 
 
 def _device(job: Reproduction) -> list[str]:
@@ -361,7 +451,14 @@ def _result(line: str) -> dict[str, Any] | None:
         return None
     if not all(isinstance(result.get(name), kind) for name, kind in shape.items()):
         return None
-    numbers = [*result["scores"].values(), *result["standard_errors"].values()]
+    quality = result.setdefault("quality", {})
+    if not isinstance(quality, dict) or not isinstance(quality.setdefault("scores", {}), dict):
+        return None
+    numbers = [
+        value
+        for part in (result["scores"], result["standard_errors"], quality["scores"])
+        for value in part.values()
+    ]
     texts = [
         *(result["reference"].get(name) for name in ("source", "sha256")),
         *(d.get(n) for d in result["detectors"] for n in ("name", "preprocessing")),
@@ -372,17 +469,34 @@ def _result(line: str) -> dict[str, Any] | None:
     return result if sound and all(isinstance(t, str) for t in texts) else None
 
 
-def result_of(job: Reproduction, results: Sequence[Mapping[str, Any]], one: Plan) -> Any:
-    """The latest result of that plan that has the standard errors asked for, or None."""
+def result_of(
+    job: Reproduction, results: Sequence[Mapping[str, Any]], one: Plan, complete: bool = True
+) -> Any:
+    """The latest result of that plan that has the standard errors asked for, or None.
+
+    Args:
+        complete: with precision and recall against the same real images, too, if asked for.
+    """
     needed = set(one.key["metrics"]) if _resamples(job, one.key["metrics"]) else set()
     return next(
         (
             r
             for r in reversed(results)
-            if r["key"] == one.key and needed <= set(r["standard_errors"])
+            if r["key"] == one.key
+            and needed <= set(r["standard_errors"])
+            and (
+                not (complete and one.quality)
+                or r.get("quality", {}).get("asked") == _asked(job, one)
+            )
         ),
         None,
     )
+
+
+def _asked(job: Reproduction, one: Plan) -> dict[str, Any]:
+    """What precision, recall and inception score depend on besides the images."""
+    real, detector = quality_of(job, one.row)
+    return {"real": real, "detector": detector}
 
 
 def run(job: Reproduction) -> None:
@@ -393,6 +507,7 @@ def run(job: Reproduction) -> None:
     """
     job.check()
     plans = [plan(job, row) for row in job.rows]
+    _check_quality(job, plans)
     # So that a polite end of this process ends the command it waits for, too.
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
@@ -434,6 +549,15 @@ def _run_row(job: Reproduction, one: Plan) -> None:
     seconds = time.monotonic() - begun
     _call(one.row, one.score)
     scored = json.loads(one.scores.read_text())
+    quality: dict[str, Any] = {}
+    if one.quality:
+        _call(one.row, one.quality)
+        found = json.loads(one.qualities.read_text())
+        quality = {
+            "asked": _asked(job, one),
+            "scores": {name: found[name] for name in QUALITY_SCORES},
+            "num_real": found["num_real"],
+        }
     seeds = job.chosen_seeds
     if scored["images"]["available"] != len(seeds):
         raise ErkGuidError(
@@ -445,6 +569,7 @@ def _run_row(job: Reproduction, one: Plan) -> None:
         "key": one.key,
         "scores": scored["scores"],
         "standard_errors": scored.get("standard_errors", {}),
+        "quality": quality,
         "num": scored["num"],
         # Of a run that was continued, the time would be that of the rest.
         "seconds_generating": round(seconds, 1) if whole else None,
@@ -456,7 +581,8 @@ def _run_row(job: Reproduction, one: Plan) -> None:
         "detectors": scored["detectors"],
         "versions": scored["versions"],
     }
-    text = ", ".join(f"{name} {value:.4g}" for name, value in scored["scores"].items())
+    values = {**scored["scores"], **quality.get("scores", {})}
+    text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
     with open(job.outdir / RESULTS, "a") as file:
         file.write(json.dumps(result) + "\n")
     with open(job.outdir / LINES, "a") as file:
