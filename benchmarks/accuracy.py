@@ -21,7 +21,11 @@ RUNS = {
     "tree80": ["--problem=tree80", "--num=1000"],
     "gauss": ["--problem=gauss", "--num=1000"],
     "mixture64": ["--problem=mixture64", "--num=200"],
+    "wide": ["--problem=wide", "--num=500"],
+    "discrete": ["--problem=discrete", "--num=500"],
     "digits": ["--net=digits", "--num=64"],
+    "digits-cfg3": ["--preset=digits-guid", "--guidance=3", "--num=32", "--no-outside"],
+    "digits-autog": ["--preset=digits-autog", "--num=32", "--no-outside"],
 }
 
 

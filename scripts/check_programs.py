@@ -12,7 +12,7 @@ and random, made from this checkout's `tests/data`.
 diff-sampler: its driver, sample.py, with its own sampler functions and with ours in their place.
 EDM2 and ERK-Guid: `generate_images` of their generate_images.py and of ours on the same files, the
 command line, and reference statistics written by one and read by the other. ComfyUI: the samplers
-of its own k_diffusion and ours without guidance.
+of its own k_diffusion and ours without guidance, res_multistep and our `res`.
 """
 
 from __future__ import annotations
@@ -484,6 +484,7 @@ def inside_comfyui(out: Path) -> None:
     sys.argv = ["main.py", "--cpu"]
     importlib.import_module("comfy.options").enable_args_parsing()
     theirs = importlib.import_module("comfy.k_diffusion.sampling")
+    import erk_guid
     from erk_guid.integrations import k_diffusion
 
     torch.manual_seed(0)
@@ -495,7 +496,15 @@ def inside_comfyui(out: Path) -> None:
         s = sigma[:, None, None, None]
         return (x + s * torch.tanh(layer(x / (1 + s**2).sqrt()))) / (1 + s**2)
 
-    found = []
+    def denoiser(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return model(x, sigma * x.new_ones(len(x)))
+
+    ends = [
+        theirs.sample_res_multistep(model, x.clone(), sigmas, disable=True),
+        erk_guid.sample(denoiser, x, sigmas, solver="res"),
+    ]
+    apart = float((ends[0] - ends[1]).abs().max() / ends[0].abs().max())
+    found: list[tuple[str, dict[str, float], float, float]] = [("res_multistep", {}, apart, 1e-5)]
     for name, options, allowed in COMFYUI_CASES:
         ends = []
         for function, more in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import sys
 import types
@@ -105,15 +106,26 @@ def test_names_that_are_nothing() -> None:
 
 
 def test_presets_are_the_published_ones() -> None:
-    edm2 = {name: p for name, p in PRESETS.items() if name.startswith("edm2-")}
-    assert len(edm2) == 36
-    base = "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/"
-    one = PRESETS["edm2-img512-s-guid-dino"]
-    assert one.net == base + "edm2-img512-s-2147483-0.085.pkl"
-    assert one.gnet == base + "edm2-img512-xs-uncond-2147483-0.085.pkl"
-    assert (one.guidance, one.published) == (1.9, "FD-DINOv2 52.32")
-    assert PRESETS["edm2-img64-s-autog-fid"].gnet == base + "edm2-img64-xs-0134217-0.110.pkl"
-    assert all((p.gnet is None) == (p.guidance == 1) for p in edm2.values())
+    # The table of EDM2's own presets, and the names of EDM's published files.
+    published = json.loads((DATA / "edm2_presets.json").read_text())
+    base = "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/{}.pkl"
+    assert [name for name in PRESETS if name.startswith("edm2-")] == list(published)
+    assert len(published) == 36
+    for name, row in published.items():
+        preset = PRESETS[name]
+        assert preset.net == base.format(row["net"])
+        assert preset.gnet == (base.format(row["gnet"]) if row["gnet"] else None)
+        assert preset.guidance == (row["guidance"] or 1)
+        assert preset.published.replace("FD-DINOv2", "FD") == row["published"]
+    edm = {name: p.net.rpartition("/")[2] for name, p in PRESETS.items() if name[:4] == "edm-"}
+    assert edm == {
+        name: f"{name}.pkl"
+        for name in (
+            "edm-cifar10-32x32-uncond-vp", "edm-cifar10-32x32-cond-vp",
+            "edm-ffhq-64x64-uncond-vp", "edm-afhqv2-64x64-uncond-vp",
+            "edm-imagenet-64x64-cond-adm",
+        )
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["digits", "digits-guid", "digits-autog"])

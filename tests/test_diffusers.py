@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import oracle
 from diffusers import FlowMatchHeunDiscreteScheduler, HeunDiscreteScheduler
+from diffusers.schedulers import AysSchedules
 
 import erk_guid
 from erk_guid.integrations.diffusers import (
@@ -63,6 +64,28 @@ def run(
 
 def noise(dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(6, 2, 1, 1, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample", "flow"])
+def test_the_networks_here_predict_what_diffusers_expects(prediction: str) -> None:
+    # diffusers' own Heun, and nothing of ours but the denoiser's integration: catches a
+    # prediction that our schedulers and our tests get wrong in the same way.
+    network = Network(prediction, flow=prediction == "flow")
+    if prediction == "flow":
+        scheduler: Any = diffusers.FlowMatchHeunDiscreteScheduler()
+    else:
+        scheduler = HeunDiscreteScheduler(prediction_type=prediction, use_karras_sigmas=True)
+    scheduler.set_timesteps(9)
+    start = noise() * scheduler.init_noise_sigma if prediction != "flow" else noise()
+    sigmas = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1::2]])
+
+    def denoised(x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        rest = (1 - level).clamp_min(1e-7) if prediction == "flow" else torch.ones(())
+        return network.denoised(x / rest, level / rest)
+
+    expected = erk_guid.sample(denoised, start, sigmas)
+    found = run(scheduler, network, start)
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
@@ -210,8 +233,14 @@ def test_flow_timesteps_and_spacings_are_the_euler_schedulers() -> None:
         levels = torch.cat([ours.sigmas[:1], ours.sigmas[1::2]])
         torch.testing.assert_close(levels, theirs.sigmas)
     times = [900.0, 500.0, 100.0]
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler()
+    ours = FlowMatchERKGuidHeunScheduler()
     ours.set_timesteps(timesteps=times)
-    assert ours.timesteps.tolist() == [900, 500, 500, 100, 100]
+    theirs.set_timesteps(timesteps=times)
+    assert torch.cat([ours.timesteps[:1], ours.timesteps[1::2]]).tolist() == pytest.approx(
+        theirs.timesteps.tolist()
+    )
+    assert torch.equal(ours.timesteps[1::2], ours.timesteps[2::2])
 
 
 def test_a_flows_noise_levels_are_checked() -> None:
@@ -295,7 +324,7 @@ def test_a_start_in_mid_schedule_and_a_second_run() -> None:
     assert torch.equal(run(scheduler, network, start, begin=6), first)
 
 
-ALIGNED = [14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.38, 0.234, 0.113, 0.0]
+ALIGNED = AysSchedules["StableDiffusionXLSigmas"]
 """AYS (Sabour et al. 2024), ten steps for SDXL."""
 
 

@@ -58,7 +58,11 @@ def test_power_iteration_like_behaviour() -> None:
 def written_out(
     x_high: Tensor, x_low: Tensor, f_high: Tensor, f_low: Tensor, h: Tensor, g: Guidance
 ) -> Tensor:
-    """The paper's formula, sample by sample, with v as a vector."""
+    """The paper's formula a second time, sample by sample, with v as a vector.
+
+    That it is the published one, the end points of the published programs say: edm2_sampler in
+    test_sampling.py, diff_sampler_solvers in test_solvers.py.
+    """
     out = []
     for xh, xl, fh, fl, step in zip(x_high, x_low, f_high, f_low, h, strict=True):
         dx, df = (xh - xl).reshape(-1), (fh - fl).reshape(-1)
@@ -80,7 +84,8 @@ def test_correction_is_the_papers_formula(shape: tuple[int, ...]) -> None:
     expected = written_out(x_high, x_low, f_high, f_low, h, guidance)
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-14)
     shut = rho <= 0.99
-    assert shut.any() or shape[0] == 2
+    assert shut.any()
+    assert not shut.all()
     assert (ours[shut] == 0).all()
 
 

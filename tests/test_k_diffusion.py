@@ -230,10 +230,13 @@ def test_no_gradients_and_half_precision() -> None:
 
 
 def test_the_comfyui_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A stand-in with ComfyUI's call shapes; its loader runs the folder's __init__.py by path.
+    # A stand-in with the call shapes of ComfyUI 0.3.64; its loader runs the folder's __init__.py
+    # by path. Not the program itself: scripts/check_programs.py --comfyui runs that.
     class KSampler:
-        def __init__(self, function: Any, extra_options: dict[str, Any]) -> None:
-            self.function, self.extra_options = function, extra_options
+        def __init__(
+            self, sampler_function: Any, extra_options: Any, inpaint_options: Any = None
+        ) -> None:
+            self.function, self.extra_options = sampler_function, extra_options
 
         def sample(self, model: Any, noise: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
             return self.function(
@@ -298,15 +301,14 @@ def test_the_comfyui_node(monkeypatch: pytest.MonkeyPatch) -> None:
         def __call__(self, x: torch.Tensor, t: torch.Tensor, **extra: Any) -> torch.Tensor:
             return flow_model(x, t)
 
-    ends = {}
-    for flow in (True, False):
-        for kind in (sampling.CONST, object):  # type: ignore[attr-defined]
-            for model_type in optional["model_type"][0]:
-                told = kind is not object if model_type == "detect" else model_type == "flow"
-                if told == flow:
-                    (sampler,) = node().get_sampler(0.5, 0.2, model_type=model_type)
-                    end = sampler.sample(Flow(kind), flow_noise(), TIMES)
-                    assert torch.equal(end, ends.setdefault(flow, end))
-        expected = sample_erk_heun(flow_model, flow_noise(), TIMES, flow=flow, disable=True)
-        assert torch.equal(ends[flow], expected)
-    assert not torch.equal(ends[True], ends[False])
+    expected_ends = {
+        flow: sample_erk_heun(flow_model, flow_noise(), TIMES, flow=flow, disable=True)
+        for flow in (True, False)
+    }
+    assert not torch.equal(expected_ends[True], expected_ends[False])
+    for kind in (sampling.CONST, object):  # type: ignore[attr-defined]
+        for model_type in optional["model_type"][0]:
+            told = kind is not object if model_type == "detect" else model_type == "flow"
+            (sampler,) = node().get_sampler(0.5, 0.2, model_type=model_type)
+            end = sampler.sample(Flow(kind), flow_noise(), TIMES)
+            assert torch.equal(end, expected_ends[told])

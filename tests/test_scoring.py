@@ -126,6 +126,7 @@ def test_of_more_images_a_seeded_choice_is_taken(folder: Path, tmp_path: Path) -
         assert done.exit_code == 0, done.output
         return float(json.loads(out.read_text())["scores"]["fd_digits"])
 
+    # Which choice: test_the_subset_is_the_one_that_edm2_draws. Here: that the option reaches it.
     assert score(0) == score(0)
     assert score(0) != score(1)
 

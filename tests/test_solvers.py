@@ -6,12 +6,15 @@ import math
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Counting, golden
 
 import erk_guid
-from erk_guid.multistep import DEIS, History
+from erk_guid.accuracy import make_problem
+from erk_guid.accuracy.methods import Method
+from erk_guid.multistep import DEIS, History, dynamic_threshold
 from erk_guid.schedules import logsnr_sigmas, make_sigmas, vp_sigma, vp_sigma_slope, vp_time
 from erk_guid.solvers import SOLVERS, make_solver
 from erk_guid.weights import lagrange_integrals
@@ -196,7 +199,7 @@ def error_after(steps: int, name: str, options: dict[str, Any]) -> float:
     solver = make_solver(name, **options)
     planned = solver.plan(levels.tolist())
     exact = [carried(x0, BEGIN, level) for level in levels[:4].tolist()]
-    predict_x0 = options.get("predict_x0", name in ("dpmpp", "unipc", "modal"))
+    predict_x0 = options.get("predict_x0", name in ("dpmpp", "unipc", "modal", "res"))
 
     def value(k: int) -> torch.Tensor:
         denoised = denoise(exact[k], levels[k])
@@ -230,6 +233,13 @@ def error_after(steps: int, name: str, options: dict[str, Any]) -> float:
         ("deis", {"order": 2, "deis_mode": "tab"}, 2),
         ("deis", {"order": 3, "deis_mode": "tab"}, 3),  # catches: the density left out
         ("deis", {"order": 4, "deis_mode": "tab"}, 4),
+        ("deis", {"order": 2, "deis_mode": "log"}, 2),
+        ("deis", {"order": 3, "deis_mode": "log"}, 3),
+        ("deis", {"order": 4, "deis_mode": "log"}, 4),
+        ("res", {"order": 1}, 1),
+        ("res", {"order": 2}, 2),  # catches: the exponential's sign
+        ("res", {"order": 3}, 3),
+        ("res", {"order": 4}, 4),
         ("ipndm_v", {"order": 2}, 2),
         ("dpmpp", {"order": 2, "lower_order_final": False}, 2),
         ("dpmpp", {"order": 2, "predict_x0": False, "lower_order_final": False}, 2),
@@ -261,11 +271,53 @@ def test_the_published_third_order_dpmpp_is_of_second_order(predict_x0: bool) ->
 
 def test_runs_with_fewer_points_than_the_order() -> None:
     x = torch.randn(3, 2, dtype=torch.float64)
-    for name in ("deis", "ipndm", "ipndm_v", "dpmpp", "unipc", "modal"):
+    # Where it ends is held to published numbers in test_diff_sampler.py.
+    for name in ("deis", "ipndm", "ipndm_v", "dpmpp", "unipc", "res", "modal"):
         for count in (1, 2, 3):
             sigmas = erk_guid.karras_sigmas(count)
             found = erk_guid.sample(lambda x, s: x / (1 + s * s), 80 * x, sigmas, solver=name)
             assert found.isfinite().all()
+
+
+def test_res_is_comfyuis() -> None:
+    # ComfyUI 0.3.64's own sample_res_multistep was run on this denoiser.
+    data = golden("res_multistep")
+    for count in (2, 3, 9):
+        levels = data[f"levels{count}"]
+        found = erk_guid.sample(
+            lambda x, s: torch.tanh(x) / (1 + s**2), levels[0] * data["x"], levels, solver="res"
+        )
+        torch.testing.assert_close(found, data[f"end{count}"], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_deis_in_log_sigma_is_diffusers(order: int) -> None:
+    pytest.importorskip("diffusers")
+    problem = make_problem("tree80", 20)
+    for steps in (1, 2, 5, 9):
+        sigmas = erk_guid.karras_sigmas(steps + 1)[:-1]
+        method = Method(
+            "", outside="DEISMultistepScheduler",
+            options={"solver_order": order, "lower_order_final": False},
+        )  # fmt: skip
+        theirs = method.run(problem.denoiser, problem.start, sigmas)
+        ours = erk_guid.sample(
+            problem.denoiser, problem.start, sigmas, solver="deis", order=order, deis_mode="log"
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-7)
+
+
+def test_thresholding_by_hand_and_its_limits() -> None:
+    # Values from NumPy's quantile; the published function is held to in test_diff_sampler.py.
+    x = 3 * torch.randn(4, 3, 20, 20, dtype=torch.float64)
+    x[0] /= 30  # stays as it is: all of it lies within 1
+    found = dynamic_threshold(x)
+    for one, result in zip(x.numpy(), found.numpy(), strict=True):
+        limit = max(np.quantile(np.abs(one), 0.995), 1)
+        np.testing.assert_allclose(result, np.clip(one, -limit, limit) / limit, rtol=1e-12)
+    assert torch.equal(found[0], x[0])
+    with pytest.raises(ValueError, match="needs predict_x0"):
+        make_solver("unipc", threshold=True, predict_x0=False)
 
 
 # --- in the loop ----------------------------------------------------------------------------
@@ -274,7 +326,7 @@ def test_runs_with_fewer_points_than_the_order() -> None:
 @pytest.mark.parametrize(
     ("name", "evaluations"),
     [("euler", 8), ("heun", 15), ("dpm2", 15), ("deis", 8), ("ipndm", 8), ("ipndm_v", 8),
-     ("dpmpp", 8), ("unipc", 8), ("modal", 8)],
+     ("dpmpp", 8), ("unipc", 8), ("res", 8), ("modal", 8)],
 )  # fmt: skip
 @pytest.mark.parametrize("afs", [False, True])
 def test_evaluations_are_counted(name: str, evaluations: int, afs: bool) -> None:

@@ -118,6 +118,7 @@ def _methods() -> list[Method]:
             "deis tab 3 + ERK 0.4/0 bound 0.2", "deis", {"order": 3}, Guidance(0.4, 0, bound=0.2)
         ),
         Method("deis tab 4", "deis", {"order": 4}),
+        Method("deis log 3", "deis", {"order": 3, "deis_mode": "log"}),
         Method("ipndm 4", "ipndm", {"order": 4}),
         Method("ipndm_v 3", "ipndm_v", {"order": 3}),
         Method("ipndm_v 4", "ipndm_v", {"order": 4}),
@@ -126,12 +127,15 @@ def _methods() -> list[Method]:
         Method("dpmpp 3 noise", "dpmpp", {"order": 3, "predict_x0": False}),
         Method("unipc 3 data", "unipc", {"order": 3}),
         Method("unipc 3 noise", "unipc", {"order": 3, "predict_x0": False}),
+        Method("res 2", "res"),
         Method("modal", "modal"),
         Method("modal (logsnr)", "modal", schedule="logsnr"),
         Method("deis tab 4 (logsnr)", "deis", {"order": 4}, schedule="logsnr"),
+        Method("deis log 3 (logsnr)", "deis", {"order": 3, "deis_mode": "log"}, schedule="logsnr"),
         Method("ipndm_v 3 (logsnr)", "ipndm_v", {"order": 3}, schedule="logsnr"),
         Method("dpmpp 3 data (logsnr)", "dpmpp", {"order": 3}, schedule="logsnr"),
         Method("unipc 3 data (logsnr)", "unipc", {"order": 3}, schedule="logsnr"),
+        Method("res 2 (logsnr)", "res", schedule="logsnr"),
         _outside(
             "EDM Euler", "EDMEulerScheduler", sigma_data=SIGMA_DATA, prediction_type="epsilon"
         ),

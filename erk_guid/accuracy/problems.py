@@ -84,6 +84,35 @@ def high_dimensional_mixture(dim: int = 64, components: int = 20) -> GaussianMix
     return GaussianMixture(weights, means, covariances)
 
 
+def discrete_set(dim: int = 16, points: int = 64) -> GaussianMixture:
+    """An empirical distribution: 64 points in 16 dimensions, off the origin, with no width at all.
+
+    The denoiser jumps from one point to another where two are about as far. A sample that ends
+    at another point than the exact solution does is off by the distance between the two.
+    """
+    generator = torch.Generator().manual_seed(0)
+    stds = 0.5 / torch.arange(1, dim + 1, dtype=torch.float64)
+    means = torch.randn(points, dim, dtype=torch.float64, generator=generator) * stds + 0.3
+    return GaussianMixture(
+        torch.ones(points, dtype=torch.float64), means,
+        torch.zeros(points, dim, dim, dtype=torch.float64),
+    )  # fmt: skip
+
+
+def wide_mixture(dim: int = 16, components: int = 6) -> GaussianMixture:
+    """Six Gaussians far off the origin, each with standard deviations from 1 to 0.001.
+
+    The covariances' condition number is 1e6; axes are rotated at random.
+    """
+    generator = torch.Generator().manual_seed(0)
+    stds = torch.logspace(0, -3, dim, dtype=torch.float64)
+    drawn = torch.randn(components, dim, dim, dtype=torch.float64, generator=generator)
+    axes = torch.linalg.qr(drawn)[0]
+    means = 3 + torch.randn(components, dim, dtype=torch.float64, generator=generator)
+    weights = torch.ones(components, dtype=torch.float64)
+    return GaussianMixture(weights, means, axes * stds**2 @ axes.transpose(1, 2))
+
+
 PROBLEMS: dict[str, Callable[[int, int], Problem]] = {
     "tree5": lambda n, seed: mixture_problem("tree5", tree_mixture(), n, seed, 5.0),
     "tree80": lambda n, seed: mixture_problem("tree80", tree_mixture(), n, seed, 80.0),
@@ -91,9 +120,12 @@ PROBLEMS: dict[str, Callable[[int, int], Problem]] = {
     "mixture64": lambda n, seed: mixture_problem(
         "mixture64", high_dimensional_mixture(), n, seed, 80.0
     ),
+    "wide": lambda n, seed: mixture_problem("wide", wide_mixture(), n, seed, 80.0),
+    "discrete": lambda n, seed: mixture_problem("discrete", discrete_set(), n, seed, 80.0),
 }
-"""Exact problems by name: the 2-D tree from sigma = 5 and from 80, independent Gaussians, and a
-mixture in 64 dimensions. Called with a number of points and a seed."""
+"""Exact problems by name: the 2-D tree from sigma = 5 and from 80, independent Gaussians, a mixture
+in 64 dimensions, one off the origin with condition numbers of a million, and a discrete set of
+points. Called with a number of points and a seed."""
 
 
 def make_problem(name: str, count: int = 200, seed: int = 0) -> Problem:
