@@ -1,4 +1,4 @@
-"""The modal solver as schedulers for diffusers: one call a step, no guidance, nothing to tune.
+"""The modal solver as schedulers for diffusers: one call a step, no guidance.
 
 A pipeline asks for the next sample after each call. What it is given is the predicted point; the
 evaluation there, which the next call brings, corrects the step that led to it before the next is
