@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from erk_guid._version import __version__
 from erk_guid.calibration import Calibration, calibrate
+from erk_guid.churn import Churn
 from erk_guid.denoisers import Denoiser, ModelGuidance
 from erk_guid.guidance import (
     Guidance,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Batch",
     "Calibration",
+    "Churn",
     "Denoiser",
     "EulerStep",
     "Guidance",
