@@ -10,9 +10,15 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
 from test_diffusers import Network, noise
+from test_diffusers import run as any_run
 
 import erk_guid
-from erk_guid.integrations.diffusers import FlowMatchModalScheduler, ModalScheduler
+from erk_guid.integrations.diffusers import (
+    ERKGuidHeunScheduler,
+    FlowMatchERKGuidHeunScheduler,
+    FlowMatchModalScheduler,
+    ModalScheduler,
+)
 
 
 def run(
@@ -65,6 +71,36 @@ def test_it_is_our_sampler(order: int, prediction: str) -> None:
         network.denoised, start, scheduler.sigmas, solver="modal", order=order
     )
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+
+
+class Reusing(Network):
+    """The same network, but it returns one and the same tensor each time, as CUDA graphs do."""
+
+    kept: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        found = super().__call__(x, level)
+        self.kept = found.clone() if self.kept is None else self.kept.copy_(found)
+        return self.kept
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "flow"])
+@pytest.mark.parametrize("kind", ["modal", "heun"])
+def test_a_network_may_return_the_same_tensor_each_time(kind: str, prediction: str) -> None:
+    # Catches: a history that holds the network's own output.
+    flow = prediction == "flow"
+    schedulers: dict[str, Any] = {
+        "modal": FlowMatchModalScheduler if flow else ModalScheduler,
+        "heun": FlowMatchERKGuidHeunScheduler if flow else ERKGuidHeunScheduler,
+    }
+    options = {} if flow else {"prediction_type": prediction}
+    ends = []
+    for network in (Network, Reusing):
+        scheduler = schedulers[kind](**options)
+        scheduler.set_timesteps(8)
+        start = noise() * (1 if flow else scheduler.sigmas[0])
+        ends.append(any_run(scheduler, network(prediction, flow=flow), start))
+    assert torch.equal(*ends)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
