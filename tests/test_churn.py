@@ -155,6 +155,13 @@ def test_what_churn_goes_with() -> None:
     erk_guid.sample(lambda x, s: x / 2, x, sigmas, solver="modal", churn=off)
 
 
+def test_the_range_includes_its_ends() -> None:
+    # EDM's rule: S_min <= sigma <= S_max.
+    churn = Churn(10, S_min=1.0, S_max=5.0)
+    found = [churn.gamma(sigma, 100) for sigma in (0.999, 1.0, 3.0, 5.0, 5.001)]
+    assert found == [None, 0.1, 0.1, 0.1, None]
+
+
 @pytest.mark.parametrize(("name", "value"), [
     ("S_churn", -1), ("S_churn", float("nan")), ("S_churn", float("inf")), ("S_min", -0.1),
     ("S_noise", float("inf")), ("S_max", float("nan")), ("S_noise", "1"), ("S_churn", True),

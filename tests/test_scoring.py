@@ -235,6 +235,8 @@ def test_the_subset_is_the_one_that_edm2_draws() -> None:
         assert subset(total, num, seed) == indices, key
         assert subset(total, num, seed + (1 << 31)) == indices, key
     assert subset(5, 5, 3) == [0, 1, 2, 3, 4]
+    # Seeds are taken modulo 2^31 there, and by nothing less.
+    assert subset(100, 10, (1 << 30) + 5) != subset(100, 10, 5)
 
 
 def test_the_two_copies_of_the_shipped_reference_are_one() -> None:
