@@ -337,14 +337,11 @@ def _orders(solver: DPMpp | UniPC, count: int) -> list[int]:
 
     As published, the order is not lowered while it still rises, even if the end is near.
     """
-    return [
-        i + 1 if i + 1 < solver.order or not solver.lower_order_final
-        else min(solver.order, count - i)
-        for i in range(min(count, solver.order))
-    ] + [
-        min(solver.order, count - i) if solver.lower_order_final else solver.order
-        for i in range(solver.order, count)
-    ]  # fmt: skip
+    orders = []
+    for i in range(count):
+        left = count - i if solver.lower_order_final else count
+        orders.append(i + 1 if i + 1 < solver.order else min(solver.order, left))
+    return orders
 
 
 def _dpmpp_weights(h: float, lambdas: Sequence[float], predict_x0: bool) -> list[float]:

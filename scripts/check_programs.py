@@ -525,7 +525,6 @@ def golden_cases() -> list[dict[str, Any]]:
         cases += [
             {"solver": solver, "num_steps": steps, "max_order": order, "predict_x0": x0}
             for order in range(1, 4)
-            if order < steps
         ]
         more = {"num_steps": steps, "max_order": 3, "predict_x0": x0, "lower_order_final": False}
         cases.append({"solver": solver, **more})
