@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class Churn:
     def __post_init__(self) -> None:
         for name in ("S_churn", "S_min", "S_max", "S_noise"):
             value: Any = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+            if isinstance(value, bool) or not isinstance(value, Real) or not float(value) >= 0:
                 raise ValueError(f"{name} must be a number of 0 or more, got {value!r}")
             if name != "S_max" and not math.isfinite(value):
                 raise ValueError(f"{name} must be finite, got {value!r}")
@@ -51,9 +52,14 @@ class Churn:
         """Whether any noise is added at all."""
         return self.S_churn > 0
 
-    def gamma(self, sigma: float, steps: int) -> float | None:
-        """How far above `sigma` a step of a run of `steps` begins; None adds no noise."""
-        if not self.active or not self.S_min <= sigma <= self.S_max:
+    def gamma(self, sigma: float, steps: int, dtype: torch.dtype = torch.float64) -> float | None:
+        """How far above `sigma` a step of a run of `steps` begins; None adds no noise.
+
+        The range is compared in the `dtype` of the noise levels: a float32 level of 0.1 is not
+        above an `S_max` of 0.1.
+        """
+        low, high = (torch.tensor(float(s), dtype=dtype).item() for s in (self.S_min, self.S_max))
+        if not self.active or not low <= sigma <= high:
             return None
         return min(self.S_churn / steps, LARGEST_GAMMA)
 

@@ -31,6 +31,9 @@ class Encoder(Protocol):
 DEFAULT_VAE_BATCH = 8
 """Images that a VAE encodes or decodes at a time, unless a file says otherwise."""
 
+PIXELS = "0 to 1"
+"""The range of the VAE's pixels, as records of runs name it."""
+
 GENERATION_VAE_BATCH = 4
 """Latents decoded at a time while images are generated, whatever the file says (as EDM2 does)."""
 

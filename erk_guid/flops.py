@@ -30,7 +30,11 @@ def count(net: Any) -> Cost:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    shapes = copy.deepcopy(net).to("meta")
+    if hasattr(net, "config"):  # ours: made again without its weights
+        with torch.device("meta"):
+            shapes = type(net)(**net.config).eval()
+    else:
+        shapes = copy.deepcopy(net).to("meta")
     size = [1, net.img_channels, net.img_resolution, net.img_resolution]
     x, sigma = torch.empty(size, device="meta"), torch.empty([1], device="meta")
     labels = torch.empty([1, net.label_dim], device="meta") if net.label_dim else None

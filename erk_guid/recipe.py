@@ -11,7 +11,7 @@ from erk_guid._version import __version__
 from erk_guid.checkpoints import Loaded, load
 from erk_guid.checkpoints.loading import locate
 from erk_guid.churn import Churn
-from erk_guid.encoders import GENERATION_VAE_BATCH, Encoder, StabilityVAEEncoder
+from erk_guid.encoders import GENERATION_VAE_BATCH, PIXELS, Encoder, StabilityVAEEncoder
 from erk_guid.errors import ErkGuidError
 from erk_guid.generation import check_networks
 from erk_guid.guidance import GATES
@@ -210,6 +210,8 @@ class Models:
             "encoder": {
                 "class": type(self.encoder).__name__,
                 **{k: v for k, v in self.encoder.config.items() if k != "batch_size"},
+                # Earlier versions decoded otherwise: their images are not to be added to.
+                **({"pixels": PIXELS} if isinstance(self.encoder, StabilityVAEEncoder) else {}),
             },
             "device": self.device.type,  # each kind of device has random numbers of its own
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import time
@@ -146,12 +147,31 @@ class ProcessGroup:
 
 
 def current_group() -> ProcessGroup:
-    """The process group that a script of the user's has set up; without one, a lone process."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    """The process group that a script of the user's has set up; without one, a lone process.
+
+    Raises:
+        ErkGuidError: torchrun started several processes, and none was set up.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        count = os.environ.get("WORLD_SIZE", "1")
+        if count != "1":
+            raise ErkGuidError(
+                f"{count} processes were started, and know nothing of each other: call "
+                "torch.distributed.init_process_group first"
+            )
         return ProcessGroup()
-    control = dist.new_group(backend="gloo", timeout=timedelta(days=2))
+    if dist.get_world_size() == 1:
+        return ProcessGroup()
     store = dist.distributed_c10d._get_default_store()
-    return ProcessGroup(dist.get_rank(), dist.get_world_size(), store, control)
+    return ProcessGroup(
+        dist.get_rank(), dist.get_world_size(), store, _control_beside(dist.group.WORLD)
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _control_beside(world: Any) -> Any:
+    """A Gloo group with the processes of `world`; one, however often it is asked for."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=2))
 
 
 @contextlib.contextmanager

@@ -149,7 +149,7 @@ def sample(
         raise ValueError(f"x must be a floating tensor [N, ...], got {x.dtype} {list(x.shape)}")
     # One look at the noise levels from the host; after this the loop never waits for the device.
     levels = check_levels(sigmas)
-    sigmas = sigmas.to(device=x.device, dtype=x.dtype)
+    sigmas = sigmas.to(device=x.device, dtype=x.dtype, copy=True)
     guidance = guidance or Guidance()
 
     state: Any = None
@@ -157,7 +157,7 @@ def sample(
     steps = plan_steps(solver, levels)
     for i, (level, level_next) in enumerate(pairwise(levels)):
         sigma, sigma_next, step, level_hat = sigmas[i], sigmas[i + 1], steps[i], level
-        gamma = churn.gamma(level, len(steps)) if churn is not None else None
+        gamma = churn.gamma(level, len(steps), x.dtype) if churn is not None else None
         if churn is not None and gamma is not None:
             x, sigma = churn.add(x, sigma, gamma)
             level_hat = level + gamma * level
@@ -210,6 +210,11 @@ def check_churn(churn: Churn, solver: Any, guidance: Guidance | None) -> None:
             f"S_churn must be 0 with ERK guidance, got {churn.S_churn}: guidance compares two "
             "solutions at one noise level, and churn moves one of them to another; leave one of "
             "the two out (w_stiff=0 is the solver without guidance)"
+        )
+    if getattr(solver, "flow", False):
+        raise ValueError(
+            f"S_churn must be 0 with flow=True, got {churn.S_churn}: it adds noise to x that is "
+            "clean + sigma noise, which a flow's x is not"
         )
     if not getattr(solver, "one_step", False):
         raise ValueError(
@@ -335,7 +340,7 @@ def edm_sampler(
     else:
         erk = Guidance(abs(w_stiff), max(w_con, 0.0), bound=bound, gate=gate)
     denoise = combined(net, gnet, guidance)
-    if schedule == "polynomial":
+    if isinstance(schedule, str) and schedule == "polynomial":
         sigmas = edm_sigmas(num_steps, sigma_min, sigma_max, rho, dtype=dtype, device=noise.device)
     elif isinstance(schedule, str):
         sigmas = make_sigmas(schedule, num_steps, sigma_min, sigma_max, rho)

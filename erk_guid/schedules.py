@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from numbers import Integral, Real
 
 import torch
@@ -69,10 +70,12 @@ def edm_sigmas(
     sigmas = (a + k / max(num_steps - 1, 1) * (b - a)) ** rho
     if num_steps == 1:
         sigmas = torch.full_like(k, sigma_max)
-    if (sigmas.diff() >= 0).any():
+    levels = [*sigmas.tolist(), 0.0]
+    if not math.isfinite(levels[0]) or any(s <= t for s, t in pairwise(levels)):
         raise ValueError(
             f"{num_steps} levels from sigma_max {sigma_max} to sigma_min {sigma_min} with rho "
-            f"{rho} cannot be told apart in {str(dtype).removeprefix('torch.')}; take fewer"
+            f"{rho} cannot be told apart in {str(dtype).removeprefix('torch.')}; take fewer, a "
+            "larger sigma_min, or a rho nearer to EDM's 7"
         )
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 

@@ -47,17 +47,18 @@ def evaluate(denoiser: Denoiser, x: Tensor, sigma: Tensor) -> Evaluation:
     ``torch.compile(mode="reduce-overhead")``), and what it returned before is still needed.
 
     Raises:
-        ValueError: the output is not shaped like x, or the denoiser edited its x.
+        ValueError: the output is not shaped like x, or the denoiser edited its x or sigma.
     """
-    # Inference tensors count no edits: the denoiser gets a copy of those.
-    given = x.clone() if x.is_inference() else x
-    edits = None if given.is_inference() else given._version
-    denoised = denoiser(given, sigma)
-    if edits is not None and given._version != edits:
-        raise ValueError(
-            "the denoiser edited its x in place, which the sampler still needs; let it work on a "
-            "copy (x.clone())"
-        )
+    # Inference tensors count no edits: the denoiser gets copies of those.
+    given, level = (t.clone() if t.is_inference() else t for t in (x, sigma))
+    before = [None if t.is_inference() else t._version for t in (given, level)]
+    denoised = denoiser(given, level)
+    for name, tensor, edits in zip(("x", "sigma"), (given, level), before, strict=True):
+        if edits is not None and tensor._version != edits:
+            raise ValueError(
+                f"the denoiser edited its {name} in place, which the sampler still needs; let it "
+                f"work on a copy ({name}.clone())"
+            )
     if denoised.shape != x.shape:
         raise ValueError(
             f"the denoiser returned {list(denoised.shape)} for an x of {list(x.shape)}"

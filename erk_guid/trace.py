@@ -50,7 +50,7 @@ class Trace:
         rho = nothing if info.stiffness is None else info.stiffness
         gate = nothing if info.gate is None else info.gate
         size = nothing if info.correction_size is None else info.correction_size
-        h = info.sigma - info.sigma_next
+        h = info.sigma_hat - info.sigma_next
         self._open.append(
             [
                 float(info.step), info.sigma, info.sigma_next, rho, rho * h, gate, moved, size,

@@ -607,6 +607,8 @@ def main(
     chosen = {name: path for name, path in checkouts.items() if path is not None}
     if not chosen:
         raise click.UsageError("name at least one checkout, e.g. --diff-sampler=PATH")
+    if json_path is not None and not json_path.parent.is_dir():
+        raise click.UsageError(f"--json {json_path}: there is no folder {json_path.parent}")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for name, path in chosen.items():

@@ -21,6 +21,7 @@ from erk_guid.cli.generate import generate_command
 from erk_guid.integrations import k_diffusion as ours
 from erk_guid.schedules import edm_sigmas
 from erk_guid.solvers import SOLVERS, make_solver
+from erk_guid.trace import COLUMNS, read_trace
 
 
 def mixture(mu: Tensor, std: Tensor) -> Callable[..., Tensor]:
@@ -80,6 +81,9 @@ def test_levels_are_edm2s_to_the_bit(num_steps: int) -> None:
 
 def test_levels_of_one_step_and_of_too_many() -> None:
     assert edm_sigmas(1).tolist() == [80, 0]
+    for odd in ({"rho": 1, "sigma_min": 1e-6, "num_steps": 4}, {"rho": 0.05, "num_steps": 4}):
+        with pytest.raises(ValueError, match="cannot be told apart in float32"):
+            edm_sigmas(**odd)
     with pytest.raises(ValueError, match="cannot be told apart in float16; take fewer"):
         edm_sigmas(5000, dtype=torch.float16)
     wide = edm_sigmas(64, dtype=torch.float64)
@@ -160,6 +164,47 @@ def test_the_range_includes_its_ends() -> None:
     churn = Churn(10, S_min=1.0, S_max=5.0)
     found = [churn.gamma(sigma, 100) for sigma in (0.999, 1.0, 3.0, 5.0, 5.001)]
     assert found == [None, 0.1, 0.1, 0.1, None]
+    # Compared as torch compares a float32 level with a number.
+    level = torch.tensor(0.1)
+    assert level <= 0.1
+    assert level.item() > 0.1
+    assert Churn(10, S_max=0.1).gamma(level.item(), 100, torch.float32) == 0.1
+    assert Churn(10, S_max=0.1).gamma(level.item(), 100) is None
+
+
+def test_churn_is_not_for_flows() -> None:
+    # A flow's x is not clean + sigma noise: with noise added so, the variance grows eightfold.
+    times = torch.linspace(0.9, 0.1, 5)
+    model, x = (lambda x, t: x / 2), torch.randn(2, 3)
+    with pytest.raises(ValueError, match="S_churn must be 0 with flow=True"):
+        erk_guid.sample(model, x, times, solver="heun", flow=True, churn=Churn(1))
+    for function in (ours.sample_erk_heun, ours.sample_erk_dpm_2):
+        with pytest.raises(ValueError, match="s_churn must be 0 with flow=True"):
+            function(model, x, times, s_churn=1, flow=True, w_stiff=0, disable=True)
+        # Numbers may come as tensors, as noise levels do; without churn they are not looked at.
+        function(model, x, times, s_tmax=torch.tensor(3.0), w_stiff=0, disable=True)
+        function(model, x, times, s_churn=torch.tensor(1.0), s_tmax=torch.tensor(3.0), w_stiff=0,
+                 disable=True)  # fmt: skip
+    assert Churn(np.float32(3)).active
+
+
+def test_the_trace_takes_the_step_from_where_it_began(tmp_path: Path) -> None:
+    # Catches: h from sigma, where churn has moved the step's beginning to sigma_hat.
+    trace = tmp_path / "t.csv"
+    done = CliRunner().invoke(generate_command, [
+        "--preset=digits", "--seeds=0", "--steps=4", "--device=cpu", "--S_churn=30",
+        f"--outdir={tmp_path / 'o'}", f"--trace={trace}",
+    ])  # fmt: skip
+    assert done.exit_code == 0, done.output
+    rows = read_trace(trace)
+    names = list(COLUMNS)
+    stiff, scaled = (rows[:, names.index(n)] for n in ("stiffness", "h_stiffness"))
+    sigma, after = (rows[:, names.index(n)] for n in ("sigma", "sigma_next"))
+    known = np.isfinite(stiff) & (stiff > 0)
+    assert known.any()
+    gamma = np.sqrt(2) - 1
+    expected = (sigma * (1 + gamma) - after) * stiff
+    np.testing.assert_allclose(scaled[known], expected[known], rtol=1e-3)
 
 
 @pytest.mark.parametrize(("name", "value"), [

@@ -17,6 +17,7 @@ from PIL import Image
 
 import erk_guid
 from erk_guid.cli import main
+from erk_guid.errors import ErkGuidError
 from erk_guid.flops import count
 from erk_guid.metrics import load_detector
 from erk_guid.networks.edm2 import Precond
@@ -185,6 +186,43 @@ def test_statistics_and_metrics(tmp_path: Path) -> None:
     assert list(published) == ["num_images", "fid", "fd_dinov2"]
     scores.save_stats(published, tmp_path / "again.pkl")
     np.testing.assert_equal(scores.load_stats(tmp_path / "again.pkl"), published)
+
+
+def test_statistics_say_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = script("calculate_metrics")
+    quiet: dict[str, Any] = {"metrics": "fd_digits", "verbose": False, "device": "cpu"}
+    batch = torch.zeros(4, 1, 32, 32, dtype=torch.uint8)
+
+    class Wrong(list):
+        claimed = 0
+
+        def __len__(self) -> int:
+            return self.claimed
+
+    for claimed, match in ((5, "a len\\(\\) of 5, and yielded 3"), (2, "yielded more")):
+        batches = Wrong([batch + k for k in range(3)])
+        batches.claimed = claimed
+        with pytest.raises(ValueError, match=match):
+            list(scores.calculate_stats_for_iterable(batches, **quiet))
+    with pytest.raises(TypeError, match="must have a len"):
+        scores.calculate_stats_for_iterable(iter([batch]), **quiet)
+    with pytest.raises(ErkGuidError, match="there are no statistics"):
+        scores.save_stats({"num_images": 3}, tmp_path / "e.pkl")
+    with pytest.raises(ErkGuidError, match="statistics of fid: they lack mu or sigma"):
+        scores.save_stats({"fid": {"mu": np.zeros(3)}}, tmp_path / "e.pkl")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ErkGuidError, match="share none of fid"):
+        scores.calculate_metrics_from_stats("digits", "digits", "fid", verbose=False)
+    net = Precond(16, 4, 0, model_channels=8, channel_mult=[1])
+    with pytest.raises(ValueError, match="makes 4 channels, which are no pixels; pass encoder="):
+        script("generate_images").generate_images(net, device="cpu")
+    (one,) = script("generate_images").generate_images(
+        erk_guid.load("digits"), seeds=[0], device="cpu", num_steps=2
+    )
+    assert one.images.shape == (1, 1, 32, 32)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ErkGuidError, match=r"call torch\.distributed\.init_process_group first"):
+        list(scores.calculate_stats_for_iterable([batch], **quiet))
 
 
 @pytest.mark.parametrize(

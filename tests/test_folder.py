@@ -102,6 +102,13 @@ def test_contradictions_and_missing_parts_are_named(tmp_path: Path, cond: Precon
         erk_guid.load(folder)
     with pytest.raises(ErkGuidError, match=r"is a folder without unet/.*it has models in a"):
         erk_guid.load(tmp_path)
+    pair = model_folder(tmp_path / "c", cond, sample_size=[16, 16], channels_per_head=16)
+    assert erk_guid.load(pair).net.img_resolution == 16
+    folder = model_folder(tmp_path / "d", cond)
+    with pytest.raises(ErkGuidError, match="does not say channels_per_head"):
+        erk_guid.load(folder)
+    shutil.rmtree(tmp_path / "c")
+    shutil.rmtree(tmp_path / "d")
     folder = model_folder(tmp_path / "b", cond, colour="red", sigma_data=-1)
     with (
         pytest.warns(UserWarning, match="not known here: colour"),
@@ -138,5 +145,6 @@ def test_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cond
         erk_guid.load("nobody/nothing")
     with pytest.raises(ErkGuidError, match=r"it has models in edm2-xs"):
         erk_guid.load("someone/EDM2")
-    with pytest.raises(ErkGuidError, match="is no file, no URL and no preset"):
-        erk_guid.load("someone/EDM2.pkl")
+    for local in ("someone/EDM2.pkl", "./someone/EDM2", "../a/b", "tests/net-000"):
+        with pytest.raises(ErkGuidError, match="is no file, no URL and no preset"):
+            erk_guid.load(local)

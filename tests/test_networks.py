@@ -264,9 +264,11 @@ def test_class_numbers_are_one_hot_rows(label_dim: int) -> None:
         for same in (numbers, numbers.int(), rows.double(), rows.long(), rows.bool()):
             assert torch.equal(net(x, 0.7, same), expected)
         one = net(x, 0.7, torch.eye(label_dim)[[1]])
-        for same in (torch.tensor(1), torch.tensor([1]), torch.eye(label_dim)[1]):
+        for same in (torch.tensor(1), torch.tensor([1]), 1):
             assert torch.equal(net(x, 0.7, same), one)
-        for wrong in (rows[:3], torch.ones(4, label_dim + 1), torch.ones(2), numbers[:3]):
+        assert torch.equal(net(x[:1], 0.7, torch.eye(label_dim)[1]), net(x[:1], 0.7, [1]))
+        for wrong in (rows[:3], torch.ones(4, label_dim + 1), torch.ones(2), numbers[:3],
+                      numbers.float(), torch.eye(label_dim)[1]):  # fmt: skip
             with pytest.raises(ValueError, match=r"class labels must be one-hot rows \[4, "):
                 net(x, 0.7, wrong)
         with pytest.raises(ValueError, match=f"from 0 to {label_dim - 1}, got"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import random
 import signal
 import socket
@@ -51,6 +52,44 @@ def names(folder: Path) -> list[str]:
 def pixels(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image).astype(int)
+
+
+EDM2_SCRIPT = """
+import pickle, sys
+import torch
+from calculate_metrics import calculate_stats_for_iterable
+from generate_images import generate_images
+
+torch.distributed.init_process_group("gloo")
+for k in range(3):
+    images = generate_images("digits", seeds=range(11), max_batch_size=2, device="cpu",
+                             num_steps=2, verbose=False)
+    *_, last = calculate_stats_for_iterable(images, metrics=["fd_digits"], verbose=False,
+                                            device="cpu", dest_path=sys.argv[1])
+print("images", last.stats["num_images"])
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_a_users_script_under_torchrun(tmp_path: Path) -> None:
+    # EDM2's functions: shares of one list, an empty one among them, and statistics of all.
+    (tmp_path / "user.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})" + EDM2_SCRIPT
+    )
+    done = run(3, tmp_path / "stats.pkl", script=tmp_path / "user.py")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("images 11") == 3
+    alone = tmp_path / "alone.pkl"
+    code = EDM2_SCRIPT.replace('torch.distributed.init_process_group("gloo")', "")
+    code = code.replace("torch.distributed.destroy_process_group()", "")
+    (tmp_path / "one.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})" + code)
+    done = run(1, alone, script=tmp_path / "one.py")
+    assert done.returncode == 0, done.stderr[-2000:]
+    with open(alone, "rb") as one, open(tmp_path / "stats.pkl", "rb") as three:
+        a, b = pickle.load(one), pickle.load(three)
+    assert a["num_images"] == b["num_images"] == 11
+    for what in ("mu", "sigma"):
+        np.testing.assert_allclose(a["fd_digits"][what], b["fd_digits"][what], rtol=1e-4, atol=1e-4)
 
 
 DUMP = """

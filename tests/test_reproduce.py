@@ -23,7 +23,7 @@ from erk_guid.cli import main
 from erk_guid.cli.reproduce import reproduce_command
 from erk_guid.reproduce import TABLES, Reproduction, choose_rows, plan, write_report
 from erk_guid.reproduce.report import Findings
-from erk_guid.reproduce.runner import _mend, read_results
+from erk_guid.reproduce.runner import _mend, read_results, result_of
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "reproduce.sh"
@@ -203,6 +203,49 @@ def result(key: dict[str, Any], **scores: float) -> dict[str, Any]:
 
 def line(row: str, **scores: float) -> str:
     return json.dumps(result({"row": row}, **scores))
+
+
+def test_quality_belongs_to_the_real_images_asked_for(tmp_path: Path) -> None:
+    # Catches: another --real's precision in the report, and rows scored without it left so.
+    rows = choose_rows([], ["2-8-plain"])
+    options: dict[str, Any] = {"rows": rows, "outdir": tmp_path, "model": "digits", "num": 100}
+    usual, other = Reproduction(**options), Reproduction(**options, real="mine")
+    one = plan(usual, rows[0])
+    assert one.key == plan(other, rows[0]).key
+    before = {**result(one.key, fd_digits=3.0), "standard_errors": {"fd_digits": 0.1}}
+    asked = {"real": "digits", "detector": "fd_digits"}
+    first, second = (
+        {**before, "quality": {"asked": {**asked, "real": real}, "scores": {"precision": value}}}
+        for real, value in (("digits", 0.7), ("mine", 0.8))
+    )
+    assert result_of(usual, [before], one) is None
+    assert result_of(usual, [before], one, complete=False) == before
+    results = [before, first, second]
+    for job, value in ((usual, 0.7), (other, 0.8)):
+        found = Findings(job, results)
+        assert found.quality(rows[0]) == {"precision": value}
+    assert Findings(usual, [second]).quality(rows[0]) == {}
+    assert Findings(Reproduction(**options, skip_quality=True), [before]).by_row
+
+
+def test_images_of_the_old_vae_are_not_taken_for_todays() -> None:
+    # Earlier versions decoded latents wrongly; only models that may have a VAE are concerned.
+    for model, concerned in ((None, True), ("digits", False), ("edm2-img64-s-fid", False)):
+        job = Reproduction(rows=[], model=model, metrics=["fid"], ref="img64")
+        assert ("pixels" in plan(job, TABLES["2"][0]).key) == concerned
+
+
+def test_real_images_are_looked_for_first(tmp_path: Path) -> None:
+    args = ["--row=2-8-plain", "--model=digits", "--num=20", "--outdir", tmp_path / "o"]
+    done = run(*args, "--real", tmp_path / "none")
+    assert done.exit_code == 1
+    assert "there is no" in done.output
+    (tmp_path / "empty").mkdir()
+    done = run(*args, "--real", tmp_path / "empty")
+    assert done.exit_code == 1
+    assert "no images in" in done.output
+    assert not (tmp_path / "o" / "images").exists()
+    assert "has no use with --skip-quality" in run(*args, "--real=x", "--skip-quality").output
 
 
 def test_a_line_cut_short_is_made_again(tmp_path: Path) -> None:

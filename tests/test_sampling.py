@@ -8,6 +8,7 @@ import math
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Counting, golden, relative
@@ -330,6 +331,13 @@ def test_a_denoiser_that_edits_its_x(solver: str) -> None:
     def editing(x: Tensor, sigma: Tensor) -> Tensor:
         return x.mul_(0.25 / (0.25 + sigma**2))
 
+    def editing_sigma(x: Tensor, sigma: Tensor) -> Tensor:
+        return gaussian(x, sigma.mul_(2))
+
+    levels = sigmas.clone()
+    with pytest.raises(ValueError, match=r"edited its sigma in place.*sigma\.clone"):
+        erk_guid.sample(editing_sigma, x, sigmas, solver=solver)
+    assert torch.equal(levels, sigmas)
     with pytest.raises(ValueError, match=r"edited its x in place.*work on a copy"):
         erk_guid.sample(editing, x.clone(), sigmas, solver=solver)
     with torch.inference_mode():
@@ -383,6 +391,14 @@ def test_a_sign_of_w_changes_nothing_in_edm_sampler() -> None:
     assert torch.equal(found, erk_guid.edm_sampler(net, noise, w_stiff=0.5, w_con=0, **options))
     assert torch.equal(found, erk_guid.edm_sampler(net, noise, w_stiff=0.5, **options))
     assert not torch.equal(found, plain)
+    # Noise levels of one's own may come as a list, an array or a tensor.
+    levels = [40.0, 3.0, 0.1]
+    ends = [
+        erk_guid.edm_sampler(net, noise, schedule=given)
+        for given in (levels, np.array(levels), torch.tensor(levels))
+    ]
+    assert torch.allclose(ends[0], ends[1])
+    assert torch.allclose(ends[0], ends[2])
 
 
 def test_edm_samplers_signature_is_edm2s() -> None:

@@ -65,6 +65,8 @@ def fetch_from_hub(name: str) -> Path | None:
         ErkGuidError: it cannot be fetched, or holds no network.
     """
     match = HUB.fullmatch(name)
+    if name.startswith((".", "~")) or Path(name.partition("/")[0]).exists():
+        return None  # somewhere here, where it is not
     if match is None or Path(name).suffix in (".pkl", ".safetensors", ".pt", ".pth", ".ckpt"):
         return None
     try:
@@ -82,7 +84,7 @@ def fetch_from_hub(name: str) -> Path | None:
     except Exception as error:  # its client raises errors of several packages
         raise ErkGuidError(
             f"{name!r} is no file and no preset, and cannot be fetched from the Hugging Face hub "
-            f"({type(error).__name__})"
+            f"({type(error).__name__}: {str(error).strip().splitlines()[0][:160]})"
         ) from error
     return weights_in(Path(root) / folder)
 
@@ -110,7 +112,12 @@ def read_model(path: Path) -> tuple[Any, Encoder]:
     except (SafetensorError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"damaged, or not a safetensors file ({error})") from error
     settings = _settings(config, state)
-    net = build_network("Precond", settings, state)
+    try:
+        net = build_network("Precond", settings, state)
+    except CheckpointError as error:
+        if "channels_per_head" in config or "attn" not in str(error):
+            raise
+        raise CheckpointError(f"{error} ({CONFIG} does not say channels_per_head)") from error
     return net, _encoder(path, settings["img_channels"])
 
 
@@ -121,7 +128,9 @@ def _settings(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[st
         ours = NAMES.get(name, name)
         if ours in found:
             told = 0 if ours == "label_dim" and value is None else value
-            # A list of one number for all levels, or factors of another base, say the same.
+            if isinstance(told, list) and len(set(map(str, told))) == 1:  # height and width
+                told = told[0]
+            # Channels may be told as factors of another base, which comes to the same.
             if ours in NAMES.values() and told != found[ours]:
                 raise CheckpointError(f"{CONFIG} says {name} {told}, its tensors {found[ours]}")
         elif ours in SETTINGS["Precond"]:

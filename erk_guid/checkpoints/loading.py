@@ -119,6 +119,8 @@ def locate(source: str) -> Path:
             return path
     if is_url(source):
         return download(source)
+    if not source:
+        raise ErkGuidError("the name of the network is empty")
     path = Path(source).expanduser()
     if path.is_file():
         return path

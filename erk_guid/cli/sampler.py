@@ -399,6 +399,9 @@ def _schedule(value: str) -> str | tuple[float, ...]:
 
 def _check_levels(options: dict[str, Any]) -> None:
     schedule = options["schedule"]
+    count = options["num_steps"] if isinstance(schedule, str) else len(schedule)
+    if count == 1 and not options.get("denoise_to_zero", True):
+        raise ValueError("--no-denoise-to-zero needs two noise levels at least, got --steps 1")
     if isinstance(schedule, str):
         names = ("num_steps", "sigma_min", "sigma_max", "rho")
         values = [options[name] for name in names]

@@ -86,7 +86,9 @@ def _sampler(name: str, *takes: str) -> Callable[..., Sampled]:
                 raise ValueError("give num_steps (how many noise levels) or t_steps")
             if schedule_type is None or schedule_rho is None:
                 raise ValueError("give schedule_type and schedule_rho, or t_steps")
-            t_steps = _schedule(net, num_steps, sigma_min, sigma_max, schedule_type, schedule_rho)
+            t_steps = _schedule(
+                net, num_steps, sigma_min, sigma_max, schedule_type, schedule_rho, latents.device
+            )
         levels = torch.as_tensor(t_steps).detach().to("cpu", torch.float64)
         if denoise_to_zero:
             levels = torch.cat([levels, levels.new_zeros(1)])
@@ -118,16 +120,25 @@ def _sampler(name: str, *takes: str) -> Callable[..., Sampled]:
 
 
 def _schedule(
-    net: Any, num_steps: int, sigma_min: float, sigma_max: float, kind: str, rho: float
+    net: Any,
+    num_steps: int,
+    sigma_min: float,
+    sigma_max: float,
+    kind: str,
+    rho: float,
+    device: torch.device,
 ) -> Tensor:
     if kind != "discrete":
         return make_sigmas(kind, num_steps, sigma_min, sigma_max, rho)[:-1]
     # Equal steps in the network's own time, which it turns into noise levels itself.
     # With rho other than 1 the toolbox's expression does not begin at sigma_max; it is kept.
-    first, last = (float(net.sigma_inv(torch.tensor(s))) for s in (sigma_max, sigma_min))
+    first, last = (
+        float(net.sigma_inv(torch.tensor(float(s), device=device))) for s in (sigma_max, sigma_min)
+    )
     ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
     times = (first + ramp * (last ** (1 / rho) - first)) ** rho
-    return torch.as_tensor([float(net.sigma(t)) for t in times], dtype=torch.float64)
+    found = [float(net.sigma(t.to(device, torch.float32))) for t in times]
+    return torch.as_tensor(found, dtype=torch.float64)
 
 
 def _denoiser(

@@ -68,6 +68,24 @@ def _run(
         )
 
 
+def _churn(
+    s_churn: float, s_tmin: float, s_tmax: float, s_noise: float, flow: bool
+) -> Churn | None:
+    """The noise to add; numbers may come as tensors, as noise levels do.
+
+    Raises:
+        ValueError: a number out of range, or noise for a flow-matching model.
+    """
+    if float(s_churn) == 0:
+        return None
+    if flow:
+        raise ValueError(
+            f"s_churn must be 0 with flow=True, got {s_churn}: it adds noise to x that is clean + "
+            "sigma noise, which a flow's x is not"
+        )
+    return Churn(float(s_churn), float(s_tmin), float(s_tmax), float(s_noise), torch.randn_like)
+
+
 @torch.no_grad()
 def sample_erk_heun(
     model: Model,
@@ -109,7 +127,7 @@ def sample_erk_heun(
     Raises:
         ValueError: s_churn together with guidance, or a value out of range.
     """
-    churn = Churn(s_churn, s_tmin, s_tmax, s_noise, torch.randn_like)
+    churn = _churn(s_churn, s_tmin, s_tmax, s_noise, flow)
     guidance = Guidance.of(w_stiff, w_con, bound, gate)
     return _run(Heun(flow), guidance, model, x, sigmas, extra_args, callback, disable, churn)
 
@@ -138,8 +156,7 @@ def sample_erk_dpm_2(
     `flow` is accepted, but changes nothing here: the two solutions of a step are blended as well
     in a flow's time as in sigma.
     """
-    del flow
-    churn = Churn(s_churn, s_tmin, s_tmax, s_noise, torch.randn_like)
+    churn = _churn(s_churn, s_tmin, s_tmax, s_noise, flow)
     guidance = Guidance.of(w_stiff, w_con, bound, gate)
     return _run(DPM2(), guidance, model, x, sigmas, extra_args, callback, disable, churn)
 

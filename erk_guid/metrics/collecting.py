@@ -90,7 +90,7 @@ def collect(
                     moved = images.to(device)
                 for detector in detectors:
                     with reporting_memory(device, len(images)):
-                        features, classes = _run(detector, moved, keep_logits)
+                        features, classes = run_detector(detector, moved, keep_logits)
                     if statistics:
                         moments[detector.name].add(features)
                     if keep_features:
@@ -116,7 +116,14 @@ def reporting_memory(device: torch.device, batch: int) -> Iterator[None]:
         ) from error
 
 
-def _run(detector: Detector, images: Tensor, with_logits: bool) -> tuple[Tensor, Tensor | None]:
+def run_detector(
+    detector: Detector, images: Tensor, with_logits: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Features, and logits if asked for.
+
+    Raises:
+        DetectorError: not as many as promised, not finite, or no logits to be had.
+    """
     logits = None
     if with_logits:
         if not isinstance(detector, Classifier):

@@ -448,8 +448,8 @@ def one_hot_rows(labels: Tensor, label_dim: int, count: int) -> Tensor:
     """Class labels as a network takes them: rows, float32 [count or 1, label_dim].
 
     Args:
-        labels: rows [count, label_dim], one row for all ([1, label_dim] or [label_dim]), or class
-            numbers: whole numbers [count] or a single one.
+        labels: rows [count, label_dim], one row for all [1, label_dim], or class numbers: whole
+            numbers [count] or a single one. For a single image a row may be [label_dim].
         label_dim: number of classes.
         count: number of images.
 
@@ -465,7 +465,7 @@ def one_hot_rows(labels: Tensor, label_dim: int, count: int) -> Tensor:
                 f"class numbers must be from 0 to {label_dim - 1}, got {numbers.tolist()[:8]}"
             )
         labels = F.one_hot(numbers.long(), label_dim)
-    if labels.ndim == 1:
+    if labels.ndim == 1 and count == 1:  # with more images, this might be meant as their classes
         labels = labels[None]
     if labels.ndim != 2 or labels.shape[1] != label_dim or len(labels) not in (1, count):
         raise ValueError(
@@ -496,7 +496,8 @@ def preconditioned(
         if class_labels is None:
             labels = torch.zeros([1, precond.label_dim], device=x.device)
         else:
-            labels = one_hot_rows(class_labels, precond.label_dim, len(x)).to(x.device)
+            given = torch.as_tensor(class_labels)
+            labels = one_hot_rows(given, precond.label_dim, len(x)).to(x.device)
     half = precond.use_fp16 and not force_fp32 and x.device.type == "cuda"
 
     total = sigma**2 + precond.sigma_data**2

@@ -29,6 +29,7 @@ from erk_guid.reproduce.runner import (
     RESAMPLES,
     Plan,
     Reproduction,
+    asked,
     plan,
     read_results,
     result_of,
@@ -115,7 +116,8 @@ class Findings:
     def by_row(self) -> dict[str, Any]:
         """Result by row id, for rows that were run with this job's settings."""
         found = {
-            name: result_of(self.job, self.results, p, complete=False)
+            name: result_of(self.job, self.results, p)
+            or result_of(self.job, self.results, p, complete=False)
             for name, p in self.plans.items()
         }
         return {name: result for name, result in found.items() if result}
@@ -234,7 +236,10 @@ class Findings:
 
     def quality(self, row: Row) -> dict[str, float]:
         """Precision, recall and inception score of a row, as far as they were computed."""
-        found: dict[str, float] = self.by_row.get(row.id, {}).get("quality", {}).get("scores", {})
+        quality = self.by_row.get(row.id, {}).get("quality", {})
+        if row.id not in self.plans or quality.get("asked") != asked(self.job, self.plans[row.id]):
+            return {}
+        found: dict[str, float] = quality.get("scores", {})
         return found
 
     def precision_recall(self, row: Row, metric: str) -> tuple[float, float] | None:

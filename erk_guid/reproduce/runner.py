@@ -24,6 +24,8 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from erk_guid.checkpoints.presets import PRESETS
+from erk_guid.datasets import open_images
+from erk_guid.encoders import PIXELS
 from erk_guid.errors import ErkGuidError
 from erk_guid.files import sha256_of, user_path, write_bytes
 from erk_guid.jobs import image_path
@@ -181,6 +183,7 @@ def plan(job: Reproduction, row: Row) -> Plan:
         "solver": row.solver,
         "denoise_to_zero": row.denoise_to_zero,
         **({"options": dict(row.options)} if row.options else {}),
+        **({"pixels": PIXELS} if _may_have_a_vae(job, row) else {}),
         "seeds": seeds,
         "metrics": metrics,
         "ref": ref,
@@ -201,6 +204,12 @@ def plan(job: Reproduction, row: Row) -> Plan:
     made.score.extend(_score_command(job, made, metrics, ref))
     made.quality.extend(_quality_command(job, made))
     return made
+
+
+def _may_have_a_vae(job: Reproduction, row: Row) -> bool:
+    """Whether images depend on how a VAE's pixels are taken, which has changed once."""
+    model = job.model or row.model
+    return model not in PRESETS or model.startswith("edm2-img512")
 
 
 def settled(job: Reproduction, row: Row) -> Row:
@@ -311,12 +320,22 @@ def _check_quality(job: Reproduction, plans: Sequence[Plan]) -> None:
                 "known for its model (--real names some)",
                 file=sys.stderr,
             )
-        elif real != SHIPPED and not user_path(real).exists():
-            raise ErkGuidError(
-                f"row {one.row.id}: precision and recall need real images, and there is no {real}; "
-                "name a folder, zip or .npz with --real, or leave these scores out with "
-                "--skip-quality"
-            )
+        elif real != SHIPPED:
+            _check_real(one.row, real)
+
+
+def _check_real(row: Row, real: str) -> None:
+    path = user_path(real)
+    hint = "name a folder, zip or .npz with --real, or leave these scores out with --skip-quality"
+    if not path.exists():
+        raise ErkGuidError(
+            f"row {row.id}: precision and recall need real images, and there is no {real}; {hint}"
+        )
+    try:
+        if path.suffix != ".npz":  # which may hold features
+            open_images(path)
+    except ErkGuidError as error:
+        raise ErkGuidError(f"row {row.id}: {error}; {hint}") from error
 
 
 def _weights(job: Reproduction, detectors: Sequence[str]) -> list[str]:
@@ -486,14 +505,14 @@ def result_of(
             and needed <= set(r["standard_errors"])
             and (
                 not (complete and one.quality)
-                or r.get("quality", {}).get("asked") == _asked(job, one)
+                or r.get("quality", {}).get("asked") == asked(job, one)
             )
         ),
         None,
     )
 
 
-def _asked(job: Reproduction, one: Plan) -> dict[str, Any]:
+def asked(job: Reproduction, one: Plan) -> dict[str, Any]:
     """What precision, recall and inception score depend on besides the images."""
     real, detector = quality_of(job, one.row)
     return {"real": real, "detector": detector}
@@ -507,7 +526,8 @@ def run(job: Reproduction) -> None:
     """
     job.check()
     plans = [plan(job, row) for row in job.rows]
-    _check_quality(job, plans)
+    before_now = read_results(job.outdir)
+    _check_quality(job, [one for one in plans if not result_of(job, before_now, one)])
     # So that a polite end of this process ends the command it waits for, too.
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
@@ -520,6 +540,12 @@ def run(job: Reproduction) -> None:
                     print(f"{heading}: already in {job.outdir / RESULTS}", flush=True)
                 else:
                     print(f"{heading}: {one.row.steps} steps, {one.row.title}", flush=True)
+                    if result_of(job, read_results(job.outdir), one, complete=False):
+                        print(
+                            "  It was scored before, without precision and recall against these "
+                            "real images: made again (--skip-quality leaves it as it is)",
+                            flush=True,
+                        )
                     _run_row(job, one)
                 if not job.keep_images and one.images.exists():
                     shutil.rmtree(one.images)
@@ -554,7 +580,7 @@ def _run_row(job: Reproduction, one: Plan) -> None:
         _call(one.row, one.quality)
         found = json.loads(one.qualities.read_text())
         quality = {
-            "asked": _asked(job, one),
+            "asked": asked(job, one),
             "scores": {name: found[name] for name in QUALITY_SCORES},
             "num_real": found["num_real"],
         }

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erk_guid.checkpoints import PRESETS, load
+from erk_guid.checkpoints import PRESETS, Loaded, load
 from erk_guid.checkpoints.trusted import EasyDict
 from erk_guid.encoders import (
     GENERATION_VAE_BATCH,
@@ -122,7 +122,8 @@ def generate_images(
     """Generate images, batch by batch as they are asked for; EDM2's function.
 
     Args:
-        net, gnet: main and guiding network: a path, a URL, a preset's name, or a module.
+        net, gnet: main and guiding network: a path, a URL, a preset's name, what `erk_guid.load`
+            returns, or a module.
         encoder: turns latents into pixels; by default the file's.
         outdir: where to write ``{seed:06d}.png``; None writes nothing.
         subdirs: a folder for every 1000 seeds.
@@ -143,7 +144,8 @@ def generate_images(
 
     Raises:
         ErkGuidError: a network that cannot be had or used.
-        ValueError: a class that does not exist, or a guiding network that does not fit.
+        ValueError: a class that does not exist, a guiding network that does not fit, or a module
+            that makes latents without an encoder.
     """
     place = choose_device(str(device) if device is not None else None)
     main, own = _network(net, place, verbose)
@@ -155,6 +157,11 @@ def generate_images(
             stacklevel=2,
         )
         guide = main
+    if encoder is None and own is None and main.img_channels not in (1, 3):
+        raise ValueError(
+            f"the network makes {main.img_channels} channels, which are no pixels; pass encoder= "
+            "(a path or preset in place of the module brings its own)"
+        )
     encoder = encoder or own or StandardRGBEncoder()
     if isinstance(encoder, StabilityVAEEncoder) and encoder_batch_size is not None:
         encoder = StabilityVAEEncoder(**{**encoder.config, "batch_size": encoder_batch_size})
@@ -174,6 +181,8 @@ def generate_images(
 def _network(net: Any, device: torch.device, verbose: bool) -> tuple[Any, Encoder | None]:
     if isinstance(net, torch.nn.Module):
         return net.to(device), None
+    if isinstance(net, Loaded):
+        return net.net.to(device), net.encoder
     if verbose and _place()[0] == 0:
         print(f"Loading network from {net} ...", file=sys.stderr)
     loaded = load(net, device)

@@ -20,13 +20,13 @@ from tqdm import tqdm
 from erk_guid.checkpoints.trusted import EasyDict
 from erk_guid.datasets import open_images
 from erk_guid.errors import ErkGuidError
-from erk_guid.metrics.collecting import blocks
+from erk_guid.metrics.collecting import blocks, reporting_memory, run_detector
 from erk_guid.metrics.detectors import load_detector
 from erk_guid.metrics.frechet import frechet_distance
 from erk_guid.metrics.jobs import choose
 from erk_guid.metrics.references import COUNT_KEY, edm2_layout, read_reference, write_reference
 from erk_guid.metrics.statistics import Moments, Statistics
-from erk_guid.runtime import choose_device, current_group
+from erk_guid.runtime import FAILED, ProcessGroup, choose_device, current_group
 
 METRICS = ("fid", "fd_dinov2")
 
@@ -46,10 +46,15 @@ def save_stats(stats: Mapping[str, Any], path: str | Path, verbose: bool = True)
     """Write statistics: `.pkl` in EDM2's layout, `.npz` in EDM's (2022) and ours.
 
     Raises:
-        ErkGuidError: another suffix, or a place that cannot be written.
+        ErkGuidError: no statistics, another suffix, or a place that cannot be written.
     """
     _say(verbose, f"Saving feature statistics to {path} ...")
     count = stats.get(COUNT_KEY)
+    for metric, one in stats.items():
+        if metric != COUNT_KEY and not (isinstance(one, Mapping) and {"mu", "sigma"} <= set(one)):
+            raise ErkGuidError(f"cannot save the statistics of {metric}: they lack mu or sigma")
+    if not set(stats) - {COUNT_KEY}:
+        raise ErkGuidError(f"cannot save {path}: there are no statistics")
     write_reference(
         Path(path),
         {
@@ -69,10 +74,13 @@ def calculate_metrics_from_stats(
     """Frechet distance of statistics and reference for each metric.
 
     A metric that one of the two lacks is left out, and said so on stderr.
+
+    Raises:
+        ErkGuidError: none is left, or a file cannot be read.
     """
     sides = [dict(s) if isinstance(s, Mapping) else load_stats(s, verbose) for s in (stats, ref)]
     found: dict[str, float] = {}
-    for metric in metrics:
+    for metric in _names(metrics):
         if any(metric not in side for side in sides):
             print(f"{metric} is left out: the statistics lack it", file=sys.stderr)
             continue
@@ -81,6 +89,10 @@ def calculate_metrics_from_stats(
         )
         found[metric] = frechet_distance(mu, sigma, mu_ref, sigma_ref)
         _say(verbose, f"{metric} = {found[metric]:g}")
+    if not found:
+        raise ErkGuidError(
+            f"the statistics and the reference share none of {', '.join(_names(metrics))}"
+        )
     return found
 
 
@@ -98,19 +110,31 @@ class _StatisticsOf:
     def __len__(self) -> int:
         return self.rounds
 
-    @torch.no_grad()
     def __iter__(self) -> Iterator[EasyDict]:
         group = current_group()
+        try:
+            yield from self._items(group)
+        except Exception:
+            if group.store is not None:  # the others would wait for this process
+                group.store.set(FAILED, str(group.rank))
+            raise
+
+    @torch.no_grad()
+    def _items(self, group: ProcessGroup) -> Iterator[EasyDict]:
         detectors = [load_detector(name, self.device) for name in self.metrics]
         moments = {d.name: Moments(d.feature_dim, self.device) for d in detectors}
         quiet = not self.verbose or group.rank != 0
         with tqdm(total=self.rounds, unit="batch", disable=quiet) as bar:
+            number = -1
             for number, item in enumerate(self.images):
+                if number >= self.rounds:
+                    break
                 images = _images_of(item)
                 if images is not None:
-                    moved = torch.as_tensor(images).to(self.device)
-                    for detector in detectors:
-                        moments[detector.name].add(detector(moved))
+                    with reporting_memory(self.device, len(images)):
+                        moved = torch.as_tensor(images).to(self.device)
+                        for detector in detectors:
+                            moments[detector.name].add(run_detector(detector, moved)[0])
                 bar.update()
                 stats = None
                 if number == self.rounds - 1:
@@ -120,6 +144,9 @@ class _StatisticsOf:
                 yield EasyDict(
                     images=images, stats=stats, batch_idx=number, num_batches=self.rounds
                 )
+        if number + 1 != self.rounds:
+            more = "more" if number >= self.rounds else str(number + 1)
+            raise ValueError(f"image_iter has a len() of {self.rounds}, and yielded {more} batches")
 
 
 def calculate_stats_for_iterable(
@@ -141,11 +168,21 @@ def calculate_stats_for_iterable(
 
     Returns:
         An iterable with ``len()``; its items have `images`, `batch_idx`, `num_batches` and
-        `stats`, which is None but in the last. Under torchrun with a process group, the statistics
-        are those of all processes together.
+        `stats`, which is None but in the last. With a process group (`torch.distributed`), the
+        statistics are those of all processes together.
+
+    Raises:
+        TypeError: `image_iter` has no ``len()``.
+        ValueError: it yields another number of batches than its ``len()`` says.
+        ErkGuidError: several processes without a process group, or a detector that cannot be had.
     """
+    if not hasattr(image_iter, "__len__"):
+        raise TypeError(
+            f"image_iter must have a len(), the number of its batches; {type(image_iter).__name__} "
+            "has none (a list of the batches has)"
+        )
     place = choose_device(str(device) if device is not None else None)
-    return _StatisticsOf(image_iter, tuple(metrics), dest_path, place, verbose, len(image_iter))
+    return _StatisticsOf(image_iter, _names(metrics), dest_path, place, verbose, len(image_iter))
 
 
 @dataclass(frozen=True)
@@ -199,6 +236,10 @@ def calculate_stats_for_files(
     _say(verbose and group.rank == 0, f"Reading {len(chosen)} images from {image_path} ...")
     files = _Files(source, parts, rounds, num_workers)
     return calculate_stats_for_iterable(files, metrics, verbose, dest_path, device)
+
+
+def _names(metrics: str | Sequence[str]) -> tuple[str, ...]:
+    return (metrics,) if isinstance(metrics, str) else tuple(metrics)
 
 
 def _images_of(item: Any) -> Any:
