@@ -23,7 +23,7 @@ from erk_guid.solvers import (
     churned_solvers,
     make_solver,
 )
-from erk_guid.steps import EulerStep, Step
+from erk_guid.steps import AnalyticFirst, EulerStep, Step
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def sample(
             level_hat = level + gamma * level
             step = plan_steps(solver, [level_hat, level_next])[0]
         analytic = afs and i == 0
-        where = _analytic_at(sigma, denoiser) if analytic else denoiser
+        where = AnalyticFirst(denoiser, sigma) if analytic else denoiser
         result, state = step(where, x, sigma, sigma_next, state)
         evaluations += result.evaluations - analytic
         x_before, x, measured = x, result.x, None
@@ -230,20 +230,6 @@ def plan_steps(solver: Solver | Step, levels: list[float]) -> list[Step]:
     again = len(positive) - 1
     steps = solver.plan(positive) if isinstance(solver, Solver) else [solver] * again
     return [*steps] if levels[-1] > 0 else [*steps, EulerStep()]
-
-
-def _analytic_at(first: Tensor, denoiser: Denoiser) -> Denoiser:
-    """The denoiser, but at the noise level `first` that of standard normal data's drift.
-
-    x / sqrt(1 + sigma^2) is the drift's usual stand-in at high noise (AFS, Dockhorn et al. 2022).
-    """
-
-    def analytic(x: Tensor, sigma: Tensor, /) -> Tensor:
-        if sigma is first:
-            return x - sigma * x / (1 + sigma**2).sqrt()
-        return denoiser(x, sigma)
-
-    return analytic
 
 
 def check_levels(sigmas: Tensor) -> list[float]:

@@ -40,6 +40,30 @@ class Evaluation(NamedTuple):
     """dx/dsigma = (x - D) / sigma."""
 
 
+@dataclass(frozen=True)
+class AnalyticFirst:
+    """A denoiser that is not called at one noise level (AFS, Dockhorn et al. 2022).
+
+    There the drift is taken to be x / sqrt(1 + sigma^2), nearly that of standard normal data.
+
+    Args:
+        denoiser: called at all other noise levels.
+        first: that noise level: this very tensor, not its value.
+    """
+
+    denoiser: Denoiser
+    first: Tensor
+
+    def at_first(self, x: Tensor) -> Evaluation:
+        """What stands for an evaluation at `first`."""
+        # The drift itself: by way of the denoised x it would be rounded once more.
+        drift = x / (1 + self.first**2).sqrt()
+        return Evaluation(x - self.first * drift, drift)
+
+    def __call__(self, x: Tensor, sigma: Tensor, /) -> Tensor:
+        return self.denoiser(x, sigma)
+
+
 def evaluate(denoiser: Denoiser, x: Tensor, sigma: Tensor) -> Evaluation:
     """Call the denoiser at (x, sigma > 0) and turn its output into the drift.
 
@@ -49,6 +73,8 @@ def evaluate(denoiser: Denoiser, x: Tensor, sigma: Tensor) -> Evaluation:
     Raises:
         ValueError: the output is not shaped like x, or the denoiser edited its x or sigma.
     """
+    if isinstance(denoiser, AnalyticFirst) and sigma is denoiser.first:
+        return denoiser.at_first(x)
     # Inference tensors count no edits: the denoiser gets copies of those.
     given, level = (t.clone() if t.is_inference() else t for t in (x, sigma))
     before = [None if t.is_inference() else t._version for t in (given, level)]
