@@ -151,6 +151,7 @@ def test_load_puts_the_network_on_the_device() -> None:
     assert {p.device.type for p in loaded.net.parameters()} == {"meta"}
 
 
+# What published sources import, by its description; no file with a published source is here.
 SOURCE = """
 import numpy as np
 import torch
@@ -241,6 +242,8 @@ def test_trust_runs_the_code_and_says_so(
 
 
 def test_a_trusted_files_known_encoder_becomes_ours() -> None:
+    # The constructor's arguments are where published objects keep them; a published file with
+    # this encoder is not here.
     from erk_guid.checkpoints.trusted import _Sources
 
     init = {"_init_args": (), "_init_kwargs": {"vae_name": "here", "batch_size": 2}}

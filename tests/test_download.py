@@ -1,4 +1,8 @@
-"""Downloads, from a server on this machine."""
+"""Downloads, from a server on this machine.
+
+It answers as RFC 9110 says (ranges, If-Range); how the published files' real servers answer was
+not seen.
+"""
 
 from __future__ import annotations
 

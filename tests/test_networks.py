@@ -204,7 +204,8 @@ def test_normalize_keeps_the_dtype_and_takes_the_norm_in_float32() -> None:
 
 
 def test_embeddings_stay_float32_in_a_float16_network() -> None:
-    # As in the published program; on a GPU a rounded embedding would change every block.
+    # As in the published program, by its description: no stored numbers of a float16 run exist
+    # here. On a GPU a rounded embedding would change every block.
     net = fresh()
     seen = []
     for module in net.unet.modules():

