@@ -60,11 +60,11 @@ class Row:
 # --- files that both programs read ------------------------------------------------------------
 
 
-def tiny_network() -> Any:
-    """EDM's (2022) DDPM++ in the size of tests/data, with random weights."""
+def tiny_network(name: str) -> Any:
+    """One of EDM's (2022) networks in the size of tests/data, with random weights."""
     import erk_guid
 
-    return erk_guid.load(DATA / "edm_ddpmpp.pkl").net
+    return erk_guid.load(DATA / f"edm_{name}.pkl").net
 
 
 class _Persistent:
@@ -245,8 +245,12 @@ def compare(theirs: Path, ours: Path) -> tuple[str, bool]:
 # --- diff-sampler -----------------------------------------------------------------------------
 
 
+SAMPLE_SOLVERS = ("euler", "heun", "dpm", "ipndm", "ipndm_v", "deis", "dpmpp", "unipc")
+"""What the driver calls its solvers."""
+
+
 def diff_sampler_cases() -> list[list[str]]:
-    """The driver's options: each solver, with what concerns it."""
+    """The driver's options but the network's: each solver, with what concerns it."""
     cases: list[list[str]] = []
 
     def add(solver: str, **options: Any) -> None:
@@ -255,7 +259,7 @@ def diff_sampler_cases() -> list[list[str]]:
 
     schedules = [("polynomial", 7), ("logsnr", 7), ("time_uniform", 2), ("discrete", 1)]
     orders = {"ipndm": 4, "ipndm_v": 4, "deis": 4, "dpmpp": 3, "unipc": 3}
-    solvers = ("euler", "heun", "dpm", "ipndm", "ipndm_v", "deis", "dpmpp", "unipc")
+    solvers = SAMPLE_SOLVERS
     for solver, (kind, rho) in product(solvers, schedules):
         for afs, to_zero in product((False, True), repeat=2):
             add(
@@ -291,13 +295,23 @@ def check_diff_sampler(path: Path, work: Path) -> Iterator[Row]:
     checkout = path / "diff-solvers-main" if (path / "diff-solvers-main").is_dir() else path
     if not (checkout / "sample.py").is_file():
         raise click.ClickException(f"{path} has no sample.py; name a checkout of diff-sampler")
-    # It looks for networks in ./src and beside; one of its own names for ours.
+    # It looks for networks in ./src and beside; two of its own names for ours.
     here = work / "diff-sampler" / "run"
-    snapshot = here / "src" / "cifar10" / "edm-cifar10-32x32-uncond-vp.pkl"
-    write_snapshot(snapshot, tiny_network(), EDM_SOURCE)
-    cases = diff_sampler_cases()
-    common = ["--dataset_name=cifar10", "--seeds=0-3", "--batch=4"]
-    full = [[*common, *case] for case in cases]
+    for place, network in (
+        ("cifar10/edm-cifar10-32x32-uncond-vp.pkl", "ddpmpp"),
+        ("imagenet64/edm-imagenet-64x64-cond-adm.pkl", "ncsnpp"),  # with class labels
+    ):
+        write_snapshot(here / "src" / place, tiny_network(network), EDM_SOURCE)
+    cases = [["--dataset_name=cifar10", *case] for case in diff_sampler_cases()]
+    cases += [
+        [
+            "--dataset_name=imagenet64", f"--solver={solver}", "--num_steps=6", "--max_order=3",
+            f"--predict_x0={predict_x0}",
+        ]
+        for solver in SAMPLE_SOLVERS
+        for predict_x0 in (True, False)
+    ]  # fmt: skip
+    full = [[*case, "--seeds=0-3", "--batch=4"] for case in cases]
     outs = {mode: work / "diff-sampler" / mode for mode in ("theirs", "ours")}
     errors = {
         mode: in_a_process(checkout, here, f"diff-sampler-{mode}", full, out)
