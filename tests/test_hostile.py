@@ -94,13 +94,17 @@ SIZES = {
 }  # fmt: skip
 
 
+KEYS = b"]" + text("0") + b"a"
+"""Of the storages in an archive: a list of one."""
+
+
 def archive(kind: bytes, declared: int, content: bytes, stated: int | None = None) -> bytes:
     """A legacy torch archive of one storage."""
     what = tuple_of(text("storage"), kind, text("0"), text("cpu"), number(declared), b"N") + b"Q"
     system = dict_of(little_endian=b"\x88")
     stream = b"".join(
         b"\x80\x02" + body + b"."
-        for body in (number(0x1950A86A20F9469CFC6C), number(1001), system, what, b"]")
+        for body in (number(0x1950A86A20F9469CFC6C), number(1001), system, what, KEYS)
     )
     return stream + struct.pack("<q", declared if stated is None else stated) + content
 
@@ -272,7 +276,7 @@ FILES: dict[str, tuple[Callable[[Path], bytes], str]] = {
     ),
     "a nested archive with a payload as its keys": (
         lambda c: with_parameter(
-            call("torch.storage", "_load_from_bytes", data(SMALL.replace(b"]." , shell(c) + b".")))
+            call("torch.storage", "_load_from_bytes", data(SMALL.replace(KEYS + b".", shell(c) + b".")))
         ),
         "'os.system'",
     ),
@@ -488,8 +492,14 @@ def test_the_crafted_parts_are_well_formed() -> None:
     assert isinstance(state, Persistent)
     w = state.state["_parameters"]["w"]
     assert torch.equal(w, torch.zeros(2, 2, dtype=torch.float16))
-    array = read_pickle(file_of(ndarray("f8", (2,), struct.pack("<2d", 1, 2))))
-    assert array.value.tolist() == [1.0, 2.0]
+    crafted = file_of(ndarray("f8", (2,), struct.pack("<2d", 1, 2)))
+    assert read_pickle(crafted).value.tolist() == [1.0, 2.0]
+    # Python's and torch's own readers say the same of them.
+    assert pickle.loads(crafted).tolist() == [1.0, 2.0]
+    storage = torch.load(io.BytesIO(archive(HALF, 4, b"\0" * 8)), weights_only=True)
+    assert storage.untyped().tolist() == [0] * 8
+    whole = pickle.loads(file_of(tensor(SMALL, (2, 2), (2, 1))))
+    assert torch.equal(whole, w)
 
 
 @pytest.mark.parametrize("cut", range(0, 100, 7))
