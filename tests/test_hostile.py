@@ -276,7 +276,10 @@ FILES: dict[str, tuple[Callable[[Path], bytes], str]] = {
     ),
     "a nested archive with a payload as its keys": (
         lambda c: with_parameter(
-            call("torch.storage", "_load_from_bytes", data(SMALL.replace(KEYS + b".", shell(c) + b".")))
+            call(
+                "torch.storage", "_load_from_bytes",
+                data(SMALL.replace(KEYS + b".", shell(c) + b".")),
+            )  # fmt: skip
         ),
         "'os.system'",
     ),
@@ -486,6 +489,7 @@ def test_the_canary_is_alive(tmp_path: Path) -> None:
     assert canary.exists()
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage")
 def test_the_crafted_parts_are_well_formed() -> None:
     # Otherwise the files above might be refused for a slip of this test's own making.
     state = read_pickle(with_parameter(tensor(SMALL, (2, 2), (2, 1))))["ema"]
