@@ -279,7 +279,7 @@ FILES: dict[str, tuple[Callable[[Path], bytes], str]] = {
             call(
                 "torch.storage", "_load_from_bytes",
                 data(SMALL.replace(KEYS + b".", shell(c) + b".")),
-            )  # fmt: skip
+            )
         ),
         "'os.system'",
     ),
