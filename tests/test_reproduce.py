@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from conftest import DATA
+from PIL import Image
 
 from erk_guid.cli import main
 from erk_guid.cli.reproduce import reproduce_command
@@ -245,7 +246,30 @@ def test_real_images_are_looked_for_first(tmp_path: Path) -> None:
     assert done.exit_code == 1
     assert "no images in" in done.output
     assert not (tmp_path / "o" / "images").exists()
+    few = run("--row=2-8-plain", "--model=digits", "--num=5", "--outdir", tmp_path / "o")
+    assert few.exit_code == 1
+    assert "5 images are too few for an inception score" in few.output
     assert "has no use with --skip-quality" in run(*args, "--real=x", "--skip-quality").output
+
+
+@pytest.mark.slow
+def test_a_row_keeps_its_score_where_precision_fails(tmp_path: Path) -> None:
+    # The real images are too few to compare with: that shows only after hours of generating.
+    (tmp_path / "real").mkdir()
+    Image.new("L", (32, 32)).save(tmp_path / "real" / "one.png")
+    args = ["--row=2-8-plain", "--model=digits", "--num=12", "--device=cpu", "--outdir",
+            tmp_path / "o"]  # fmt: skip
+    done = run(*args, "--real", tmp_path / "real")
+    assert done.exit_code == 1
+    (scored,) = read_results(tmp_path / "o")
+    assert scored["scores"]["fd_digits"] > 0
+    assert scored["quality"]["scores"] == {}
+    done = run(*args, "--skip-quality")
+    assert done.exit_code == 0, done.output
+    assert len(read_results(tmp_path / "o")) == 1
+    done = run(*args)
+    assert done.exit_code == 0, done.output
+    assert read_results(tmp_path / "o")[-1]["quality"]["scores"]["recall"] > 0
 
 
 def test_a_line_cut_short_is_made_again(tmp_path: Path) -> None:

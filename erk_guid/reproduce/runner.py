@@ -30,7 +30,7 @@ from erk_guid.errors import ErkGuidError
 from erk_guid.files import sha256_of, user_path, write_bytes
 from erk_guid.jobs import image_path
 from erk_guid.metrics.detectors import check_detector_name
-from erk_guid.metrics.quality import MANIFOLD_DETECTOR, REAL, SCORE_DETECTOR
+from erk_guid.metrics.quality import MANIFOLD_DETECTOR, REAL, SCORE_DETECTOR, SPLITS
 from erk_guid.metrics.references import SHIPPED
 from erk_guid.pictures import save_picture, tile
 from erk_guid.reproduce.tables import FIRST_SEED, PAPER_BATCH, PAPER_NUM, Row
@@ -310,6 +310,12 @@ def _check_quality(job: Reproduction, plans: Sequence[Plan]) -> None:
     Raises:
         ErkGuidError: there are no real images where they should be.
     """
+    if any(one.quality for one in plans) and len(job.chosen_seeds) < SPLITS:
+        raise ErkGuidError(
+            f"{len(job.chosen_seeds)} images are too few for an inception score, which needs "
+            f"{SPLITS}; take more, or leave out precision, recall and inception score with "
+            "--skip-quality"
+        )
     for one in plans:
         real, _ = quality_of(job, one.row)
         if job.skip_quality:
@@ -576,14 +582,12 @@ def _run_row(job: Reproduction, one: Plan) -> None:
     _call(one.row, one.score)
     scored = json.loads(one.scores.read_text())
     quality: dict[str, Any] = {}
+    failure: ErkGuidError | None = None
     if one.quality:
-        _call(one.row, one.quality)
-        found = json.loads(one.qualities.read_text())
-        quality = {
-            "asked": asked(job, one),
-            "scores": {name: found[name] for name in QUALITY_SCORES},
-            "num_real": found["num_real"],
-        }
+        try:
+            quality = _quality_of_row(job, one)
+        except ErkGuidError as error:
+            failure = error  # what was scored before is written down first
     seeds = job.chosen_seeds
     if scored["images"]["available"] != len(seeds):
         raise ErkGuidError(
@@ -617,6 +621,18 @@ def _run_row(job: Reproduction, one: Plan) -> None:
             f"{one.row.steps}, {one.row.title}, {scored['num']} images: {text}\n"
         )
     print(f"  {text}", flush=True)
+    if failure is not None:
+        raise failure
+
+
+def _quality_of_row(job: Reproduction, one: Plan) -> dict[str, Any]:
+    _call(one.row, one.quality)
+    found = json.loads(one.qualities.read_text())
+    return {
+        "asked": asked(job, one),
+        "scores": {name: found[name] for name in QUALITY_SCORES},
+        "num_real": found["num_real"],
+    }
 
 
 def _call(row: Row, command: Sequence[str]) -> None:
