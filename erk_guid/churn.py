@@ -6,10 +6,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+__all__ = ["Churn"]
+
+NUMBERS = ("S_churn", "S_min", "S_max", "S_noise")
+"""The settings, under EDM's names."""
 
 LARGEST_GAMMA = math.sqrt(2) - 1
 """Limit of gamma, so that no more noise is added than there is."""
@@ -40,7 +45,7 @@ class Churn:
     randn_like: Callable[[Tensor], Tensor] = torch.randn_like
 
     def __post_init__(self) -> None:
-        for name in ("S_churn", "S_min", "S_max", "S_noise"):
+        for name in NUMBERS:
             value: Any = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real) or not float(value) >= 0:
                 raise ValueError(f"{name} must be a number of 0 or more, got {value!r}")
@@ -68,3 +73,15 @@ class Churn:
         sigma_hat = sigma + gamma * sigma
         noise = self.randn_like(x)
         return x + (sigma_hat**2 - sigma**2).sqrt() * self.S_noise * noise, sigma_hat
+
+
+def refuse_in_flow(amount: float) -> NoReturn:
+    """Say why noise cannot be added in a flow's time.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        f"S_churn must be 0 with flow=True, got {amount}: it adds noise to x that is clean + "
+        "sigma noise, which a flow's x is not"
+    )

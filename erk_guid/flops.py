@@ -30,7 +30,9 @@ def count(net: Any) -> Cost:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    if hasattr(net, "config"):  # ours: made again without its weights
+    from erk_guid.checkpoints.build import NETWORKS
+
+    if type(net) in NETWORKS.values():  # ours: made again without its weights
         with torch.device("meta"):
             shapes = type(net)(**net.config).eval()
     else:

@@ -10,7 +10,7 @@ import torch
 from erk_guid._version import __version__
 from erk_guid.checkpoints import Loaded, load
 from erk_guid.checkpoints.loading import locate
-from erk_guid.churn import Churn
+from erk_guid.churn import NUMBERS, Churn
 from erk_guid.encoders import GENERATION_VAE_BATCH, PIXELS, Encoder, StabilityVAEEncoder
 from erk_guid.errors import ErkGuidError
 from erk_guid.generation import check_networks
@@ -84,8 +84,7 @@ class Recipe:
     @property
     def churn_options(self) -> dict[str, Any]:
         """Keyword arguments that say how much noise is added before steps; none for none."""
-        names = ("S_churn", "S_min", "S_max", "S_noise") if self.S_churn else ()
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in NUMBERS} if self.S_churn else {}
 
     @property
     def solver_options(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from erk_guid.auto import improve
-from erk_guid.churn import Churn
+from erk_guid.churn import Churn, refuse_in_flow
 from erk_guid.denoisers import Denoiser, combined
 from erk_guid.guidance import GATES, Guidance, guide, measure
 from erk_guid.schedules import edm_sigmas, make_sigmas
@@ -212,10 +212,7 @@ def check_churn(churn: Churn, solver: Any, guidance: Guidance | None) -> None:
             "the two out (w_stiff=0 is the solver without guidance)"
         )
     if getattr(solver, "flow", False):
-        raise ValueError(
-            f"S_churn must be 0 with flow=True, got {churn.S_churn}: it adds noise to x that is "
-            "clean + sigma noise, which a flow's x is not"
-        )
+        refuse_in_flow(churn.S_churn)
     if not getattr(solver, "one_step", False):
         raise ValueError(
             f"S_churn must be 0 with {type(solver).__name__}, got {churn.S_churn}: it remembers "

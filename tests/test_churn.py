@@ -177,7 +177,7 @@ def test_churn_is_not_for_flows() -> None:
     with pytest.raises(ValueError, match="S_churn must be 0 with flow=True"):
         erk_guid.sample(model, x, times, solver="heun", flow=True, churn=Churn(1))
     for function in (ours.sample_erk_heun, ours.sample_erk_dpm_2):
-        with pytest.raises(ValueError, match="s_churn must be 0 with flow=True"):
+        with pytest.raises(ValueError, match="S_churn must be 0 with flow=True"):
             function(model, x, times, s_churn=1, flow=True, w_stiff=0, disable=True)
         # Numbers may come as tensors, as noise levels do; without churn they are not looked at.
         function(model, x, times, s_tmax=torch.tensor(3.0), w_stiff=0, disable=True)

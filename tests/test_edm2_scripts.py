@@ -231,6 +231,7 @@ def test_statistics_say_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_costs_are_the_papers(channels: int, million: float, billion: float) -> None:
     # Karras et al. 2024 (arXiv 2312.02696) on EDM2-XS and -S for ImageNet-512: parameters, and
     # "gigaflops", which agree with multiply-adds; they also count what is not a product (1.4 %).
+    # The four figures are quoted from memory of the paper, which was not at hand.
     with torch.device("meta"):
         net = Precond(64, 4, 1000, model_channels=channels)
     cost = count(net)
@@ -241,6 +242,7 @@ def test_costs_are_the_papers(channels: int, million: float, billion: float) -> 
 def test_multiply_adds_of_one_layer() -> None:
     class Layer(torch.nn.Module):
         img_channels, img_resolution, label_dim = 3, 8, 0
+        config = "another program's, not the constructor's arguments"
 
         def __init__(self) -> None:
             super().__init__()

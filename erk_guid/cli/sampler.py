@@ -15,7 +15,7 @@ import click
 import torch
 
 from erk_guid.checkpoints.presets import PRESETS
-from erk_guid.churn import Churn
+from erk_guid.churn import NUMBERS, Churn
 from erk_guid.cli.common import NumberOr
 from erk_guid.encoders import GENERATION_VAE_BATCH
 from erk_guid.errors import printable
@@ -323,20 +323,17 @@ def recipe_fields(
     }
 
 
-CHURN_OPTIONS = ("S_churn", "S_min", "S_max", "S_noise")
-
-
 def _check_churn(options: dict[str, Any], solver: Solver, guidance: Guidance) -> None:
     """
     Raises:
         ValueError: naming the option at fault.
     """
-    given = {name: options[name] for name in CHURN_OPTIONS if name in options}
+    given = {name: options[name] for name in NUMBERS if name in options}
     churn = Churn(**given)
     if churn.active:
         check_churn(churn, solver, guidance)
         return
-    for name in CHURN_OPTIONS[1:]:
+    for name in NUMBERS[1:]:
         if name in given and given[name] != getattr(JOB, name):
             raise ValueError(f"--{name} has nothing to act on: --S_churn is 0")
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erk_guid.churn import Churn
+from erk_guid.churn import Churn, refuse_in_flow
 from erk_guid.guidance import AUTO, GATES, Guidance
 from erk_guid.sampling import StepInfo, sample
 from erk_guid.solvers import DPM2, Heun, Modal, Solver
@@ -79,10 +79,7 @@ def _churn(
     if float(s_churn) == 0:
         return None
     if flow:
-        raise ValueError(
-            f"s_churn must be 0 with flow=True, got {s_churn}: it adds noise to x that is clean + "
-            "sigma noise, which a flow's x is not"
-        )
+        refuse_in_flow(s_churn)
     return Churn(float(s_churn), float(s_tmin), float(s_tmax), float(s_noise), torch.randn_like)
 
 
@@ -153,7 +150,7 @@ def sample_erk_dpm_2(
 ) -> Tensor:
     """k-diffusion's ``sample_dpm_2`` with ERK guidance; arguments as `sample_erk_heun`'s.
 
-    `flow` is accepted, but changes nothing here: the two solutions of a step are blended as well
+    `flow` only refuses churn here: the two solutions of a step are blended as well
     in a flow's time as in sigma.
     """
     churn = _churn(s_churn, s_tmin, s_tmax, s_noise, flow)
