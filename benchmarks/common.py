@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from erk_guid.networks.edm2 import Precond
+from erk_guid.models.networks.edm2 import Precond
 
 
 def edm2_xs(device: str = "cpu") -> Precond:

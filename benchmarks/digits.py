@@ -15,7 +15,7 @@ import torch
 from common import machine
 
 import erk_guid
-from erk_guid.networks.digits import load_digit_classifier
+from erk_guid.models.networks.digits import load_digit_classifier
 
 ROWS: list[tuple[str, dict[str, Any]]] = [
     ("digits", {"num_steps": 5}),

@@ -19,7 +19,7 @@ import torch
 from common import edm2_xs, in_turn, machine, report_ratio
 from torch import Tensor
 
-from erk_guid.networks import edm2
+from erk_guid.models.networks import edm2
 
 
 def explicit_attention(qkv: Tensor, heads: int) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from common import machine
 
 import erk_guid
-from erk_guid.weights import modal_weights
+from erk_guid.quadrature import modal_weights
 
 
 @click.command(help=__doc__)

@@ -17,7 +17,7 @@ import torch
 from common import machine
 
 import erk_guid
-from erk_guid.runtime import choose_device
+from erk_guid.generation.devices import choose_device
 
 
 @click.command(help=__doc__)

@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from erk_guid._version import __version__
-from erk_guid.calibration import Calibration, calibrate
 from erk_guid.churn import Churn
 from erk_guid.denoisers import Denoiser, ModelGuidance
 from erk_guid.guidance import (
@@ -26,10 +25,11 @@ from erk_guid.guidance import (
 from erk_guid.sampling import StepInfo, edm_sampler, sample
 from erk_guid.schedules import karras_sigmas
 from erk_guid.steps import EulerStep, HeunStep, Step, StepResult
+from erk_guid.studies.calibration import Calibration, calibrate
 
 if TYPE_CHECKING:
-    from erk_guid.checkpoints import Loaded, load
-    from erk_guid.generation import Batch, generate
+    from erk_guid.generation.images import Batch, generate
+    from erk_guid.models.checkpoints import Loaded, load
 
 __all__ = [
     "Batch",
@@ -59,10 +59,10 @@ __all__ = [
 
 # Files and image generation need more than torch, so they are imported when first asked for.
 _LAZY = {
-    "Batch": "erk_guid.generation",
-    "Loaded": "erk_guid.checkpoints",
-    "generate": "erk_guid.generation",
-    "load": "erk_guid.checkpoints",
+    "Batch": "erk_guid.generation.images",
+    "Loaded": "erk_guid.models.checkpoints",
+    "generate": "erk_guid.generation.images",
+    "load": "erk_guid.models.checkpoints",
 }
 
 

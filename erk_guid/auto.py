@@ -13,7 +13,7 @@ weight that makes the step exact on the mode that was measured.
 two things that can go wrong separately:
 
 - The integral of the denoised image over the step, from its values at both ends. Weights fitted
-  to Gaussian modes of all sizes (`erk_guid.weights.modal_weights`) take the place of the trapezoid.
+  to Gaussian modes of all sizes (`erk_guid.quadrature.modal_weights`) replace the trapezoid.
 - The value at the far end, which was taken at Euler's solution and not at the step's own. The
   denoiser's answer to the difference is estimated from the pair: along the pair it is what the
   pair shows, elsewhere a multiple of the difference by the pair's response, and both are carried

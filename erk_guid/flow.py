@@ -17,7 +17,7 @@ from torch import Tensor
 
 from erk_guid.auto import PRIOR_RESPONSE, Answer
 from erk_guid.guidance import Pair
-from erk_guid.weights import modal_weights
+from erk_guid.quadrature import modal_weights
 
 LARGEST_SIGMA = 1e4
 """Stands for the infinite noise level at which flow matching begins (t = 1)."""

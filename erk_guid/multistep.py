@@ -26,9 +26,9 @@ from erk_guid.auto import PRIOR_RESPONSE
 from erk_guid.denoisers import Denoiser
 from erk_guid.flow import check_times, prior_response, step_weights
 from erk_guid.guidance import Pair, norm, per_sample
+from erk_guid.quadrature import lagrange_integrals, modal_weights
 from erk_guid.schedules import vp_sigma_slope, vp_time
 from erk_guid.steps import Evaluation, Step, StepResult, evaluate
-from erk_guid.weights import lagrange_integrals, modal_weights
 
 MAX_ORDER = 4
 
@@ -525,7 +525,7 @@ class Modal:
 
     Where other methods interpolate by polynomials in some variable, the weights here are those
     with the least mean squared error over Gaussian data of all sizes
-    (`erk_guid.weights.modal_weights`). The corrector reuses the evaluation at the predicted
+    (`erk_guid.quadrature.modal_weights`). The corrector reuses the evaluation at the predicted
     point, as UniPC's does; then the kept value is moved by half of the correction, which is what
     a denoiser answers on the average over those modes, where others leave it at the point that
     was given up. No evaluation is spent on any of it.

@@ -24,8 +24,8 @@ from erk_guid.denoisers import Denoiser
 from erk_guid.flow import check_times
 from erk_guid.guidance import Guidance, Pair, norm
 from erk_guid.multistep import DEIS, IPNDM, IPNDMV, RES, DPMpp, Modal, UniPC
+from erk_guid.quadrature import modal_weights
 from erk_guid.steps import EulerStep, HeunStep, Step, StepResult, evaluate
-from erk_guid.weights import modal_weights
 
 __all__ = [
     "DEIS", "DPM2", "IPNDM", "IPNDMV", "RES", "SOLVERS", "DPMpp", "Euler", "Heun", "Modal",

@@ -17,7 +17,7 @@ from typing import Any
 import click
 import griffe
 
-from erk_guid.files import write_bytes
+from erk_guid.common.files import write_bytes
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,8 +27,8 @@ MODULES = {
     "erk_guid.solvers": "The solvers with their options, for `sample(solver=...)`.",
     "erk_guid.schedules": "Noise levels.",
     "erk_guid.churn": "Noise added before steps.",
-    "erk_guid.flops": "What one evaluation of a network costs.",
-    "erk_guid.calibration.settings": "The file that `erk-guid calibrate` leaves.",
+    "erk_guid.models.flops": "What one evaluation of a network costs.",
+    "erk_guid.studies.calibration.settings": "The file that `erk-guid calibrate` leaves.",
     "erk_guid.integrations.edm2": "What EDM2's users script against.",
     "erk_guid.integrations.k_diffusion": "Samplers in k-diffusion's signature.",
     "erk_guid.integrations.diffusers": "Schedulers; needs the extra `[diffusers]`.",

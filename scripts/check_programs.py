@@ -118,8 +118,9 @@ def _stand_in_names() -> Iterator[None]:
 
 EDM_SOURCE = """
 import torch
-from erk_guid.networks.edm import Block, Conv2d, EDMPrecond as Base, FourierEmbedding, GroupNorm
-from erk_guid.networks.edm import Linear, PositionalEmbedding, SongUNet
+from erk_guid.models.networks.edm import Block, Conv2d, EDMPrecond as Base
+from erk_guid.models.networks.edm import FourierEmbedding, GroupNorm
+from erk_guid.models.networks.edm import Linear, PositionalEmbedding, SongUNet
 
 
 class EDMPrecond(Base):
@@ -340,7 +341,7 @@ def inside_diff_sampler(ours: bool) -> Any:
 
 # --- EDM2 and ERK-Guid ------------------------------------------------------------------------
 
-EDM2_SOURCE = "from erk_guid.networks.edm2 import Block, MPConv, MPFourier, Precond, UNet"
+EDM2_SOURCE = "from erk_guid.models.networks.edm2 import Block, MPConv, MPFourier, Precond, UNet"
 
 EDM2_CASES: list[dict[str, Any]] = [
     {"num_steps": 6},

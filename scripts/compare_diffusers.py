@@ -28,9 +28,9 @@ from PIL import Image
 from torch import Tensor
 
 import erk_guid
-from erk_guid.files import check_writable
+from erk_guid.common.files import check_writable
+from erk_guid.common.pictures import Panel, figure, save_picture, tile
 from erk_guid.integrations.diffusers import ERKGuidHeunScheduler, ModalScheduler
-from erk_guid.pictures import Panel, figure, save_picture, tile
 
 FINE_STEPS = 64
 SHOWN = 16

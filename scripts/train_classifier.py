@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm import trange
 
-from erk_guid.datasets import load_image_set
-from erk_guid.networks.digits import DigitClassifier
+from erk_guid.common.datasets import load_image_set
+from erk_guid.models.networks.digits import DigitClassifier
 
 
 @click.command(help=__doc__)

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from erk_guid.datasets import load_image_set
-from erk_guid.networks.edm2 import Precond
+from erk_guid.common.datasets import load_image_set
+from erk_guid.models.networks.edm2 import Precond
 
 STATE = "state.pt"
 LOG = "loss.csv"
@@ -191,7 +191,7 @@ def train(outdir: Path, **options: Any) -> None:
 @click.option("--ema", default=0.1, show_default=True, help="Which average to take.")
 def export(run: Path, dest: Path, ema: float) -> None:
     """Write an average of RUN as safetensors with float16 weights."""
-    from erk_guid.checkpoints import save_network
+    from erk_guid.models.checkpoints import save_network
 
     state = torch.load(run / STATE, weights_only=True)
     if ema not in state["averages"]:

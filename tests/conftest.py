@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from erk_guid.mixtures import tree_mixture
-from erk_guid.networks.edm2 import Precond
+from erk_guid.models.networks.edm2 import Precond
 
 DATA = Path(__file__).parent / "data"
 

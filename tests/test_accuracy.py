@@ -11,12 +11,12 @@ import torch
 from click.testing import CliRunner
 from conftest import golden
 
-from erk_guid.accuracy import METHODS, make_problem, measure
-from erk_guid.accuracy.measuring import Error, Table
-from erk_guid.accuracy.methods import choose_methods
-from erk_guid.accuracy.problems import solve_finely
 from erk_guid.cli import main
 from erk_guid.mixtures import tree_mixture
+from erk_guid.studies.accuracy import METHODS, make_problem, measure
+from erk_guid.studies.accuracy.measuring import Error, Table
+from erk_guid.studies.accuracy.methods import choose_methods
+from erk_guid.studies.accuracy.problems import solve_finely
 
 
 def test_the_fine_solution_is_the_golden_one() -> None:

@@ -20,8 +20,8 @@ from erk_guid.auto import LARGEST_RESPONSE, Answer, blend_weight, response_in_st
 from erk_guid.cli.generate import generate_command
 from erk_guid.guidance import Guidance, Pair
 from erk_guid.mixtures import tree_mixture
+from erk_guid.quadrature import MODE_DENSITY, lagrange_integrals, modal_weights
 from erk_guid.schedules import logsnr_sigmas
-from erk_guid.weights import MODE_DENSITY, lagrange_integrals, modal_weights
 
 AUTO = erk_guid.Guidance.auto()
 

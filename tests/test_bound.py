@@ -11,9 +11,9 @@ import torch
 from conftest import oracle
 
 import erk_guid
-from erk_guid.branching import Task, distances
 from erk_guid.guidance import Guidance, Pair
 from erk_guid.solvers import make_solver
+from erk_guid.studies.calibration.sweep import Task, distances
 
 
 def test_a_bound_limits_the_correction_and_nothing_else() -> None:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from erk_guid import Guidance, HeunStep, correction, karras_sigmas, sample
-from erk_guid.branching import Task, distances, fine_path, step_errors
 from erk_guid.mixtures import GaussianMixture, tree_mixture
 from erk_guid.multistep import DEIS
 from erk_guid.solvers import Heun, make_solver
+from erk_guid.studies.calibration.sweep import Task, distances, fine_path, step_errors
 
 SIGMAS = karras_sigmas(7, sigma_max=5.0)[:-1]
 STRENGTHS = [

@@ -20,17 +20,17 @@ from torch import Tensor
 
 import erk_guid
 from erk_guid import Guidance, calibrate, karras_sigmas, sample
-from erk_guid.accuracy.problems import high_dimensional_mixture, solve_finely
-from erk_guid.calibration import search
-from erk_guid.calibration.settings import Settings, read_settings
 from erk_guid.cli import main
 from erk_guid.cli.calibrate import _network_options
 from erk_guid.cli.common import SeedList, compact
-from erk_guid.errors import ErkGuidError
-from erk_guid.generation import draw
+from erk_guid.common.errors import ErkGuidError
+from erk_guid.generation.images import draw
+from erk_guid.generation.seeds import SeededNoise
 from erk_guid.mixtures import tree_mixture
-from erk_guid.runtime import SeededNoise
 from erk_guid.solvers import DEIS, Heun, Modal
+from erk_guid.studies.accuracy.problems import high_dimensional_mixture, solve_finely
+from erk_guid.studies.calibration import search
+from erk_guid.studies.calibration.settings import Settings, read_settings
 
 TREE = tree_mixture()
 SIGMAS = karras_sigmas(7, sigma_max=5.0)

@@ -16,10 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import erk_guid
-from erk_guid.checkpoints import PRESETS, convert, save_network
-from erk_guid.encoders import StabilityVAEEncoder, StandardRGBEncoder
-from erk_guid.errors import CheckpointError, ErkGuidError
-from erk_guid.networks.edm2 import Precond
+from erk_guid.common.errors import CheckpointError, ErkGuidError
+from erk_guid.models.checkpoints import PRESETS, convert, save_network
+from erk_guid.models.encoders import StabilityVAEEncoder, StandardRGBEncoder
+from erk_guid.models.networks.edm2 import Precond
 
 
 def fixed_output(net: Any) -> torch.Tensor:
@@ -90,7 +90,7 @@ def test_saving_leaves_nothing_half_written(
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("erk_guid.checkpoints.native.save_file", broken)
+    monkeypatch.setattr("erk_guid.models.checkpoints.native.save_file", broken)
     with pytest.raises(OSError, match="disk full"):
         save_network(tmp_path / "a.safetensors", cond)
     assert list(tmp_path.iterdir()) == []
@@ -244,7 +244,7 @@ def test_trust_runs_the_code_and_says_so(
 def test_a_trusted_files_known_encoder_becomes_ours() -> None:
     # The constructor's arguments are where published objects keep them; a published file with
     # this encoder is not here.
-    from erk_guid.checkpoints.trusted import _Sources
+    from erk_guid.models.checkpoints.trusted import _Sources
 
     init = {"_init_args": (), "_init_kwargs": {"vae_name": "here", "batch_size": 2}}
     meta = {"class_name": "StabilityVAEEncoder", "module_src": "raise Exception", "state": init}

@@ -18,10 +18,10 @@ from torch import Tensor
 import erk_guid
 from erk_guid.churn import Churn
 from erk_guid.cli.generate import generate_command
+from erk_guid.generation.trace import COLUMNS, read_trace
 from erk_guid.integrations import k_diffusion as ours
 from erk_guid.schedules import edm_sigmas
 from erk_guid.solvers import SOLVERS, make_solver
-from erk_guid.trace import COLUMNS, read_trace
 
 
 def mixture(mu: Tensor, std: Tensor) -> Callable[..., Tensor]:

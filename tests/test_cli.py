@@ -18,7 +18,7 @@ from PIL import Image
 
 from erk_guid.cli import main
 from erk_guid.cli.generate import generate_command
-from erk_guid.trace import read_trace
+from erk_guid.generation.trace import read_trace
 
 COND, GUIDE = str(DATA / "edm2_cond.pkl"), str(DATA / "edm2_guide.pkl")
 
@@ -185,7 +185,8 @@ def test_an_overwritten_run_that_was_killed_is_not_mixed(tmp_path: Path) -> None
     assert generate(*args, "--steps", 2).exit_code == 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "erk_guid.jobs._generate", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)
+            "erk_guid.generation.jobs._generate",
+            lambda *a: (_ for _ in ()).throw(KeyboardInterrupt),
         )
         assert generate(*args, "--steps", 3).exit_code != 0
     result = generate(*args, "--steps", 3, "--resume")
@@ -202,7 +203,8 @@ def test_images_of_an_older_run_are_not_adopted(tmp_path: Path) -> None:
     # Neither at once, nor after a resumed run over them that dies before its first image.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "erk_guid.jobs._generate", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)
+            "erk_guid.generation.jobs._generate",
+            lambda *a: (_ for _ in ()).throw(KeyboardInterrupt),
         )
         generate(*args, "--steps", 3, "--seeds", "5-6", "--resume")
     assert "2 images made" in generate(*args, "--steps", 3, "--seeds", "5-6", "--resume").output
@@ -223,7 +225,7 @@ def test_running_out_of_memory_says_what_to_do(tmp_path: Path) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("erk_guid.generation.SeededNoise.randn", exhausted)
+        patch.setattr("erk_guid.generation.images.SeededNoise.randn", exhausted)
         result = generate("--preset", "digits", "--outdir", tmp_path, "--batch", 7)
     assert result.exit_code == 1
     assert "ran out of memory with --batch 7; choose a smaller one" in result.output

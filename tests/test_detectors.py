@@ -20,7 +20,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 from torch_fidelity.utils import DEFAULT_FEATURE_EXTRACTOR
 from torchvision.models import VGG16_Weights
 
-from erk_guid.errors import ErkGuidError
+from erk_guid.common.errors import ErkGuidError
 from erk_guid.metrics import detectors
 from erk_guid.metrics.detectors import (
     Classifier,

@@ -18,8 +18,8 @@ import pytest
 from conftest import DATA
 
 import erk_guid
-from erk_guid.checkpoints.download import DownloadError, cache_dir, download
-from erk_guid.files import PARTIAL
+from erk_guid.common.files import PARTIAL
+from erk_guid.models.checkpoints.download import DownloadError, cache_dir, download
 
 CONTENT = bytes(range(256)) * 20_000
 SHA = hashlib.sha256(CONTENT).hexdigest()
@@ -71,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
     monkeypatch.setenv("ERK_GUID_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr("erk_guid.checkpoints.download.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("erk_guid.models.checkpoints.download.time.sleep", lambda seconds: None)
     with Server(("127.0.0.1", 0), Handler) as running:
         running.requests = []
         threading.Thread(target=running.serve_forever, daemon=True).start()
@@ -159,7 +159,7 @@ def test_a_network_from_a_url(server: Server) -> None:
 def test_nvidias_terms_are_named(
     server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from erk_guid.checkpoints import download as module
+    from erk_guid.models.checkpoints import download as module
 
     assert set(module.LICENSES) == {"nvlabs-fi-cdn.nvidia.com"}
     monkeypatch.setattr(module, "LICENSES", {"127.0.0.1": "weights by somebody"})
@@ -169,7 +169,8 @@ def test_nvidias_terms_are_named(
 
 @pytest.mark.slow
 def test_eight_processes_at_once(server: Server) -> None:
-    code = f"from erk_guid.checkpoints.download import download; print(download({server.url()!r}))"
+    module = "erk_guid.models.checkpoints.download"
+    code = f"from {module} import download; print(download({server.url()!r}))"
     started = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         for _ in range(8)

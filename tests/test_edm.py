@@ -10,7 +10,7 @@ import torch
 from conftest import DATA, golden, relative
 
 import erk_guid
-from erk_guid.networks.edm import EDMPrecond
+from erk_guid.models.networks.edm import EDMPrecond
 
 
 @pytest.mark.parametrize("name", ["ddpmpp", "ncsnpp"])
@@ -44,7 +44,7 @@ def test_edm_golden_networks_with_seeded_weights(name: str) -> None:
 
 
 def test_edm_networks_convert_and_generate(tmp_path: Path) -> None:
-    from erk_guid.checkpoints import convert
+    from erk_guid.models.checkpoints import convert
 
     convert(DATA / "edm_ncsnpp.pkl", tmp_path / "n.safetensors")
     one, two = (erk_guid.load(p).net for p in (DATA / "edm_ncsnpp.pkl", tmp_path / "n.safetensors"))

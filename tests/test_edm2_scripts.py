@@ -17,10 +17,10 @@ from PIL import Image
 
 import erk_guid
 from erk_guid.cli import main
-from erk_guid.errors import ErkGuidError
-from erk_guid.flops import count
+from erk_guid.common.errors import ErkGuidError
 from erk_guid.metrics import load_detector
-from erk_guid.networks.edm2 import Precond
+from erk_guid.models.flops import count
+from erk_guid.models.networks.edm2 import Precond
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import DATA, golden
 
-from erk_guid.encoders import StabilityVAEEncoder, StandardRGBEncoder
-from erk_guid.errors import ErkGuidError
+from erk_guid.common.errors import ErkGuidError
+from erk_guid.models.encoders import StabilityVAEEncoder, StandardRGBEncoder
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 

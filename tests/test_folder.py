@@ -18,10 +18,10 @@ from conftest import DATA, golden
 from safetensors.torch import save_file
 
 import erk_guid
-from erk_guid.checkpoints.folder import shapes
-from erk_guid.encoders import StabilityVAEEncoder, StandardRGBEncoder
-from erk_guid.errors import ErkGuidError
-from erk_guid.networks.edm2 import Precond
+from erk_guid.common.errors import ErkGuidError
+from erk_guid.models.checkpoints.folder import shapes
+from erk_guid.models.encoders import StabilityVAEEncoder, StandardRGBEncoder
+from erk_guid.models.networks.edm2 import Precond
 
 
 def model_folder(folder: Path, net: Precond, vae: bool = False, **changes: Any) -> Path:

@@ -10,7 +10,7 @@ from conftest import DATA, golden
 from torch import Tensor
 
 import erk_guid
-from erk_guid.checkpoints import Loaded
+from erk_guid.models.checkpoints import Loaded
 
 GUIDED = {"num_steps": 6, "guidance": 1.4, "w_stiff": 0.75, "w_con": 0.3}
 PLAIN = {"num_steps": 6}

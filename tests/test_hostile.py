@@ -24,9 +24,9 @@ from conftest import DATA
 from safetensors.torch import save_file
 
 import erk_guid
-from erk_guid.checkpoints import save_network
-from erk_guid.checkpoints.inert import Persistent, read_pickle
-from erk_guid.errors import CheckpointError
+from erk_guid.common.errors import CheckpointError
+from erk_guid.models.checkpoints import save_network
+from erk_guid.models.checkpoints.safe_pickle import Persistent, read_pickle
 
 
 def text(value: str) -> bytes:

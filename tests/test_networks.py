@@ -12,8 +12,8 @@ import torch
 from conftest import golden, network_of, relative
 from torch import Tensor
 
-from erk_guid.networks import Unconditional
-from erk_guid.networks.edm2 import Block, MPConv, Precond, normalize
+from erk_guid.models.networks import Unconditional
+from erk_guid.models.networks.edm2 import Block, MPConv, Precond, normalize
 
 
 @pytest.mark.parametrize("name", ["edm2_net_cond", "edm2_net_guide"])

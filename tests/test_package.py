@@ -91,8 +91,8 @@ def test_a_missing_extra_is_reported_with_its_install_line(
 ) -> None:
     import torch
 
-    from erk_guid.encoders import StabilityVAEEncoder
-    from erk_guid.errors import MissingExtraError
+    from erk_guid.common.errors import MissingExtraError
+    from erk_guid.models.encoders import StabilityVAEEncoder
 
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'erk-guid\[diffusers\]'"):

@@ -97,7 +97,8 @@ import sys
 from pathlib import Path
 import numpy as np
 import erk_guid
-from erk_guid.runtime import choose_device, process_group
+from erk_guid.generation.devices import choose_device
+from erk_guid.generation.process_groups import process_group
 
 device = choose_device("cpu")
 with process_group(device) as group:
@@ -166,12 +167,12 @@ FAILING = """
 import os, sys
 sys.argv[1:] = ["--net", sys.argv[1], "--outdir", sys.argv[2], "--seeds", "0-199", "--steps", "64",
                 "--batch", "4", "--device", "cpu"]
-import erk_guid.jobs
+import erk_guid.generation.jobs
 if os.environ["RANK"] == "1":
-    save = erk_guid.jobs.save_png
+    save = erk_guid.generation.jobs.save_png
     def failing(path, *args):
         raise OSError(28, "No space left on device")
-    erk_guid.jobs.save_png = failing
+    erk_guid.generation.jobs.save_png = failing
 from erk_guid.cli.generate import generate_command
 generate_command()
 """

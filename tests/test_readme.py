@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from erk_guid.checkpoints import PRESETS
 from erk_guid.cli.generate import generate_command
 from erk_guid.cli.metrics import metrics_command
 from erk_guid.cli.quality import quality_command
 from erk_guid.cli.reproduce import reproduce_command
+from erk_guid.models.checkpoints import PRESETS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

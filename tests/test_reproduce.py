@@ -22,9 +22,9 @@ from PIL import Image
 
 from erk_guid.cli import main
 from erk_guid.cli.reproduce import reproduce_command
-from erk_guid.reproduce import TABLES, Reproduction, choose_rows, plan, write_report
-from erk_guid.reproduce.report import Findings
-from erk_guid.reproduce.runner import _mend, read_results, result_of
+from erk_guid.studies.reproduce import TABLES, Reproduction, choose_rows, plan, write_report
+from erk_guid.studies.reproduce.report import Findings
+from erk_guid.studies.reproduce.runner import _mend, read_results, result_of
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "reproduce.sh"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import erk_guid
 from erk_guid import Guidance
-from erk_guid.networks.edm2 import Precond
+from erk_guid.models.networks.edm2 import Precond
 from erk_guid.solvers import SOLVERS
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 import erk_guid
 from erk_guid.cli.metrics import metrics_command
 from erk_guid.cli.quality import quality_command
-from erk_guid.files import sha256_of
+from erk_guid.common.files import sha256_of
 from erk_guid.metrics import (
     Statistics,
     fidelity,
@@ -398,7 +398,7 @@ def test_a_small_file_does_not_take_much_memory(folder: Path, tmp_path: Path) ->
 
 
 def test_outputs_are_not_written_over_inputs_or_devices(folder: Path, tmp_path: Path) -> None:
-    from erk_guid.files import write_bytes
+    from erk_guid.common.files import write_bytes
 
     mine = tmp_path / "mine.npz"
     shutil.copy(locate_reference("digits"), mine)
@@ -421,7 +421,7 @@ def test_outputs_are_not_written_over_inputs_or_devices(folder: Path, tmp_path: 
 
 
 def test_grey_among_colours_is_repeated(tmp_path: Path) -> None:
-    from erk_guid.datasets import open_images
+    from erk_guid.common.datasets import open_images
 
     Image.new("L", (8, 8), 7).save(tmp_path / "a.png")
     Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "b.png")

@@ -12,12 +12,12 @@ import torch
 from conftest import Counting, golden
 
 import erk_guid
-from erk_guid.accuracy import make_problem
-from erk_guid.accuracy.methods import Method
 from erk_guid.multistep import DEIS, History, dynamic_threshold
+from erk_guid.quadrature import lagrange_integrals
 from erk_guid.schedules import logsnr_sigmas, make_sigmas, vp_sigma, vp_sigma_slope, vp_time
 from erk_guid.solvers import SOLVERS, make_solver
-from erk_guid.weights import lagrange_integrals
+from erk_guid.studies.accuracy import make_problem
+from erk_guid.studies.accuracy.methods import Method
 
 # --- golden numbers -------------------------------------------------------------------------
 

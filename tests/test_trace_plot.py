@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from erk_guid.cli import main
-from erk_guid.errors import ErkGuidError
-from erk_guid.trace import COLUMNS, read_trace, write_trace
-from erk_guid.trace_plot import SUMMARY, summarize
+from erk_guid.common.errors import ErkGuidError
+from erk_guid.generation.trace import COLUMNS, read_trace, write_trace
+from erk_guid.generation.trace_plot import SUMMARY, summarize
 
 
 def test_a_real_trace_is_drawn(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 import erk_guid
-from erk_guid.datasets import DatasetError, ImageSet, load_image_set
-from erk_guid.networks.digits import load_digit_classifier
+from erk_guid.common.datasets import DatasetError, ImageSet, load_image_set
+from erk_guid.models.networks.digits import load_digit_classifier
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 

@@ -13,10 +13,10 @@ import torch
 
 from erk_guid.cli.common import Names, SeedList, reporting_errors
 from erk_guid.cli.sampler import chosen_options, preset_fields
-from erk_guid.errors import MissingExtraError
-from erk_guid.files import check_writable
-from erk_guid.recipe import Recipe
-from erk_guid.runtime import ProcessGroup
+from erk_guid.common.errors import MissingExtraError
+from erk_guid.common.files import check_writable
+from erk_guid.generation.config import Recipe
+from erk_guid.generation.process_groups import ProcessGroup
 
 MOST = 10_000
 """Evaluations of a run."""
@@ -116,10 +116,10 @@ def accuracy_command(
       erk-guid accuracy --preset=edm2-img512-s-guid-fid --num=16 --methods=heun,modal,dpmpp
       erk-guid accuracy --problem=tree80
     """
-    from erk_guid.accuracy import METHODS, PROBLEMS, make_problem, measure
-    from erk_guid.accuracy.methods import choose_methods
-    from erk_guid.accuracy.network import network_problem
-    from erk_guid.accuracy.writing import SUFFIXES, write_table
+    from erk_guid.studies.accuracy import METHODS, PROBLEMS, make_problem, measure
+    from erk_guid.studies.accuracy.methods import choose_methods
+    from erk_guid.studies.accuracy.network import network_problem
+    from erk_guid.studies.accuracy.writing import SUFFIXES, write_table
 
     if list_them:
         click.echo("\n".join(METHODS))

@@ -12,14 +12,15 @@ import click
 import torch
 from torch import Tensor
 
-from erk_guid.calibration.search import OBJECTIVES, REFERENCE_ERROR, Calibration
 from erk_guid.cli.common import SeedList, compact, reporting_errors
 from erk_guid.cli.sampler import chosen_options, recipe_fields
-from erk_guid.errors import ErkGuidError, MissingExtraError
-from erk_guid.files import check_writable
-from erk_guid.recipe import Recipe
-from erk_guid.runtime import ProcessGroup, SeededNoise
+from erk_guid.common.errors import ErkGuidError, MissingExtraError
+from erk_guid.common.files import check_writable
+from erk_guid.generation.config import Recipe
+from erk_guid.generation.process_groups import ProcessGroup
+from erk_guid.generation.seeds import SeededNoise
 from erk_guid.solvers import guided_solvers
+from erk_guid.studies.calibration.search import OBJECTIVES, REFERENCE_ERROR, Calibration
 
 MADE_FOR = ("solver", "order", "r", "deis_mode", "num_steps", "sigma_min", "sigma_max", "rho")
 """Options that settings belong to, besides the schedule."""
@@ -83,13 +84,13 @@ def calibrate_command(
     """
     from tqdm import tqdm
 
-    from erk_guid.calibration import calibrate
-    from erk_guid.calibration.settings import Settings
-    from erk_guid.calibration.writing import FILES, write_trials
     from erk_guid.denoisers import combined
-    from erk_guid.generation import draw
+    from erk_guid.generation.images import draw
     from erk_guid.schedules import make_sigmas
     from erk_guid.solvers import make_solver
+    from erk_guid.studies.calibration import calibrate
+    from erk_guid.studies.calibration.settings import Settings
+    from erk_guid.studies.calibration.writing import FILES, write_trials
 
     if find_spec("matplotlib") is None:
         raise MissingExtraError("matplotlib", "plots", "the plot")

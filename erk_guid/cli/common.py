@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 import click
 
-from erk_guid.errors import ErkGuidError, printable
-from erk_guid.runtime import OtherRankError, seeds_in
+from erk_guid.common.errors import ErkGuidError, printable
+from erk_guid.generation.process_groups import OtherRankError
+from erk_guid.generation.seeds import seeds_in
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from erk_guid.checkpoints import convert
 from erk_guid.cli.common import reporting_errors
+from erk_guid.models.checkpoints import convert
 
 
 @click.command()

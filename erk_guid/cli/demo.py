@@ -20,6 +20,6 @@ from erk_guid.cli.common import reporting_errors
 @reporting_errors
 def demo_command(outdir: Path, device: str | None) -> None:
     """Sample the shipped model with and without ERK guidance, and draw both."""
-    from erk_guid.demo import run_demo
+    from erk_guid.studies.demo import run_demo
 
     run_demo(outdir, device)

@@ -19,8 +19,8 @@ def flops_command(net: str | None, trust_pickle: bool) -> None:
       erk-guid flops --net=digits
       erk-guid flops --net=edm2-img512-s-fid
     """
-    from erk_guid.checkpoints import load
-    from erk_guid.flops import count
+    from erk_guid.models.checkpoints import load
+    from erk_guid.models.flops import count
 
     if net is None:
         raise click.UsageError("name a network with --net (--net=digits ships with the package)")

@@ -9,8 +9,8 @@ import click
 
 from erk_guid.cli.common import SeedList, reporting_errors
 from erk_guid.cli.sampler import recipe_fields, sampler_options
-from erk_guid.jobs import GenerationJob, run_job
-from erk_guid.runtime import launched_rank
+from erk_guid.generation.jobs import GenerationJob, run_job
+from erk_guid.generation.process_groups import launched_rank
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

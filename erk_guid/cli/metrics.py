@@ -10,9 +10,9 @@ import click
 
 from erk_guid.cli.common import Names, load_plugins, name_and_path, reporting_errors
 from erk_guid.cli.sampler import recipe_fields, sampler_options
+from erk_guid.generation.config import Recipe
+from erk_guid.generation.process_groups import launched_rank
 from erk_guid.metrics.jobs import Scoring, calc, gen, make_reference
-from erk_guid.recipe import Recipe
-from erk_guid.runtime import launched_rank
 
 F = TypeVar("F", bound=Callable[..., Any])
 

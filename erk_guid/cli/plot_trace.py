@@ -9,8 +9,8 @@ from pathlib import Path
 import click
 
 from erk_guid.cli.common import reporting_errors
-from erk_guid.errors import ErkGuidError
-from erk_guid.files import check_writable, write_bytes
+from erk_guid.common.errors import ErkGuidError
+from erk_guid.common.files import check_writable, write_bytes
 
 
 @click.command()
@@ -30,8 +30,8 @@ def plot_trace_command(trace: Path, dest: Path | None, title: str | None) -> Non
           --w_stiff=0.5 --trace=trace.csv
       erk-guid plot-trace trace.csv
     """
-    from erk_guid.trace import SUFFIXES, read_trace
-    from erk_guid.trace_plot import SUMMARY, draw_trace, summarize
+    from erk_guid.generation.trace import SUFFIXES, read_trace
+    from erk_guid.generation.trace_plot import SUMMARY, draw_trace, summarize
 
     if trace.suffix not in SUFFIXES:
         raise ErkGuidError(f"{trace} is no trace: those end in {' or '.join(SUFFIXES)}")

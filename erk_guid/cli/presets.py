@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from erk_guid.checkpoints.presets import PRESETS
+from erk_guid.models.checkpoints.presets import PRESETS
 
 
 @click.command()

@@ -10,9 +10,9 @@ import click
 
 from erk_guid.cli.common import Names, SeedList, load_plugins, name_and_path, reporting_errors
 from erk_guid.metrics.quality import REAL
-from erk_guid.reproduce.report import write_report
-from erk_guid.reproduce.runner import RESULTS, Reproduction, commands, run
-from erk_guid.reproduce.tables import PAPER_NUM, PAPER_TABLES, TABLES, choose_rows
+from erk_guid.studies.reproduce.report import write_report
+from erk_guid.studies.reproduce.runner import RESULTS, Reproduction, commands, run
+from erk_guid.studies.reproduce.tables import PAPER_NUM, PAPER_TABLES, TABLES, choose_rows
 
 JOB = Reproduction
 

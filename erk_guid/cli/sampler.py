@@ -14,15 +14,15 @@ from typing import Any, TypeVar
 import click
 import torch
 
-from erk_guid.checkpoints.presets import PRESETS
 from erk_guid.churn import NUMBERS, Churn
 from erk_guid.cli.common import NumberOr
-from erk_guid.encoders import GENERATION_VAE_BATCH
-from erk_guid.errors import printable
+from erk_guid.common.errors import printable
+from erk_guid.generation.config import Recipe
+from erk_guid.generation.process_groups import launched_rank
 from erk_guid.guidance import AUTO, GATES, Guidance, nearest_paper_steps
+from erk_guid.models.checkpoints.presets import PRESETS
+from erk_guid.models.encoders import GENERATION_VAE_BATCH
 from erk_guid.multistep import DEIS_MODES
-from erk_guid.recipe import Recipe
-from erk_guid.runtime import launched_rank
 from erk_guid.sampling import check_churn
 from erk_guid.schedules import SCHEDULES, edm_sigmas, make_sigmas
 from erk_guid.solvers import SOLVERS, Solver, check_guidance, guided_solvers, make_solver
@@ -436,7 +436,7 @@ def _from_file(path: Path, options: dict[str, Any]) -> tuple[Guidance, dict[str,
         ValueError: an option on the command line contradicts the file.
         ErkGuidError: see `read_settings`.
     """
-    from erk_guid.calibration.settings import read_settings
+    from erk_guid.studies.calibration.settings import read_settings
 
     found = read_settings(path)
     shown = {"num_steps": "steps"}

@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from erk_guid.cli.common import reporting_errors
-from erk_guid.errors import MissingExtraError
-from erk_guid.files import check_writable, write_bytes
+from erk_guid.common.errors import MissingExtraError
+from erk_guid.common.files import check_writable, write_bytes
 from erk_guid.guidance import Guidance
 
 
@@ -58,7 +58,7 @@ def toy_command(
     """
     import numpy as np
 
-    from erk_guid.toy import compute_toy, draw_toy
+    from erk_guid.studies.toy import compute_toy, draw_toy
 
     if find_spec("matplotlib") is None:
         raise MissingExtraError("matplotlib", "plots", "the figure")

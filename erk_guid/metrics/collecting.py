@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from erk_guid.errors import ErkGuidError
+from erk_guid.common.errors import ErkGuidError
+from erk_guid.generation.process_groups import ProcessGroup
 from erk_guid.metrics.detectors import Classifier, Detector, DetectorError
 from erk_guid.metrics.statistics import Moments, Statistics
-from erk_guid.runtime import ProcessGroup
 
 Block = tuple[Sequence[int], Tensor]
 """Places in the whole set, and their images, uint8 [n, C, H, W]."""

@@ -17,10 +17,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from erk_guid.checkpoints.download import download
-from erk_guid.errors import ErkGuidError, MissingExtraError
-from erk_guid.files import sha256_of, user_path
-from erk_guid.networks.digits import load_digit_classifier
+from erk_guid.common.errors import ErkGuidError, MissingExtraError
+from erk_guid.common.files import sha256_of, user_path
+from erk_guid.models.checkpoints.download import download
+from erk_guid.models.networks.digits import load_digit_classifier
 
 
 class DetectorError(ErkGuidError):

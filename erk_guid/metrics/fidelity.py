@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erk_guid.errors import MissingExtraError
+from erk_guid.common.errors import MissingExtraError
 from erk_guid.metrics.detectors import load_detector
 
 try:

@@ -16,10 +16,13 @@ import numpy as np
 import torch
 
 from erk_guid._version import __version__
-from erk_guid.datasets import ImageSource, open_images
-from erk_guid.errors import ErkGuidError
-from erk_guid.files import check_writable, write_bytes
-from erk_guid.generation import generate
+from erk_guid.common.datasets import ImageSource, open_images
+from erk_guid.common.errors import ErkGuidError
+from erk_guid.common.files import check_writable, write_bytes
+from erk_guid.generation.config import Recipe
+from erk_guid.generation.devices import choose_device
+from erk_guid.generation.images import generate
+from erk_guid.generation.process_groups import ProcessGroup, process_group
 from erk_guid.metrics.bootstrap import bootstrap_distances
 from erk_guid.metrics.collecting import Block, Collected, blocks, collect, reporting_memory
 from erk_guid.metrics.detectors import Detector, check_detector_name, describe, load_detector
@@ -30,8 +33,6 @@ from erk_guid.metrics.references import (
     read_reference,
     write_reference,
 )
-from erk_guid.recipe import Recipe
-from erk_guid.runtime import ProcessGroup, choose_device, process_group
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from erk_guid.datasets import ImageSource, holds_images, open_images
-from erk_guid.errors import ErkGuidError, MissingExtraError
-from erk_guid.files import sha256_of, user_path
+from erk_guid.common.datasets import ImageSource, holds_images, open_images
+from erk_guid.common.errors import ErkGuidError, MissingExtraError
+from erk_guid.common.files import sha256_of, user_path
+from erk_guid.generation.devices import choose_device
+from erk_guid.generation.process_groups import ProcessGroup
 from erk_guid.metrics.collecting import Collected, blocks, collect
 from erk_guid.metrics.detectors import Detector, check_detector_name, describe, load_detector
 from erk_guid.metrics.jobs import (
@@ -27,7 +29,6 @@ from erk_guid.metrics.jobs import (
 )
 from erk_guid.metrics.neighbours import NEIGHBOURS, precision_recall
 from erk_guid.metrics.references import SHIPPED, locate_reference, read_reference
-from erk_guid.runtime import ProcessGroup, choose_device
 
 METRICS = ("precision", "recall", "is")
 REAL = "ILSVRC2012_img_val_resize_centercrop"

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from erk_guid.checkpoints.download import download, is_url
-from erk_guid.checkpoints.inert import UnsafePickleError, array_of, read_pickle
-from erk_guid.errors import ErkGuidError
-from erk_guid.files import check_writable, replacing, sha256_of, user_path
+from erk_guid.common.errors import ErkGuidError
+from erk_guid.common.files import check_writable, replacing, sha256_of, user_path
+from erk_guid.common.npz import read_npz
 from erk_guid.metrics.statistics import Statistics
-from erk_guid.npz import read_npz
+from erk_guid.models.checkpoints.download import download, is_url
+from erk_guid.models.checkpoints.safe_pickle import UnsafePickleError, array_of, read_pickle
 
 FOLDER = Path("dataset-refs")
 EDM2_URL = "https://nvlabs-fi-cdn.nvidia.com/edm2/dataset-refs/{}.pkl"

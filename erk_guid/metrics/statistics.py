@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from erk_guid.runtime import ProcessGroup
+from erk_guid.generation.process_groups import ProcessGroup
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ ERK guidance, two network calls a step. `ModalScheduler` and `FlowMatchModalSche
 solver, one call a step, without guidance.
 """
 
-from erk_guid.errors import MissingExtraError
+from erk_guid.common.errors import MissingExtraError
 
 try:
     import diffusers  # noqa: F401

@@ -36,8 +36,8 @@ from erk_guid.auto import Answer
 from erk_guid.flow import FlowAnswer
 from erk_guid.guidance import AUTO, GATES, Guidance, Pair, guide, norm
 from erk_guid.integrations.diffusers.variance import Samples, UnitVariance, in_float32
+from erk_guid.quadrature import modal_weights
 from erk_guid.sampling import check_levels
-from erk_guid.weights import modal_weights
 
 __all__ = ["ERKGuidHeunScheduler", "FlowMatchERKGuidHeunScheduler"]
 

@@ -13,18 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erk_guid.checkpoints import PRESETS, Loaded, load
-from erk_guid.checkpoints.trusted import EasyDict
-from erk_guid.encoders import (
+from erk_guid.common.pictures import save_png
+from erk_guid.generation.devices import choose_device
+from erk_guid.generation.images import Batch, generate
+from erk_guid.generation.jobs import image_path
+from erk_guid.generation.seeds import SeededNoise, seeds_in
+from erk_guid.models.checkpoints import PRESETS, Loaded, load
+from erk_guid.models.checkpoints.trusted import EasyDict
+from erk_guid.models.encoders import (
     GENERATION_VAE_BATCH,
     Encoder,
     StabilityVAEEncoder,
     StandardRGBEncoder,
 )
-from erk_guid.generation import Batch, generate
-from erk_guid.jobs import image_path
-from erk_guid.pictures import save_png
-from erk_guid.runtime import SeededNoise, choose_device, seeds_in
 from erk_guid.sampling import edm_sampler
 
 config_presets: dict[str, EasyDict] = {

@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from erk_guid.checkpoints.trusted import EasyDict
-from erk_guid.datasets import open_images
-from erk_guid.errors import ErkGuidError
+from erk_guid.common.datasets import open_images
+from erk_guid.common.errors import ErkGuidError
+from erk_guid.generation.devices import choose_device
+from erk_guid.generation.process_groups import FAILED, ProcessGroup, current_group
 from erk_guid.metrics.collecting import blocks, reporting_memory, run_detector
 from erk_guid.metrics.detectors import load_detector
 from erk_guid.metrics.frechet import frechet_distance
 from erk_guid.metrics.jobs import choose
 from erk_guid.metrics.references import COUNT_KEY, edm2_layout, read_reference, write_reference
 from erk_guid.metrics.statistics import Moments, Statistics
-from erk_guid.runtime import FAILED, ProcessGroup, choose_device, current_group
+from erk_guid.models.checkpoints.trusted import EasyDict
 
 METRICS = ("fid", "fd_dinov2")
 

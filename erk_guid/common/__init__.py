@@ -1,0 +1,1 @@
+"""What every room borrows: errors, files on disk, pictures and plots."""

@@ -1,0 +1,318 @@
+"""Images in a folder, a zip or an .npz: read one at a time, or whole sets with labels.
+
+Only what is unmistakable is accepted, 8-bit RGB or greyscale: a silent conversion changes a
+score. Everything else is named, with what to do about it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from erk_guid.common.errors import ErkGuidError
+from erk_guid.common.files import user_path
+from erk_guid.common.npz import NpzError, npz_names, read_npz
+
+FORMATS = {
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+}
+"""Formats that are read; Pillow knows more, some of which run other programs."""
+
+SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+COMPANIONS = frozenset({"run.json", "dataset.json"})
+"""Files that belong among images."""
+
+MAX_PIXELS = 1 << 24
+MAX_BYTES = 1 << 26
+"""Of one image, and of one file in a zip: nothing larger is unpacked."""
+
+
+class DatasetError(ErkGuidError, ValueError):
+    """A set of images that cannot be used; the message names the file at fault."""
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Images that are read when they are asked for.
+
+    Attributes:
+        path: the folder (searched recursively), zip or .npz.
+        names: their names, sorted; forward slashes on every system.
+        ignored: files among them that are no images.
+    """
+
+    path: Path
+    names: list[str]
+    ignored: list[str]
+    _read: Callable[[str], bytes] | None = field(repr=False)
+    _arrays: dict[str, np.ndarray] | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int, size: tuple[int, ...] | None = None) -> np.ndarray:
+        """One image, uint8 [C, H, W] with C of 1 or 3.
+
+        Args:
+            size: (H, W) that it must have; an image of another size is not even decoded.
+
+        Raises:
+            DatasetError: it cannot be read, is neither 8-bit RGB nor 8-bit greyscale, or has
+                another size.
+        """
+        name = self.names[index]
+        if self._arrays is not None:
+            image: np.ndarray = self._arrays["images"][index]
+            return image
+        assert self._read is not None
+        try:
+            return _decode(self._read(name), name, size)
+        except _OtherSizeError as error:
+            raise DatasetError(
+                f"{self.path}: {name} is {error}, {self.names[0]} is "
+                f"{size[1] if size else 0}x{size[0] if size else 0}; all images must have one size"
+            ) from error
+        except DatasetError as error:
+            raise DatasetError(f"{self.path}: {error}") from error
+        except Exception as error:  # what decoders raise for damaged files has no end
+            reason = "it is no image" if isinstance(error, UnidentifiedImageError) else error
+            raise DatasetError(f"{self.path}: cannot read the image {name}: {reason}") from error
+
+    def batches(self, parts: Sequence[Sequence[int]], workers: int = 0) -> Iterator[np.ndarray]:
+        """For each part (a list of indices) its images, uint8 [n, C, H, W].
+
+        Greyscale images among coloured ones are repeated to three channels. All images must
+        have the size of the first of the whole set.
+
+        Args:
+            parts: which images go together.
+            workers: threads that read ahead; 0 reads when the images are needed.
+
+        Raises:
+            DatasetError: an image cannot be used.
+        """
+        if not parts:
+            return
+        size = self.read(0).shape[1:]
+        with ThreadPoolExecutor(max(workers, 1)) as pool:
+            ahead: deque[list[Future[np.ndarray]]] = deque()
+            try:
+                for part in parts:
+                    ahead.append([pool.submit(self.read, i, size) for i in part])
+                    if len(ahead) > (2 if workers else 0):
+                        yield _together(ahead.popleft())
+                while ahead:
+                    yield _together(ahead.popleft())
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def _together(images: list[Future[np.ndarray]]) -> np.ndarray:
+    arrays = [image.result() for image in images]
+    if len({len(a) for a in arrays}) > 1:
+        arrays = [a if len(a) == 3 else np.repeat(a, 3, axis=0) for a in arrays]
+    return np.stack(arrays)
+
+
+class _OtherSizeError(DatasetError):
+    """The message is the size found."""
+
+
+def open_images(path: str | Path) -> ImageSource:
+    """List the images of a folder (recursively), a zip, or an .npz with an array `images`.
+
+    Hidden files, and those of folders that begin with a dot, are passed over.
+
+    Raises:
+        DatasetError: nothing is there, it is none of these, or it holds no image.
+    """
+    path = user_path(path)
+    try:
+        if path.is_dir():
+            files = [Path(top, n) for top, _, names in os.walk(path) for n in names]
+            files = [p for p in files if p.is_file()]
+            names = [p.relative_to(path).as_posix() for p in files]
+            return _listed(path, names, lambda name: (path / name).read_bytes())
+        if not path.exists():
+            raise DatasetError(f"no such folder, zip or .npz: {path}")
+        if not path.is_file():
+            raise DatasetError(f"{path} is neither a folder nor a file")
+        if path.suffix == ".npz":
+            arrays = _arrays_of(path)
+            names = [f"image {k}" for k in range(len(arrays["images"]))]
+            return ImageSource(path, names, [], None, arrays)
+        if zipfile.is_zipfile(path):
+            archive = zipfile.ZipFile(path)
+            names = [n for n in archive.namelist() if not n.endswith("/")]
+            if len(set(names)) < len(names):
+                twice = next(n for k, n in enumerate(names) if n in names[:k])
+                raise DatasetError(f"{path} holds {twice} more than once")
+            return _listed(path, names, lambda name: _unpack(archive, name))
+    except (OSError, zipfile.BadZipFile, RecursionError) as error:
+        raise DatasetError(f"cannot read {path}: {error}") from error
+    if path.suffix.lower() == ".zip":
+        raise DatasetError(f"{path} is a damaged zip, or none; make or fetch it again")
+    raise DatasetError(f"{path} is neither a folder nor a zip nor an .npz")
+
+
+def _listed(path: Path, names: list[str], read: Callable[[str], bytes]) -> ImageSource:
+    images, ignored = [], []
+    for name in sorted(names):
+        pure = PurePosixPath(name)
+        if any(part.startswith(".") or part == "__MACOSX" for part in pure.parts):
+            continue
+        if pure.suffix.lower() in SUFFIXES:
+            images.append(name)
+        elif pure.name not in COMPANIONS:
+            ignored.append(name)
+    if not images:
+        among = f" among {len(ignored)} files (such as {ignored[0]})" if ignored else ""
+        raise DatasetError(
+            f"no images in {path}{among}; readable are {', '.join(sorted(SUFFIXES))}"
+        )
+    return ImageSource(path, images, ignored, read)
+
+
+def _unpack(archive: zipfile.ZipFile, name: str) -> bytes:
+    size = archive.getinfo(name).file_size
+    if size > MAX_BYTES:
+        raise DatasetError(f"{name} would unpack to {size:,} bytes; that is no image")
+    return archive.read(name)
+
+
+_UNUSABLE = {
+    "RGBA": "an alpha channel", "LA": "an alpha channel", "PA": "an alpha channel",
+    "La": "an alpha channel", "RGBa": "an alpha channel",
+    "P": "a colour palette", "1": "one bit a pixel", "CMYK": "CMYK colours",
+    "I": "more than 8 bits a channel", "F": "more than 8 bits a channel",
+}  # fmt: skip
+
+
+def _decode(data: bytes, name: str, size: tuple[int, ...] | None) -> np.ndarray:
+    with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise DatasetError(f"{name} has {image.width}x{image.height} pixels, too many")
+        if size is not None and (image.height, image.width) != size:
+            raise _OtherSizeError(f"{image.width}x{image.height}")
+        what = None
+        if image.mode.startswith("I;"):
+            what = _UNUSABLE["I"]
+        elif image.mode not in ("L", "RGB"):
+            what = _UNUSABLE.get(image.mode, f"mode {image.mode}")
+        elif image.format == "PNG" and (data[12:16], data[24:25]) != (b"IHDR", b"\x08"):
+            # Of 16 bits Pillow would silently drop eight; fewer than 8 it would spread.
+            what = "other than 8 bits a channel"
+        elif "transparency" in image.info:
+            what = "a transparent colour"
+        elif getattr(image, "n_frames", 1) > 1:
+            what = "more than one frame"
+        if what is not None:
+            raise DatasetError(f"{name} has {what}; convert it to 8-bit RGB or greyscale")
+        pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def holds_images(path: Path) -> bool:
+    """Whether an .npz is a set of images (rather than features or statistics).
+
+    Raises:
+        ErkGuidError: it cannot be read.
+    """
+    return "images" in npz_names(path)
+
+
+def _arrays_of(path: Path) -> dict[str, np.ndarray]:
+    """The arrays `images` [N, C, H, W] and, if it is there, `labels` of an .npz."""
+    try:
+        arrays = read_npz(path, {"images": "biufc", "labels": "iu"}.get)
+    except NpzError as error:
+        raise DatasetError(str(error)) from error
+    if "images" not in arrays:
+        raise DatasetError(f"{path} lacks the array images")
+    images = arrays["images"]
+    arrays["images"] = images[:, None] if images.ndim == 3 else images
+    shape = arrays["images"].shape
+    if images.dtype != np.uint8 or len(shape) != 4 or shape[1] not in (1, 3) or 0 in shape:
+        raise DatasetError(
+            f"{path}: images must be uint8 [N, C, H, W] with C of 1 or 3, got {images.dtype} "
+            f"{list(images.shape)}"
+        )
+    return arrays
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images, uint8 [N, C, H, W], and class numbers, int64 [N], in memory."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != np.uint8 or self.images.ndim != 4:
+            raise ValueError(
+                f"images must be uint8 [N, C, H, W], got {self.images.dtype} "
+                f"{list(self.images.shape)}"
+            )
+        if self.labels.shape != (len(self.images),) or self.labels.dtype.kind not in "iu":
+            raise ValueError(
+                f"labels must be {len(self.images)} integers, got {self.labels.dtype} "
+                f"{list(self.labels.shape)}"
+            )
+
+    def split(self, held_out: int) -> tuple[ImageSet, ImageSet]:
+        """Cut off the last `held_out` images: (the rest, the held-out ones)."""
+        if not 0 <= held_out < len(self.images):
+            raise ValueError(f"cannot hold out {held_out} of {len(self.images)} images")
+        cut = len(self.images) - held_out
+        return (
+            ImageSet(self.images[:cut], self.labels[:cut]),
+            ImageSet(self.images[cut:], self.labels[cut:]),
+        )
+
+
+def load_image_set(path: str | Path) -> ImageSet:
+    """Read a whole labelled set: a folder, a zip, or an .npz with `images` and `labels`.
+
+    Labels come from an EDM-style ``dataset.json`` (``{"labels": [[file name, class], ...]}``)
+    or, without one, from the folders the images lie in, numbered in alphabetical order.
+
+    Raises:
+        DatasetError: the content is not a set of equally large images; the message names the
+            file at fault.
+    """
+    source = open_images(path)
+    if source._arrays is not None:
+        if "labels" not in source._arrays:
+            raise DatasetError(f"{path} lacks the array labels")
+        return ImageSet(source._arrays["images"], source._arrays["labels"])
+    labels = _labels(source)
+    (images,) = source.batches([range(len(source))])
+    return ImageSet(images, np.asarray(labels, dtype=np.int64))
+
+
+def _labels(source: ImageSource) -> list[int]:
+    assert source._read is not None
+    try:
+        table = json.loads(source._read("dataset.json")).get("labels") or []
+    except (FileNotFoundError, KeyError):
+        parents = [PurePosixPath(n).parent.as_posix() for n in source.names]
+        number = {parent: k for k, parent in enumerate(sorted(set(parents)))}
+        return [number[parent] for parent in parents]
+    classes = {str(name): int(label) for name, label in table}
+    absent = [n for n in source.names if n not in classes]
+    if absent:
+        raise DatasetError(f"{source.path}: dataset.json has no label for {absent[0]}")
+    return [classes[n] for n in source.names]

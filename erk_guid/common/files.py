@@ -1,0 +1,82 @@
+"""Files that appear whole or not at all, and what identifies them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from erk_guid.common.errors import ErkGuidError
+
+PARTIAL = ".partial"
+"""Part of the name of every file that is being written (never of a finished one)."""
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary name beside `path`, renamed to it when the block ends well.
+
+    The folder is made when it is not there. A name that a killed process left behind contains
+    `PARTIAL` (and begins with a dot), so it is never taken for a finished file. A link is
+    followed, and what is no regular file (a terminal, /dev/null) is written to as it is.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}{path.suffix}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_bytes(data)
+
+
+def check_writable(path: str | Path) -> None:
+    """Find out before hours of work, not after, that a file cannot be written.
+
+    Raises:
+        ErkGuidError: `path` is a folder, or its folder cannot be made or written to.
+    """
+    path = Path(path)
+    if path.is_dir() or not path.name:
+        raise ErkGuidError(f"cannot write {str(path)!r}: it is a folder; name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ErkGuidError(f"cannot write to {path.parent}: {error.strerror}") from error
+
+
+def user_path(path: str | Path) -> Path:
+    """A path as users write it, with ~ for a home.
+
+    Raises:
+        ErkGuidError: it is empty, or that user has no home here.
+    """
+    if not str(path) or str(path) == ".":
+        raise ErkGuidError("an empty path, or '.'; name a file or a folder")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ErkGuidError(f"{path}: {error}") from error
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,90 @@
+"""Reading `.npz` files from anywhere: nothing is allocated on the word of a header alone."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from erk_guid.common.errors import ErkGuidError
+
+MAX_RATIO, FREE_BYTES = 100, 1 << 26
+"""How far a member may unpack: real features and images do not shrink a hundredfold."""
+
+KINDS = {"f": "real numbers", "iu": "whole numbers", "U": "text"}
+
+
+class NpzError(ErkGuidError):
+    """An `.npz` that is damaged, or not what it should be."""
+
+
+def npz_names(path: Path) -> list[str]:
+    """Names of the arrays in the file.
+
+    Raises:
+        NpzError: it is no `.npz`.
+    """
+    return _guarded(path, lambda archive: [n.removesuffix(".npy") for n in archive.namelist()])
+
+
+def read_npz(path: Path, wanted: Callable[[str], str | None]) -> dict[str, np.ndarray]:
+    """The arrays of a file, checked before they are unpacked.
+
+    Args:
+        path: the file.
+        wanted: for a name, the kinds of numbers it may hold (letters of NumPy's dtype kinds,
+            e.g. "f" or "iu"), or None to leave the array out.
+
+    Raises:
+        NpzError: it is no `.npz`, or an array is not of the kind wanted or larger than its data.
+    """
+
+    def read(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
+        arrays = {}
+        for member in archive.infolist():
+            name = member.filename.removesuffix(".npy")
+            kinds = wanted(name)
+            if kinds is not None:
+                with archive.open(member) as file:
+                    _check_header(file, member, kinds)
+                with archive.open(member) as file:
+                    arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
+        return arrays
+
+    return _guarded(path, read)
+
+
+def _check_header(file: Any, member: zipfile.ZipInfo, kinds: Collection[str]) -> None:
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise NpzError(f"{member.filename} is of an unknown version")
+    header = np.lib.format
+    read = header.read_array_header_1_0 if version == (1, 0) else header.read_array_header_2_0
+    shape, _, dtype = read(file)
+    if dtype.kind not in kinds or dtype.itemsize == 0:
+        raise NpzError(f"{member.filename} holds {dtype}, not what belongs there")
+    if any(type(n) is not int or n < 0 for n in shape):
+        raise NpzError(f"{member.filename} has no shape")
+    if math.prod(shape) * dtype.itemsize > member.file_size:
+        raise NpzError(f"{member.filename} declares more than it holds")
+    if member.file_size > MAX_RATIO * member.compress_size + FREE_BYTES:
+        raise NpzError(f"{member.filename} would unpack to {member.file_size:,} bytes")
+
+
+def _guarded(path: Path, read: Callable[[zipfile.ZipFile], Any]) -> Any:
+    try:
+        if not path.is_file():
+            raise NpzError("there is no such file")
+        with zipfile.ZipFile(path) as archive:
+            return read(archive)
+    except NpzError as error:
+        raise NpzError(f"cannot read {path}: {error}") from error
+    except Exception as error:
+        # zipfile, its decompressors and NumPy's parser of headers raise nearly anything for
+        # bytes that make no sense to them.
+        reason = str(error).strip() or type(error).__name__
+        raise NpzError(f"cannot read {path}: damaged, or no .npz ({reason[:100]})") from error

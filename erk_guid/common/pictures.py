@@ -1,0 +1,102 @@
+"""PNG files and contact sheets."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from erk_guid.common.files import replacing, write_bytes
+
+MARGIN = 12
+INK, PAPER, GREY = (24, 24, 27), (255, 255, 255), (113, 113, 122)
+
+
+def to_pil(pixels: np.ndarray) -> Image.Image:
+    """uint8 [C, H, W] with 1 or 3 channels (of four or more the first three) as a picture."""
+    if pixels.shape[0] in (1, 2):
+        return Image.fromarray(pixels[0], "L")
+    return Image.fromarray(np.ascontiguousarray(pixels[:3].transpose(1, 2, 0)), "RGB")
+
+
+def save_png(path: Path, pixels: np.ndarray, text: str = "") -> None:
+    """Write uint8 [C, H, W] as PNG, whole or not at all, with `text` in its metadata."""
+    info = PngImagePlugin.PngInfo()
+    if text:
+        info.add_text("parameters", text)
+    buffer = io.BytesIO()
+    to_pil(pixels).save(buffer, "PNG", pnginfo=info)
+    write_bytes(path, buffer.getvalue())
+
+
+def is_whole_png(path: Path) -> bool:
+    """Whether `path` begins and ends as a PNG does; finds truncated and empty files cheaply."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(8)
+            file.seek(-12, 2)
+            tail = file.read()
+    except OSError:
+        return False
+    return head == b"\x89PNG\r\n\x1a\n" and tail[4:8] == b"IEND"
+
+
+def tile(images: Sequence[Image.Image], columns: int, scale: int = 1, gap: int = 2) -> Image.Image:
+    """Pictures of one size in rows of `columns`, enlarged `scale` times without smoothing."""
+    width, height = (side * scale for side in images[0].size)
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), PAPER)
+    for k, image in enumerate(images):
+        row, column = divmod(k, columns)
+        enlarged = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+        sheet.paste(enlarged, (column * (width + gap), row * (height + gap)))
+    return sheet
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One sheet of a figure, with a title and smaller lines under it."""
+
+    sheet: Image.Image
+    title: str
+    lines: list[str] = field(default_factory=list)
+
+
+def figure(panels: Sequence[Panel], footer: Sequence[str] = ()) -> Image.Image:
+    """Panels side by side, each under its title and lines; the footer below all of them."""
+    large, small = ImageFont.load_default(18), ImageFont.load_default(14)
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    widths = [
+        max(
+            p.sheet.width,
+            int(measure.textlength(p.title, large)) + 1,
+            *(int(measure.textlength(line, small)) + 1 for line in p.lines),
+        )
+        for p in panels
+    ]
+    header = 28 + 20 * max((len(p.lines) for p in panels), default=0) + 6
+    width = sum(widths) + 2 * MARGIN * len(panels)
+    width = max(width, *(int(measure.textlength(t, small)) + 2 * MARGIN for t in footer), 1)
+    height = header + max(p.sheet.height for p in panels) + 2 * MARGIN
+    page = Image.new("RGB", (width, height + (20 * len(footer) + MARGIN if footer else 0)), PAPER)
+    draw = ImageDraw.Draw(page)
+    left = MARGIN
+    for panel, panel_width in zip(panels, widths, strict=True):
+        draw.text((left, MARGIN), panel.title, INK, large)
+        for k, line in enumerate(panel.lines):
+            draw.text((left, MARGIN + 26 + 20 * k), line, GREY, small)
+        page.paste(panel.sheet, (left, MARGIN + header))
+        left += panel_width + 2 * MARGIN
+    for k, text in enumerate(footer):
+        draw.text((MARGIN, height + 20 * k), text, INK, small)
+    return page
+
+
+def save_picture(path: Path, picture: Image.Image) -> None:
+    """Write a figure as PNG (or whatever its suffix says), whole or not at all."""
+    with replacing(path) as partial:
+        picture.save(partial)

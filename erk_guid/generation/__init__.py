@@ -1,0 +1,1 @@
+"""From seeds to images: settings, batches, jobs and processes."""

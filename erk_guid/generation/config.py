@@ -1,0 +1,217 @@
+"""What images are made with: networks, solver, noise levels, guidance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from erk_guid._version import __version__
+from erk_guid.churn import NUMBERS, Churn
+from erk_guid.common.errors import ErkGuidError
+from erk_guid.generation.devices import choose_device
+from erk_guid.generation.images import check_networks
+from erk_guid.generation.process_groups import ProcessGroup
+from erk_guid.guidance import GATES
+from erk_guid.models.checkpoints import Loaded, load
+from erk_guid.models.checkpoints.loading import locate
+from erk_guid.models.encoders import GENERATION_VAE_BATCH, PIXELS, Encoder, StabilityVAEEncoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that says how images are made, except which seeds and where to.
+
+    Field names are those of the command lines; their defaults are those commands' defaults.
+    """
+
+    net: str
+    gnet: str | None = None
+    guidance: float = 1.0
+    class_idx: int | None = None
+    batch: int = 32
+    num_steps: int = 32
+    sigma_min: float = 0.002
+    sigma_max: float = 80
+    rho: float = 7
+    S_churn: float = Churn.S_churn
+    S_min: float = Churn.S_min
+    S_max: float = Churn.S_max
+    S_noise: float = Churn.S_noise
+    w_stiff: float | str = 0.0
+    w_con: float = 0.5
+    bound: float | None = None
+    gate: str = GATES[0]
+    solver: str = "heun"
+    order: int | None = None
+    r: float | None = None
+    deis_mode: str | None = None
+    predict_x0: bool | None = None
+    variant: str | None = None
+    lower_order_final: bool | None = None
+    threshold: bool | None = None
+    schedule: str | tuple[float, ...] = "polynomial"
+    afs: bool = False
+    denoise_to_zero: bool = True
+    dtype: str = "float32"
+    device: str | None = None
+    encoder_batch: int | None = None
+    vae: str | None = None
+    trust_pickle: bool = False
+
+    @property
+    def sampler_options(self) -> dict[str, Any]:
+        """Keyword arguments of `edm_sampler`."""
+        return {
+            "num_steps": self.num_steps,
+            "sigma_min": self.sigma_min,
+            "sigma_max": self.sigma_max,
+            "rho": self.rho,
+            "guidance": self.guidance,
+            **self.churn_options,
+            "w_stiff": self.w_stiff,
+            "w_con": self.w_con,
+            "bound": self.bound,
+            "gate": self.gate,
+            "solver": self.solver,
+            **self.solver_options,
+            "schedule": self.schedule,
+            "afs": self.afs,
+            "denoise_to_zero": self.denoise_to_zero,
+            "dtype": getattr(torch, self.dtype),
+        }
+
+    @property
+    def churn_options(self) -> dict[str, Any]:
+        """Keyword arguments that say how much noise is added before steps; none for none."""
+        return {name: getattr(self, name) for name in NUMBERS} if self.S_churn else {}
+
+    @property
+    def solver_options(self) -> dict[str, Any]:
+        """Keyword arguments that go with the solver; None leaves one at its default."""
+        return {
+            "order": self.order,
+            "r": self.r,
+            "deis_mode": self.deis_mode,
+            "predict_x0": self.predict_x0,
+            "variant": self.variant,
+            "lower_order_final": self.lower_order_final,
+            "threshold": self.threshold,
+        }
+
+    def describe(self) -> str:
+        """One line that says what was used, as the images carry it."""
+        chosen = "".join(f" {k}={v}" for k, v in self.solver_options.items() if v is not None)
+        spaced = "" if self.schedule == "polynomial" else f", schedule {self.schedule}"
+        parts = [
+            f"model {self.net}", f"solver {self.solver}{chosen}", f"steps {self.num_steps}{spaced}",
+            f"w_stiff {self.w_stiff}", f"w_con {self.w_con:g}", f"guidance {self.guidance:g}",
+        ]  # fmt: skip
+        if self.bound is not None:
+            parts.append(f"bound {self.bound:g}")
+        if self.gate != GATES[0]:
+            parts.append(f"gate {self.gate}")
+        parts += [f"{name} {value:g}" for name, value in self.churn_options.items()]
+        if self.gnet and self.guidance != 1:
+            parts.append(f"guiding model {self.gnet}")
+        return ", ".join([*parts, f"erk_guid {__version__}"])
+
+    def choose_device(self) -> torch.device:
+        """The device asked for, or the best present.
+
+        Raises:
+            ErkGuidError: it is not there, or cannot do what is asked.
+        """
+        device = choose_device(self.device)
+        if self.dtype == "float64" and device.type == "mps":
+            raise ErkGuidError("float64 is not to be had on mps; use --dtype float32")
+        return device
+
+    def open(self, device: torch.device, group: ProcessGroup, decoding: bool = True) -> Models:
+        """Load the networks and the encoder; every rank calls this.
+
+        Args:
+            device: where to.
+            group: of the processes.
+            decoding: whether images will be decoded, for which a VAE may have to be fetched.
+
+        Raises:
+            ErkGuidError: a file that cannot be had or used, or networks that do not go together.
+        """
+        # Rank 0 fetches first; the others then find the files in the cache.
+        group.agree(self._fetch)
+        loaded = self._load(self.net, device)
+        guide = self._load(self.gnet, device) if self.gnet and self.guidance != 1 else None
+        try:
+            check_networks(loaded.net, guide and guide.net, self.class_idx)
+        except ValueError as error:
+            raise ErkGuidError(str(error)) from error
+        encoder = self._encoder(loaded)
+        if decoding and isinstance(encoder, StabilityVAEEncoder):
+            vae = encoder
+            group.agree(lambda: vae.prepare(device))
+            vae.prepare(device)
+        return Models(self, device, loaded, guide, encoder)
+
+    def _fetch(self) -> None:
+        for source in (self.net, self.gnet if self.guidance != 1 else None):
+            if source:
+                locate(source)
+
+    def _load(self, source: str, device: torch.device) -> Loaded:
+        return load(source, device=device, trust=self.trust_pickle)
+
+    def _encoder(self, loaded: Loaded) -> Encoder:
+        """The file's encoder, with the recipe's wishes about the VAE."""
+        encoder = loaded.encoder
+        if not isinstance(encoder, StabilityVAEEncoder):
+            for option, value in (("--vae", self.vae), ("--encoder-batch", self.encoder_batch)):
+                if value is not None:
+                    raise ErkGuidError(f"{option} {value}: {self.net} has no VAE; leave it out")
+            return encoder
+        changes: dict[str, Any] = {"batch_size": self.encoder_batch or GENERATION_VAE_BATCH}
+        if self.vae is not None:
+            changes["vae_name"] = self.vae
+        return StabilityVAEEncoder(**{**encoder.config, **changes})
+
+
+@dataclass(frozen=True)
+class Models:
+    """A recipe's networks and encoder, on a device."""
+
+    recipe: Recipe
+    device: torch.device
+    loaded: Loaded
+    guide: Loaded | None
+    encoder: Encoder
+
+    @property
+    def generation_options(self) -> dict[str, Any]:
+        """Keyword arguments of `generate`, besides the network, the seeds and the batch size."""
+        return {
+            "encoder": self.encoder,
+            "gnet": self.guide.net if self.guide else None,
+            "class_idx": self.recipe.class_idx,
+            "device": self.device,
+            **self.recipe.sampler_options,
+        }
+
+    def record(self) -> dict[str, Any]:
+        """What the images depend on, in JSON's types (reads the files to hash them)."""
+        options = self.recipe.sampler_options
+        return {
+            "net_sha256": self.loaded.fingerprint,
+            "gnet_sha256": self.guide.fingerprint if self.guide else None,
+            **{k: options[k] for k in options if k != "dtype"},
+            "dtype": self.recipe.dtype,
+            "class": self.recipe.class_idx,
+            "trust_pickle": "trusted" in self.loaded.format,
+            "encoder": {
+                "class": type(self.encoder).__name__,
+                **{k: v for k, v in self.encoder.config.items() if k != "batch_size"},
+                # Earlier versions decoded otherwise: their images are not to be added to.
+                **({"pixels": PIXELS} if isinstance(self.encoder, StabilityVAEEncoder) else {}),
+            },
+            "device": self.device.type,  # each kind of device has random numbers of its own
+        }

@@ -1,0 +1,191 @@
+"""From seeds to batches of images, as an iterable: nothing here writes files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from erk_guid.generation.seeds import SeededNoise
+from erk_guid.models.encoders import Encoder, StandardRGBEncoder
+from erk_guid.sampling import edm_sampler
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some of the images, with what they were made from.
+
+    Attributes:
+        images: uint8 [N, C, H, W], decoded.
+        latents: what the sampler returned, [N, c, h, w].
+        noise: unit-variance noise the sampler began with, float32 [N, c, h, w].
+        labels: one-hot rows, float32 [N, label_dim]; None for an unconditional network.
+        seeds: the seeds, in order.
+        indices: their places in the list of all seeds.
+        batch_idx, num_batches: which batch of how many (of this process).
+    """
+
+    images: Tensor
+    latents: Tensor
+    noise: Tensor
+    labels: Tensor | None
+    seeds: list[int]
+    indices: list[int]
+    batch_idx: int
+    num_batches: int
+
+
+@dataclass(frozen=True)
+class _Generation:
+    """The iterable that `generate` returns."""
+
+    net: Any
+    seeds: Sequence[int]
+    encoder: Encoder
+    gnet: Any
+    class_idx: int | None
+    device: torch.device
+    sampler_fn: Callable[..., Tensor]
+    sampler_options: dict[str, Any]
+    shares: list[list[int]] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.shares)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch_idx, indices in enumerate(self.shares):
+            with torch.no_grad():
+                batch = self._make(batch_idx, indices)
+            yield batch
+
+    def _make(self, batch_idx: int, indices: list[int]) -> Batch:
+        seeds = [int(self.seeds[i]) for i in indices]
+        random = SeededNoise(seeds, self.device)
+        noise, labels = draw(self.net, random, self.class_idx)
+        latents = self.sampler_fn(
+            self.net,
+            noise,
+            labels=labels,
+            gnet=self.gnet,
+            randn_like=random.randn_like,
+            **self.sampler_options,
+        )
+        return Batch(
+            images=self.encoder.decode(latents),
+            latents=latents,
+            noise=noise,
+            labels=labels,
+            seeds=seeds,
+            indices=indices,
+            batch_idx=batch_idx,
+            num_batches=len(self),
+        )
+
+
+def draw(net: Any, random: SeededNoise, class_idx: int | None) -> tuple[Tensor, Tensor | None]:
+    """What images begin with: unit-variance noise [N, C, H, W], and one-hot labels or None.
+
+    Args:
+        net: whose shape and classes they are.
+        random: the seeds' streams, fresh.
+        class_idx: this class only; None draws one for each seed.
+    """
+    noise = random.randn([net.img_channels, net.img_resolution, net.img_resolution])
+    if not net.label_dim:
+        return noise, None
+    # Drawn even when a class is asked for, as EDM2 does: the stream stays the same.
+    classes = random.randint(net.label_dim)
+    if class_idx is not None:
+        classes = torch.full_like(classes, class_idx)
+    return noise, torch.nn.functional.one_hot(classes, net.label_dim).to(torch.float32)
+
+
+def generate(
+    net: Any,
+    seeds: Sequence[int],
+    *,
+    encoder: Encoder | None = None,
+    gnet: Any = None,
+    class_idx: int | None = None,
+    batch_size: int = 32,
+    device: torch.device | str | None = None,
+    sampler_fn: Callable[..., Tensor] = edm_sampler,
+    rank: int = 0,
+    world_size: int = 1,
+    **sampler_options: Any,
+) -> _Generation:
+    """Images for a list of seeds, batch by batch, each made when it is asked for.
+
+    An image depends on its seed, not on the batch size, the rank or the number of processes
+    (beyond floating-point order): seed k has a random stream of its own, see `SeededNoise`.
+
+    Args:
+        net: a network with `img_resolution`, `img_channels`, `label_dim`, called as
+            ``net(x, sigma, class_labels)``.
+        seeds: one image each.
+        encoder: turns latents into pixels; `StandardRGBEncoder` by default.
+        gnet: guiding network for model guidance (pass ``guidance=`` too).
+        class_idx: make this class only; by default each seed draws its own.
+        batch_size: images at a time, at most.
+        device: where the noise is drawn and the network lies; by default the network's.
+        sampler_fn: any function ``fn(net, noise, labels=None, gnet=None, randn_like=..., **more)``.
+        rank, world_size: this process's share of the batches.
+        sampler_options: handed to `sampler_fn` as they are, e.g. ``num_steps=8, w_stiff=0.5``.
+
+    Returns:
+        An iterable of `Batch`, with ``len()``; batches of a process without a share are none.
+
+    Raises:
+        ValueError: a class the network does not have, a guiding network of another shape, or
+            a batch size below 1.
+    """
+    check_networks(net, gnet, class_idx)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if device is None:
+        device = next(net.parameters()).device
+    seeds = list(seeds)
+    # As many batches for every rank, of nearly one size.
+    rounds = -(-len(seeds) // (batch_size * world_size))
+    parts = np.array_split(np.arange(len(seeds)), max(rounds, 1) * world_size)
+    shares = [part.tolist() for part in parts[rank::world_size] if len(part)]
+    return _Generation(
+        net=net,
+        seeds=seeds,
+        encoder=encoder or StandardRGBEncoder(),
+        gnet=gnet,
+        class_idx=class_idx,
+        device=torch.device(device),
+        sampler_fn=sampler_fn,
+        sampler_options=sampler_options,
+        shares=shares,
+    )
+
+
+def check_networks(net: Any, gnet: Any = None, class_idx: int | None = None) -> None:
+    """Whether the class exists and the guiding network fits.
+
+    Raises:
+        ValueError: naming what does not.
+    """
+    if class_idx is not None:
+        if not net.label_dim:
+            raise ValueError(f"class {class_idx} asked of an unconditional network; leave it out")
+        if not 0 <= class_idx < net.label_dim:
+            raise ValueError(f"class {class_idx} is outside 0 to {net.label_dim - 1}")
+    if gnet is not None:
+        for what in ("img_channels", "img_resolution"):
+            if getattr(gnet, what) != getattr(net, what):
+                raise ValueError(
+                    f"the guiding network has {what} {getattr(gnet, what)}, the main one "
+                    f"{getattr(net, what)}; they must agree"
+                )
+        if gnet.label_dim not in (0, net.label_dim):
+            raise ValueError(
+                f"the guiding network has {gnet.label_dim} classes, the main one {net.label_dim}; "
+                "it must have as many, or none"
+            )

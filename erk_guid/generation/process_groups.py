@@ -1,0 +1,178 @@
+"""Let several processes share the work: what torchrun started, or a lone process."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from erk_guid.common.errors import ErkGuidError
+
+T = TypeVar("T")
+
+
+def launched_rank() -> int:
+    """The rank torchrun gave this process, 0 for a lone one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+FAILED, ARRIVED = "erk_guid/failed", "erk_guid/arrived"
+"""Keys of the store that all processes share."""
+
+
+class OtherRankError(ErkGuidError):
+    """Another rank failed and has said why; this process has only to stop."""
+
+
+@dataclass(frozen=True)
+class ProcessGroup:
+    """This process among those that share the work; a lone process is rank 0 of 1."""
+
+    rank: int = 0
+    world_size: int = 1
+    store: Any = field(default=None, repr=False)
+    control: Any = field(default=None, repr=False)
+
+    def agree(self, function: Callable[[], T]) -> T:
+        """What `function` returns on rank 0, on every rank; it runs there alone.
+
+        Raises:
+            ErkGuidError: `function` raised it; on the other ranks an `OtherRankError`.
+        """
+        if self.world_size == 1:
+            return function()
+        answer: list[Any] = [None, None]
+        failure: ErkGuidError | None = None
+        if self.rank == 0:
+            try:
+                answer[0] = function()
+            except ErkGuidError as error:
+                failure, answer[1] = error, str(error)
+        with self._translating():
+            dist.broadcast_object_list(answer, src=0, group=self.control)
+        if failure is not None:
+            raise failure
+        if answer[1] is not None:
+            raise OtherRankError(answer[1])
+        return answer[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in rank order, on rank 0; an empty list on the others.
+
+        Waits for the slowest rank, but no longer than until another one fails.
+        """
+        if self.world_size == 1:
+            return [value]
+        self._arrive()
+        values: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
+        with self._translating():
+            dist.gather_object(value, values, dst=0, group=self.control)
+        return values or []
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of every rank's `tensor` (on the CPU), on every rank; waits as `gather`."""
+        if self.world_size > 1:
+            self._arrive()
+            with self._translating():
+                dist.all_reduce(tensor, group=self.control)
+        return tensor
+
+    def _arrive(self) -> None:
+        """Wait until every rank is here, but no longer than until one fails."""
+        assert self.store is not None
+        number = int(self.store.add(ARRIVED, 1))
+        everyone = -(-number // self.world_size) * self.world_size  # of this round of arrivals
+        while int(self.store.add(ARRIVED, 0)) < everyone:
+            self.check()
+            time.sleep(0.2)
+
+    def check(self) -> None:
+        """Stop this process if another one has failed, on whatever node; costs a message.
+
+        Raises:
+            OtherRankError: that rank has said why.
+        """
+        if self.store is not None and self.store.check([FAILED]):
+            raise OtherRankError(f"rank {self.store.get(FAILED).decode()} failed")
+
+    @contextlib.contextmanager
+    def _translating(self) -> Iterator[None]:
+        """A connection that breaks means that a process has ended."""
+        try:
+            yield
+        except RuntimeError as error:
+            self.check()
+            raise ErkGuidError(f"rank {self.rank} lost the other processes: {error}") from error
+
+
+def current_group() -> ProcessGroup:
+    """The process group that a script of the user's has set up; without one, a lone process.
+
+    Raises:
+        ErkGuidError: torchrun started several processes, and none was set up.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        count = os.environ.get("WORLD_SIZE", "1")
+        if count != "1":
+            raise ErkGuidError(
+                f"{count} processes were started, and know nothing of each other: call "
+                "torch.distributed.init_process_group first"
+            )
+        return ProcessGroup()
+    if dist.get_world_size() == 1:
+        return ProcessGroup()
+    store = dist.distributed_c10d._get_default_store()
+    return ProcessGroup(
+        dist.get_rank(), dist.get_world_size(), store, _control_beside(dist.group.WORLD)
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _control_beside(world: Any) -> Any:
+    """A Gloo group with the processes of `world`; one, however often it is asked for."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=2))
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[ProcessGroup]:
+    """Join the processes that torchrun started; a lone process joins nothing.
+
+    NCCL is there for what lies on CUDA devices, Gloo for everything else. A process that leaves
+    by an exception says so to the others, on all nodes, and does not wait for them.
+
+    Raises:
+        ErkGuidError: the launcher's environment variables are incomplete.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        yield ProcessGroup()
+        return
+    missing = [v for v in ("RANK", "MASTER_ADDR", "MASTER_PORT") if v not in os.environ]
+    if missing:
+        raise ErkGuidError(f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set")
+    nccl = device.type == "cuda" and dist.is_nccl_available()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
+    # Joining has the usual time limit. After that one rank may wait long for another's download
+    # or share; that a rank failed is told by the store, not found out by waiting.
+    control = dist.new_group(backend="gloo", timeout=timedelta(days=2))
+    store = dist.distributed_c10d._get_default_store()
+    rank = dist.get_rank()
+    try:
+        yield ProcessGroup(rank, dist.get_world_size(), store, control)
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # the store may be gone with rank 0
+            store.set(FAILED, str(rank))
+        raise
+    # Not in a finally: after a failure there is nobody left to say goodbye to.
+    dist.destroy_process_group()

@@ -1,0 +1,72 @@
+"""Turn seeds into noise: one random stream per image."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MOST_SEEDS = 10_000_000
+
+
+def seeds_in(text: str) -> list[int]:
+    """'1,2,5-10' to [1, 2, 5, 6, 7, 8, 9, 10], repeated ones as often as they stand there.
+
+    Raises:
+        ValueError: a part is neither a whole number nor a range, or too long a range.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part)
+        if match is None:
+            raise ValueError(
+                f"{part.strip()!r} in {text!r} is neither a whole number nor a range such as 5-10"
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ValueError(f"the range {part.strip()!r} runs backwards; write {last}-{first}")
+        if last - first >= MOST_SEEDS:
+            raise ValueError(f"the range {part.strip()!r} has more than ten million seeds")
+        seeds.extend(range(first, last + 1))
+    return seeds
+
+
+class SeededNoise:
+    """One random stream per image, so that an image depends on its seed and nothing else.
+
+    Seed k draws from ``torch.Generator(device).manual_seed(k mod 2^32)``, as in EDM2: the first
+    draw is the noise, the second (for a conditional network) the class.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self._generators = [
+            torch.Generator(device).manual_seed(int(seed) % (1 << 32)) for seed in seeds
+        ]
+        self._device = device
+
+    def __len__(self) -> int:
+        return len(self._generators)
+
+    def randn(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Standard normal noise, [seeds, *shape]."""
+        return torch.stack(
+            [
+                torch.randn(list(shape), generator=g, dtype=dtype, device=self._device)
+                for g in self._generators
+            ]
+        )
+
+    def randn_like(self, x: Tensor) -> Tensor:
+        """Standard normal noise like `x` [seeds, ...]."""
+        return self.randn(x.shape[1:], x.dtype)
+
+    def randint(self, high: int) -> Tensor:
+        """Whole numbers in [0, high), [seeds]."""
+        return torch.stack(
+            [
+                torch.randint(high, size=[], generator=g, device=self._device)
+                for g in self._generators
+            ]
+        )

@@ -1,0 +1,1 @@
+"""Networks, checkpoint files and encoders."""

@@ -1,0 +1,223 @@
+"""From what a file says (class, settings, weights) to a network and an encoder of ours."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from erk_guid.common.errors import CheckpointError, ErkGuidError
+from erk_guid.models.encoders import ENCODERS, Encoder
+from erk_guid.models.networks.edm import EDMPrecond
+from erk_guid.models.networks.edm2 import Precond
+
+NETWORKS: dict[str, type[nn.Module]] = {"Precond": Precond, "EDMPrecond": EDMPrecond}
+"""Class names in files, and our own class of that name."""
+
+MAX_SIDE = 1 << 16
+"""Bound on every number in a network's settings: resolution, channels, labels."""
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_SIDE
+
+
+def _whole_or_none(value: Any) -> bool:
+    return value is None or _whole(value)
+
+
+def _real(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= MAX_SIDE
+
+
+def _real_or_none(value: Any) -> bool:
+    return value is None or _real(value)
+
+
+def _real_or_infinite(value: Any) -> bool:
+    return value == math.inf or _real(value)
+
+
+def _word(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= 40
+
+
+def _flag(value: Any) -> bool:
+    return type(value) is bool
+
+
+def _list_of(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, (list, tuple)) and len(value) <= 32 and all(
+        kind(v) for v in value
+    )  # fmt: skip
+
+
+SETTINGS: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "Precond": {
+        **dict.fromkeys(
+            ("img_resolution", "img_channels", "label_dim", "logvar_channels", "model_channels",
+             "num_blocks", "channels_per_head"),
+            _whole,
+        ),
+        **dict.fromkeys(("channel_mult_noise", "channel_mult_emb"), _whole_or_none),
+        **dict.fromkeys(
+            ("sigma_data", "label_balance", "concat_balance", "dropout", "res_balance",
+             "attn_balance"),
+            _real,
+        ),
+        "clip_act": _real_or_none,
+        "use_fp16": _flag,
+        "channel_mult": _list_of(_whole),
+        "attn_resolutions": _list_of(_whole),
+        "resample_filter": _list_of(_real),
+    },
+    "EDMPrecond": {
+        **dict.fromkeys(
+            ("img_resolution", "img_channels", "label_dim", "model_channels", "num_blocks",
+             "channel_mult_emb", "channel_mult_noise", "augment_dim"),
+            _whole,
+        ),
+        **dict.fromkeys(("sigma_min", "sigma_data", "dropout", "label_dropout"), _real),
+        **dict.fromkeys(
+            ("model_type", "embedding_type", "encoder_type", "decoder_type"), _word
+        ),
+        "sigma_max": _real_or_infinite,
+        "use_fp16": _flag,
+        "channel_mult": _list_of(_whole),
+        "attn_resolutions": _list_of(_whole),
+        "resample_filter": _list_of(_real),
+    },
+}  # fmt: skip
+"""What a file may say of each class: the constructor's arguments, and which values they take."""
+
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def build_network(class_name: str, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Any:
+    """Our own network of that class, with these weights in their stored dtypes, for inference.
+
+    Raises:
+        CheckpointError: an unknown class, settings it does not take, or weights that do not fit
+            them or are not finite.
+    """
+    if class_name not in NETWORKS:
+        known = ", ".join(sorted(NETWORKS))
+        raise CheckpointError(
+            f"its network is a {class_name[:80]!r}, not one of ours ({known}); if you trust its "
+            "author, --trust-pickle (trust=True) runs the code inside the file instead"
+        )
+    _check_settings(class_name, config, len(state))
+    try:
+        # On the meta device a network takes no memory, however large its settings make it:
+        # it grows only as far as the file has weights for it.
+        with torch.device("meta"):
+            net = NETWORKS[class_name](**config)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, IndexError) as error:
+        raise CheckpointError(f"its settings do not make a {class_name}: {error}") from error
+    _check_weights(net.state_dict(), state)
+    net.load_state_dict({name: _aligned(value) for name, value in state.items()}, assign=True)
+    return net.eval().requires_grad_(False)
+
+
+def _aligned(value: Tensor) -> Tensor:
+    """The weights in memory that begins where torch's own allocations do, on 64 bytes.
+
+    The CPU's kernels choose their way by alignment and round differently, so that a network
+    would depend, in its last digits, on the file it came from.
+    """
+    return value if value.data_ptr() % 64 == 0 else value.clone()
+
+
+def build_encoder(class_name: str, config: Mapping[str, Any]) -> Encoder:
+    """The encoder of that class.
+
+    Raises:
+        CheckpointError: an unknown class, or settings it does not take.
+    """
+    if class_name not in ENCODERS:
+        raise CheckpointError(f"its encoder is a {class_name[:80]!r}, not one of ours")
+    cls = ENCODERS[class_name]
+    try:
+        return cls(**config)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise CheckpointError(f"its settings do not make a {class_name}: {error}") from error
+
+
+def bind(cls: type, args: list[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Constructor arguments by name."""
+    names = [
+        p for p in inspect.signature(cls).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD
+    ]
+    if len(args) > len(names):
+        raise CheckpointError(
+            f"{cls.__name__} takes {len(names)} settings by place, not {len(args)}"
+        )
+    return {**{p.name: v for p, v in zip(names, args, strict=False)}, **kwargs}
+
+
+def _check_settings(class_name: str, config: Mapping[str, Any], tensors: int) -> None:
+    """Types and ranges, before anything is built: a constructor trusts its arguments."""
+    kinds = SETTINGS[class_name]
+    for name, value in config.items():
+        if name not in kinds:
+            raise CheckpointError(f"its network has no option {name[:40]}")
+        if not kinds[name](value):
+            raise CheckpointError(f"its setting {name} is {str(value)[:40]}")
+    # Every block has weights, so there cannot be more blocks than the file has tensors.
+    levels, blocks = len(config.get("channel_mult", [1])), config.get("num_blocks", 1)
+    if levels * (2 * blocks + 1) > max(tensors, 64):
+        raise CheckpointError(
+            f"num_blocks is {blocks} at {levels} levels, but the file has {tensors} tensors"
+        )
+
+
+def _check_weights(wanted: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> None:
+    missing = sorted(wanted.keys() - have.keys())
+    extra = sorted(have.keys() - wanted.keys())
+    if missing:
+        raise CheckpointError(f"it lacks {_some(missing)}")
+    if extra:
+        raise CheckpointError(f"it has weights its network has no place for: {_some(extra)}")
+    for name, tensor in have.items():
+        if not isinstance(tensor, Tensor) or tensor.dtype not in WEIGHT_DTYPES:
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise CheckpointError(f"{name} is {kind}, not floating-point weights")
+        if tensor.shape != wanted[name].shape:
+            raise CheckpointError(
+                f"{name} is {list(tensor.shape)}, its settings want {list(wanted[name].shape)}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{name} has values that are not finite (NaN or infinity)")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(name[:80] for name in names[:3]) + more
+
+
+def describe_encoder(encoder: Encoder) -> dict[str, Any]:
+    """Class name and settings, as files carry them."""
+    return _describe(encoder, ENCODERS)
+
+
+def describe_network(net: nn.Module) -> dict[str, Any]:
+    """Class name and settings, as files carry them.
+
+    Raises:
+        ErkGuidError: the network is not one of ours.
+    """
+    return _describe(net, NETWORKS)
+
+
+def _describe(thing: Any, known: Mapping[str, Any]) -> dict[str, Any]:
+    for name, cls in known.items():
+        if type(thing) is cls:
+            return {"class": name, "config": thing.config}
+    raise ErkGuidError(
+        f"{type(thing).__name__} is not one of our classes ({', '.join(known)}), so a file "
+        "cannot describe it without code"
+    )

@@ -1,0 +1,198 @@
+"""One way to open a network, whatever it lies in."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from functools import cached_property
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from erk_guid.common.errors import CheckpointError, ErkGuidError, printable
+from erk_guid.common.files import sha256_of
+from erk_guid.models.checkpoints.download import download, is_url
+from erk_guid.models.checkpoints.folder import fetch_from_hub, is_model, read_model, weights_in
+from erk_guid.models.checkpoints.native import has_header, read_native, save_network
+from erk_guid.models.checkpoints.presets import PRESETS, SHIPPED, Preset
+from erk_guid.models.checkpoints.snapshot import read_snapshot
+from erk_guid.models.checkpoints.trusted import read_trusted
+from erk_guid.models.encoders import ENCODERS, Encoder, StandardRGBEncoder
+from erk_guid.models.networks import Unconditional
+
+UNCONDITIONAL = "uncond:"
+"""Prefix of a source whose class-conditional network is to run without classes."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A network and what is known about its file.
+
+    Attributes:
+        net: the network, in evaluation mode, asking for no gradients; called as
+            ``net(x, sigma, class_labels)``, with `img_resolution`, `img_channels`, `label_dim`.
+        encoder: turns what the network makes into pixels.
+        source: what was asked for: a preset's name, a path or a URL.
+        path: the local file.
+        format: "safetensors", "diffusers", "pkl", or "pkl (trusted)".
+        metadata: further text from the header, such as how the network was trained.
+        preset: the preset of that name, if `source` is one: it also names the guiding network.
+        unconditional: whether `net` was wrapped to ignore class labels ("uncond:" sources).
+    """
+
+    net: Any
+    encoder: Encoder
+    source: str
+    path: Path
+    format: str
+    metadata: dict[str, str] = field(default_factory=dict)
+    preset: Preset | None = None
+    unconditional: bool = False
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hexadecimal SHA-256 of the file (reads all of it)."""
+        return sha256_of(self.path)
+
+    @property
+    def fingerprint(self) -> str:
+        """What the network computes depends on: the file's hash, and how it is used."""
+        return (UNCONDITIONAL if self.unconditional else "") + self.sha256
+
+
+def load(
+    name_or_path_or_url: str | Path,
+    device: torch.device | str | None = None,
+    trust: bool = False,
+) -> Loaded:
+    """Open a network: a preset's name, a `.pkl` or `.safetensors` file, or a URL of either.
+
+    EDM2 networks in diffusers' layout open, too: a model's folder (``unet/config.json``, a VAE in
+    ``vae/``), or its name on the Hugging Face hub, ``owner/name[/folder][@revision]``.
+
+    Args:
+        name_or_path_or_url: for a preset, its main network is opened. With "uncond:" in front,
+            the network ignores class labels (for classifier-free guidance, as `gnet`).
+        device: where to put it; None leaves it on the CPU.
+        trust: run the code inside a `.pkl`, for networks whose class is not ours. Only for files
+            from authors you trust.
+
+    Raises:
+        CheckpointError: the file is damaged, unsafe or of an unknown kind.
+        ErkGuidError: there is no such preset or file, or it cannot be downloaded.
+    """
+    source = str(name_or_path_or_url)
+    if source.startswith(UNCONDITIONAL):
+        loaded = load(source.removeprefix(UNCONDITIONAL), device, trust)
+        return replace(loaded, net=Unconditional(loaded.net), source=source, unconditional=True)
+    path = locate(source)
+    try:
+        loaded = _read(path, source, trust)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {printable(error)}") from error
+    except OSError as error:
+        raise CheckpointError(f"{source}: cannot read it: {error}") from error
+    except MemoryError as error:
+        raise CheckpointError(f"{source}: it needs more memory than there is") from error
+    except Exception as error:
+        # A backstop for files made to hit what the checks before did not think of.
+        reason = f"damaged ({type(error).__name__}: {error})"
+        raise CheckpointError(f"{source}: {printable(reason)}") from error
+    loaded.net.to(device or "cpu")
+    return replace(loaded, preset=PRESETS.get(source))
+
+
+def locate(source: str) -> Path:
+    """The local file behind anything `load` takes, downloaded if need be.
+
+    Raises:
+        ErkGuidError: there is none; close preset names are suggested.
+    """
+    source = source.removeprefix(UNCONDITIONAL)
+    if source in PRESETS:
+        source = PRESETS[source].net
+    if source.startswith(SHIPPED):
+        with as_file(files("erk_guid") / "data" / source.removeprefix(SHIPPED)) as path:
+            return path
+    if is_url(source):
+        return download(source)
+    if not source:
+        raise ErkGuidError("the name of the network is empty")
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        return weights_in(path)
+    close = get_close_matches(source, PRESETS, n=3)
+    fetched = fetch_from_hub(source)
+    if fetched is not None:
+        return fetched
+    hint = f"; did you mean {' or '.join(close)}?" if close else " ('erk-guid presets' lists them)"
+    raise ErkGuidError(f"{source!r} is no file, no URL and no preset{hint}")
+
+
+def _read(path: Path, source: str, trust: bool) -> Loaded:
+    with open(path, "rb") as file:
+        start = file.read(16)
+    # By content, not by suffix: cached downloads and renamed files keep working. A safetensors
+    # file begins with the length of its JSON header and a brace.
+    if start[8:9] == b"{" or path.suffix == ".safetensors":
+        if not has_header(path) and is_model(path):
+            return Loaded(*read_model(path), source, path, "diffusers")
+        net, encoder, metadata = read_native(path)
+        return Loaded(net, encoder, source, path, "safetensors", metadata)
+    if start.lstrip()[:1] == b"<":
+        raise CheckpointError("it is a web page, not a checkpoint; download the file itself")
+    if start[:4] == b"PK\x03\x04":
+        raise CheckpointError("it is a zip archive (perhaps a torch.save file), not a snapshot")
+    if not trust:
+        net, encoder = read_snapshot(path)
+        return Loaded(net, encoder, source, path, "pkl")
+
+    print(f"Running the code inside {path}, as asked by --trust-pickle", file=sys.stderr)
+    data = read_trusted(path)
+    net = data["ema"].eval().requires_grad_(False)
+    encoder = data.get("encoder") or StandardRGBEncoder()
+    return Loaded(net, _adapted(encoder), source, path, "pkl (trusted)")
+
+
+class _ForeignEncoder:
+    """An encoder from a trusted file, which spells decode and encode as EDM2 does."""
+
+    def __init__(self, encoder: Any) -> None:
+        self._encoder = encoder
+        self.config: dict[str, Any] = {}
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        pixels: torch.Tensor = self._encoder.decode(latents)
+        return pixels
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        latents: torch.Tensor = self._encoder.encode(pixels)
+        return latents
+
+
+def _adapted(encoder: Any) -> Encoder:
+    ours: Encoder = encoder
+    return ours if isinstance(encoder, tuple(ENCODERS.values())) else _ForeignEncoder(encoder)
+
+
+def convert(source: str | Path, dest: str | Path) -> Loaded:
+    """Write the network behind `source` (anything `load` takes, unless trusted) as safetensors.
+
+    The weights keep their dtypes, so both files compute the same, bit for bit.
+
+    Raises:
+        ErkGuidError: as `load`; or the file cannot be written.
+    """
+    loaded = load(source)
+    try:
+        # The file's name only: where it lay is nobody else's business.
+        origin = loaded.source if is_url(loaded.source) or loaded.preset else loaded.path.name
+        save_network(dest, loaded.net, loaded.encoder, {"source": origin, **loaded.metadata})
+    except OSError as error:
+        raise ErkGuidError(f"cannot write {dest}: {error}") from error
+    return loaded

@@ -1,0 +1,51 @@
+"""What one evaluation of a network costs: parameters and multiply-adds."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Cost(NamedTuple):
+    """Of one evaluation for one image."""
+
+    parameters: int
+    multiply_adds: int
+    """Of convolutions and matrix products; a multiply-add is two floating-point operations."""
+    by_operation: dict[str, int]
+    """The same, by torch's name of the operation."""
+
+
+def count(net: Any) -> Cost:
+    """Count the parameters of a network, and the multiply-adds of one evaluation.
+
+    The counting is torch's own (`torch.utils.flop_counter`), on shapes alone: nothing is computed,
+    so a large network takes no longer than a small one. Element-wise operations are left out.
+
+    Args:
+        net: called as ``net(x, sigma, class_labels)``, with `img_channels`, `img_resolution`,
+            `label_dim`.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from erk_guid.models.checkpoints.build import NETWORKS
+
+    if type(net) in NETWORKS.values():  # ours: made again without its weights
+        with torch.device("meta"):
+            shapes = type(net)(**net.config).eval()
+    else:
+        shapes = copy.deepcopy(net).to("meta")
+    size = [1, net.img_channels, net.img_resolution, net.img_resolution]
+    x, sigma = torch.empty(size, device="meta"), torch.empty([1], device="meta")
+    labels = torch.empty([1, net.label_dim], device="meta") if net.label_dim else None
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        shapes(x, sigma, labels)
+    found = counter.get_flop_counts().get("Global", {})
+    return Cost(
+        sum(p.numel() for p in net.parameters()),
+        counter.get_total_flops() // 2,
+        {str(operation).removeprefix("aten."): value // 2 for operation, value in found.items()},
+    )

@@ -1,0 +1,57 @@
+"""A network as a problem: its own fine solution stands for the exact one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from erk_guid.denoisers import combined
+from erk_guid.generation.images import check_networks, draw
+from erk_guid.generation.seeds import SeededNoise
+from erk_guid.studies.accuracy.problems import Problem, solve_finely
+from erk_guid.studies.calibration.sweep import in_batches
+
+
+def network_problem(
+    name: str,
+    net: Any,
+    seeds: Sequence[int],
+    *,
+    gnet: Any = None,
+    guidance: float = 1.0,
+    class_idx: int | None = None,
+    batch: int = 32,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    dtype: torch.dtype = torch.float32,
+    fine: int = 256,
+) -> Problem:
+    """The images of some seeds, and where `fine` evaluations of DEIS of order 4 take them.
+
+    Args:
+        name: for the table.
+        net, seeds, gnet, class_idx: see `erk_guid.generate`.
+        guidance: strength of model guidance; with 1 `gnet` is not run.
+        batch: images at a time.
+        sigma_min, sigma_max: the range.
+        dtype: of the sampling loop.
+        fine: evaluations of the solution that stands for the exact one.
+    """
+    check_networks(net, gnet, class_idx)
+    random = SeededNoise(seeds, next(net.parameters()).device)
+    noise, labels = draw(net, random, class_idx)
+    start = sigma_max * noise.to(dtype)
+    # All samples at a time to the samplers, `batch` of them to the network.
+    denoiser = in_batches(combined(net, gnet, guidance), labels, batch)
+    with tqdm(total=fine, desc="Fine solution", unit="evaluation") as bar:
+
+        def counted(x: Tensor, sigma: Tensor) -> Tensor:
+            bar.update()
+            return denoiser(x, sigma)
+
+        end = solve_finely(counted, start, sigma_min, sigma_max, fine + 1)
+    return Problem(name, denoiser, start, end, sigma_min, sigma_max)

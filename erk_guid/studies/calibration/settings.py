@@ -1,0 +1,131 @@
+"""The file that settings are kept in: JSON that says what they are, and what they are for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from erk_guid.common.errors import ErkGuidError, printable
+from erk_guid.common.files import write_bytes
+from erk_guid.guidance import AUTO, GATES, Guidance
+
+FORMAT = "erk_guid_settings"
+VERSION = 1
+LARGEST_NUMBER = 10**15
+"""Whole numbers beyond this belong nowhere in the file, and may be beyond any float."""
+LARGEST = 1_000_000
+"""Bytes of a file that is read."""
+
+_GUIDANCE: dict[str, tuple[type, ...]] = {
+    "w_stiff": (float, int, str),
+    "w_con": (float, int),
+    "bound": (float, int, type(None)),
+    "gate": (str,),
+}
+_MADE_FOR: dict[str, tuple[type, ...]] = {
+    "solver": (str,),
+    "order": (int, type(None)),
+    "r": (float, int, type(None)),
+    "deis_mode": (str, type(None)),
+    "num_steps": (int,),
+    "sigma_min": (float, int),
+    "sigma_max": (float, int),
+    "rho": (float, int),
+    "schedule": (str, list),
+}
+"""The options of the command lines that settings belong to."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of guidance, and what they were found for.
+
+    Attributes:
+        guidance: the settings.
+        made_for: options of the command lines that they belong to: the solver and its options,
+            and the noise levels, under the names of `Recipe`'s fields.
+        measured: how they were found, for the reader: network, seeds, errors. Not interpreted,
+            but for `net` and `guidance`, which other values of are remarked on.
+    """
+
+    guidance: Guidance
+    made_for: dict[str, Any]
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, path: str | Path) -> None:
+        """Write the file, whole or not at all."""
+        g = self.guidance
+        content = {
+            FORMAT: VERSION,
+            "w_stiff": AUTO if g.blends else g.w_stiff,
+            "w_con": g.w_con,
+            "bound": g.bound,
+            "gate": g.gate,
+            "made_for": self.made_for,
+            "measured": self.measured,
+        }
+        write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_settings(path: str | Path) -> Settings:
+    """Read the file and check it.
+
+    Raises:
+        ErkGuidError: it cannot be read, or is no such file; the message says what is wrong in it.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > LARGEST:
+            raise ErkGuidError(f"{path} is too large for a file of settings")
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ErkGuidError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ErkGuidError(
+            f"{path} is no file of settings (not JSON: {printable(error, 100)}); 'erk-guid "
+            "calibrate' writes them"
+        ) from error
+    if not isinstance(content, dict) or FORMAT not in content:
+        raise ErkGuidError(f"{path} is no file of settings; 'erk-guid calibrate' writes them")
+    if content.pop(FORMAT) != VERSION:
+        raise ErkGuidError(f"{path} was written by another version; this one reads {VERSION}")
+    made_for, measured = content.pop("made_for", {}), content.pop("measured", {})
+    if not isinstance(made_for, dict) or not isinstance(measured, dict):
+        raise ErkGuidError(f"{path}: 'made_for' and 'measured' hold names and values")
+    _check(path, content, _GUIDANCE)
+    _check(path, made_for, _MADE_FOR)
+    for name in ("w_stiff", "w_con"):
+        if name not in content:
+            raise ErkGuidError(f"{path} does not say {name}")
+    schedule = made_for.get("schedule")
+    if isinstance(schedule, list):
+        if not schedule or not all(_is_a(level, (float, int)) for level in schedule):
+            raise ErkGuidError(f"{path}: the noise levels of 'schedule' must be numbers")
+        made_for["schedule"] = tuple(map(float, schedule))
+    try:
+        guidance = Guidance.of(
+            content["w_stiff"], content["w_con"], content.get("bound"),
+            content.get("gate", GATES[0]),
+        )  # fmt: skip
+    except ValueError as error:
+        raise ErkGuidError(f"{path}: {printable(error)}") from error
+    return Settings(guidance, made_for, measured)
+
+
+def _check(path: Path, found: dict[str, Any], known: dict[str, tuple[type, ...]]) -> None:
+    for name, value in found.items():
+        if name not in known:
+            raise ErkGuidError(
+                f"{path}: unknown entry {printable(name, 60)!r}; known: {', '.join(known)}"
+            )
+        if not _is_a(value, known[name]):
+            raise ErkGuidError(f"{path}: {name} cannot be {printable(repr(value), 60)}")
+
+
+def _is_a(value: Any, types: tuple[type, ...]) -> bool:
+    if isinstance(value, int) and abs(value) > LARGEST_NUMBER:
+        return False
+    # To Python a bool is an int; not to a reader of the file.
+    return isinstance(value, types) and not isinstance(value, bool)

@@ -1,0 +1,100 @@
+"""A calibration as files: numbers, table and plot."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from pathlib import Path
+
+from erk_guid.common.files import write_bytes
+from erk_guid.common.plots import COLOURS, Curve, draw
+from erk_guid.guidance import AUTO
+from erk_guid.studies.calibration.search import Calibration, Trial
+
+FILES = ("settings.json", "trials.csv", "calibration.md", "calibration.svg")
+"""What the command leaves in its folder."""
+
+COLUMNS = (
+    "w_stiff", "w_con", "bound", "gate", "error", "ratio", "ratio_error", "step_ratio", "samples",
+)  # fmt: skip
+WORST_DRAWN = 1.3
+"""Ratio to plain beyond which a setting is left out of the plot."""
+FEWEST_DRAWN = 3
+"""Points that make a line."""
+TICKS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0)
+
+
+def write_trials(calibration: Calibration, outdir: Path, title: str, heading: str) -> None:
+    """Write trials.csv, calibration.md and calibration.svg.
+
+    Args:
+        calibration: what was found.
+        outdir: where to.
+        title: of the plot.
+        heading: what was measured, above the table.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed; the other files are there by then.
+    """
+    write_bytes(outdir / "trials.csv", trials_csv(calibration).encode())
+    write_bytes(outdir / "calibration.md", f"{heading}\n\n{calibration.table()}".encode())
+    write_bytes(outdir / "calibration.svg", plot(calibration, title))
+
+
+def trials_csv(calibration: Calibration) -> str:
+    """One line for each setting that was tried."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for trial in calibration.trials:
+        g = trial.guidance
+        numbers = (trial.error, trial.ratio, trial.ratio_error, trial.step_ratio)
+        writer.writerow(
+            [
+                AUTO if g.blends else f"{g.w_stiff:g}",
+                "" if g.blends or not g.active else f"{g.w_con:g}",
+                "" if g.bound is None else f"{g.bound:g}",
+                g.gate,
+                *("" if math.isnan(number) else f"{number:.6g}" for number in numbers),
+                trial.samples,
+            ]
+        )
+    return text.getvalue()
+
+
+def plot(calibration: Calibration, title: str) -> bytes:
+    """An SVG: the error over plain's, over w_stiff, a line for each of the best w_con.
+
+    Settings that were tried on few samples have no error bar.
+    """
+    full = calibration.plain.samples
+    lines: dict[float, list[Trial]] = {}
+    for trial in calibration.trials:
+        g = trial.guidance
+        if g.active and not g.blends and trial.ratio <= WORST_DRAWN:
+            lines.setdefault(g.w_con, []).append(trial)
+    long = [w_con for w_con, trials in lines.items() if len(trials) >= FEWEST_DRAWN]
+    best = sorted(long, key=lambda w_con: min(t.ratio for t in lines[w_con]))
+    curves = []
+    for w_con in sorted(best[: len(COLOURS) - 2]):
+        points = sorted(lines[w_con], key=lambda trial: trial.guidance.w_stiff)
+        curves.append(
+            Curve(
+                f"w_con {w_con:g}",
+                [t.guidance.w_stiff for t in points],
+                [t.ratio for t in points],
+                [t.ratio_error if t.samples == full else 0.0 for t in points],
+            )
+        )
+    strengths = [x for curve in curves for x in curve.x] or [TICKS[0], TICKS[-1]]
+    ends = [min(strengths), max(strengths)]
+    for trial in calibration.trials:
+        if trial.guidance.blends:
+            curves.append(Curve("auto", ends, [trial.ratio] * 2, [trial.ratio_error] * 2))
+    curves.append(Curve("no guidance", ends, [1.0, 1.0], [0.0, 0.0], plain=True))
+    return draw(
+        f"{title}\n(with error bars: on {full} images, without: on fewer)", curves, "w_stiff",
+        f"error ({calibration.objective}) over plain's", log_x=True, wanted_by="the plot",
+        x_ticks=TICKS,
+    )  # fmt: skip

@@ -1,0 +1,564 @@
+"""The report: paper beside measured, plots, samples; as one HTML file and as Markdown."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment
+from PIL import Image
+
+from erk_guid._version import __version__
+from erk_guid.common.errors import ErkGuidError
+from erk_guid.common.files import write_bytes
+from erk_guid.common.pictures import is_whole_png
+from erk_guid.common.plots import Curve, draw
+from erk_guid.metrics.bootstrap import bootstrap_distances
+from erk_guid.metrics.neighbours import NEIGHBOURS, precision_recall
+from erk_guid.metrics.references import Reference, read_reference
+from erk_guid.studies.reproduce.runner import (
+    RESAMPLES,
+    Plan,
+    Reproduction,
+    asked,
+    plan,
+    read_results,
+    result_of,
+    settled,
+    spell,
+)
+from erk_guid.studies.reproduce.tables import CAPTIONS, NOTES, PAPER_NUM, TABLES, Row
+
+METRIC_NAMES = {"fid": "FID", "fd_dinov2": "FD-DINOv2", "fd_digits": "FD-digits"}
+CLEAR = 2.0
+"""Standard errors from which on a difference is called one."""
+
+EMPTY = "–"
+
+
+@dataclass(frozen=True)
+class Change:
+    """Guided minus unguided, with the standard error of the difference where it is known."""
+
+    value: float
+    relative: float
+    error: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """'better', 'worse', or '' where it is not clear."""
+        if self.error is None or abs(self.value) <= CLEAR * self.error:
+            return ""
+        return "better" if self.value < 0 else "worse"
+
+    def __str__(self) -> str:
+        scatter = "" if self.error is None else f" ± {_number(self.error, sign=False)}"
+        percent = f"{100 * self.relative:+.0f} %".replace("-", "−")
+        return f"{_number(self.value, sign=True)}{scatter} ({percent})"
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    caption: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    title: str
+    path: Path
+    """Relative to the report."""
+    uri: str
+    """The picture itself, for the self-contained file."""
+
+
+@dataclass
+class Findings:
+    """Results of one job's tables, read once."""
+
+    job: Reproduction
+    results: Sequence[Mapping[str, Any]]
+    rows: list[Row] = field(init=False)
+
+    def __post_init__(self) -> None:
+        tables = dict.fromkeys(row.table for row in self.job.rows)
+        self.rows = [settled(self.job, row) for table in tables for row in TABLES[table]]
+
+    @cached_property
+    def plans(self) -> dict[str, Plan]:
+        """Plan by row id, for rows that this job can run."""
+        found = {}
+        for row in self.rows:
+            try:
+                found[row.id] = plan(self.job, row)
+            except ErkGuidError:
+                continue
+        return found
+
+    @cached_property
+    def by_row(self) -> dict[str, Any]:
+        """Result by row id, for rows that were run with this job's settings."""
+        found = {
+            name: result_of(self.job, self.results, p)
+            or result_of(self.job, self.results, p, complete=False)
+            for name, p in self.plans.items()
+        }
+        return {name: result for name, result in found.items() if result}
+
+    @cached_property
+    def metrics(self) -> list[str]:
+        return list(dict.fromkeys(m for r in self.by_row.values() for m in r["scores"]))
+
+    @property
+    def tables(self) -> list[str]:
+        return list(dict.fromkeys(row.table for row in self.rows))
+
+    @property
+    def model(self) -> str:
+        """What the rows were made with, in a word or two."""
+        if self.job.model is not None:
+            return self.job.model
+        return ", ".join(dict.fromkeys(row.model for row in self.rows))
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the paper has numbers of these very models, scored alike."""
+        numbers = any(row.paper for row in self.rows)
+        return numbers and bool(self.plans) and all(p.papers for p in self.plans.values())
+
+    def baseline(self, row: Row) -> Row | None:
+        return next((r for r in self.rows if r.group == row.group and not r.guided), None)
+
+    def score(self, row: Row, metric: str) -> float | None:
+        value = self.by_row.get(row.id, {}).get("scores", {}).get(metric)
+        return None if value is None else float(value)
+
+    def error(self, row: Row, metric: str) -> float | None:
+        value = self.by_row.get(row.id, {}).get("standard_errors", {}).get(metric)
+        return None if value is None else float(value)
+
+    def change(self, row: Row, metric: str) -> Change | None:
+        baseline = self.baseline(row)
+        if baseline is None or not row.guided:
+            return None
+        ours, plain = self.score(row, metric), self.score(baseline, metric)
+        if ours is None or plain is None:
+            return None
+        relative = ours / plain - 1 if plain else math.inf
+        return Change(ours - plain, relative, self._paired.get((row.id, metric)))
+
+    @cached_property
+    def references(self) -> dict[str, Reference]:
+        sources = {r["key"]["ref"] for r in self.by_row.values()}
+        found = {}
+        for source in sources:
+            try:
+                found[source] = read_reference(source)
+            except ErkGuidError:
+                continue  # scored elsewhere; the scores stand without it
+        return found
+
+    def _features(self, row: Row, metric: str) -> np.ndarray | None:
+        """The features of a row that kept them; read when needed, for they may be large."""
+        path = self.plans[row.id].features
+        if row.id not in self.by_row or not path.is_file():
+            return None
+        try:
+            features = read_reference(path).features.get(metric)
+        except ErkGuidError:
+            return None  # a damaged file: the scores stand without it
+        sound = features is not None and len(features) == self.by_row[row.id]["num"]
+        return features if sound else None
+
+    @cached_property
+    def _paired(self) -> dict[tuple[str, str], float]:
+        """Standard errors of differences: all rows of a group are resampled alike."""
+        errors: dict[tuple[str, str], float] = {}
+        for group in dict.fromkeys(row.group for row in self.rows):
+            members = [r for r in self.rows if r.group == group and r.id in self.by_row]
+            for metric in self.metrics:
+                errors |= self._paired_in(members, metric)
+        return errors
+
+    def _paired_in(self, members: Sequence[Row], metric: str) -> dict[tuple[str, str], float]:
+        rows = [r for r in members if self._features(r, metric) is not None]
+        plain = next((k for k, r in enumerate(rows) if not r.guided), None)
+        if plain is None or self.job.bootstrap == 0:
+            return {}
+        reference = self._reference(rows[plain], metric)
+        kept = [f for r in rows if (f := self._features(r, metric)) is not None]
+        if reference is None:
+            return {}
+        try:
+            distances = bootstrap_distances(
+                kept, reference.of(metric), self.job.bootstrap or RESAMPLES
+            )
+        except ValueError:  # features that do not go together: then there is nothing to pair
+            return {}
+        spread = (distances - distances[:, [plain]]).std(0, ddof=1)
+        return {(r.id, metric): float(e) for r, e in zip(rows, spread, strict=True)}
+
+    def _reference(self, row: Row, metric: str) -> Reference | None:
+        reference = self.references.get(self.by_row[row.id]["key"]["ref"])
+        return reference if reference and metric in reference.statistics else None
+
+    @cached_property
+    def _qualities(self) -> dict[tuple[str, str], tuple[float, float]]:
+        found = {}
+        for row in self.rows:
+            for metric in self.metrics if row.id in self.by_row else ():
+                features = self._features(row, metric)
+                reference = self._reference(row, metric) if features is not None else None
+                if reference is None or features is None or len(features) <= NEIGHBOURS:
+                    continue
+                if metric in reference.features:
+                    found[row.id, metric] = precision_recall(
+                        real=reference.features[metric].astype(np.float32), generated=features
+                    )
+        return found
+
+    def quality(self, row: Row) -> dict[str, float]:
+        """Precision, recall and inception score of a row, as far as they were computed."""
+        quality = self.by_row.get(row.id, {}).get("quality", {})
+        if row.id not in self.plans or quality.get("asked") != asked(self.job, self.plans[row.id]):
+            return {}
+        found: dict[str, float] = quality.get("scores", {})
+        return found
+
+    def precision_recall(self, row: Row, metric: str) -> tuple[float, float] | None:
+        """Where the row's and the reference's features were kept."""
+        return self._qualities.get((row.id, metric))
+
+
+def write_report(job: Reproduction) -> list[Path]:
+    """Write `report.html`, `report.md` and the plots into the job's folder; returns the two.
+
+    Raises:
+        ErkGuidError: a file cannot be read or written.
+    """
+    findings = Findings(job, read_results(job.outdir))
+    plots = [
+        _picture(job.outdir, title, Path("plots") / f"{name}.svg", draw(title, curves, **labels))
+        for name, title, curves, labels in _curves(findings)
+    ]
+    content = {
+        "title": "ERK-Guid: paper and measurement" if findings.comparable
+        else f"ERK-Guid on the model {findings.model}",
+        "date": datetime.now(timezone.utc).strftime("%d %B %Y").lstrip("0"),
+        "facts": _facts(findings),
+        "summary": _summary(findings),
+        "tables": [_table(findings, table) for table in findings.tables],
+        "best": _best(findings),
+        "plots": plots,
+        "samples": _samples(findings),
+        "commands": _commands(findings),
+        "version": __version__,
+    }  # fmt: skip
+    written = []
+    for suffix, escape in (("html", True), ("md", False)):
+        template = (files("erk_guid.studies.reproduce") / f"report.{suffix}.j2").read_text()
+        environment = Environment(autoescape=escape, trim_blocks=True, lstrip_blocks=True)
+        path = job.outdir / f"report.{suffix}"
+        try:
+            write_bytes(path, environment.from_string(template).render(content).encode())
+        except OSError as error:
+            raise ErkGuidError(f"cannot write {path}: {error}") from error
+        written.append(path)
+    return written
+
+
+def _number(value: float | None, sign: bool = False) -> str:
+    if value is None:
+        return EMPTY
+    digits = max(0, min(3, 2 - math.floor(math.log10(abs(value))))) if value else 2
+    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+
+
+def _stated(value: float | None) -> str:
+    """A number of the paper's, with its own digits."""
+    return EMPTY if value is None else f"{value:g}"
+
+
+def _name(metric: str) -> str:
+    return METRIC_NAMES.get(metric, metric)
+
+
+def _facts(findings: Findings) -> list[tuple[str, str]]:
+    """What the numbers depend on; all values that occur, should rows differ."""
+    seeds = findings.job.chosen_seeds
+    spelled = spell(seeds)
+    several = spelled if len(spelled) < 60 else f"{spelled[:57]}…"
+    results = findings.by_row.values()
+
+    def distinct(describe: Callable[[Any], str]) -> str:
+        return "; ".join(dict.fromkeys(map(describe, results)))
+
+    facts = [("Model", findings.model), ("Images per row", f"{len(seeds):,}, seeds {several}")]
+    if results:
+        facts += [
+            ("Reference", distinct(lambda r: _reference_fact(r["reference"]))),
+            ("Detectors", distinct(lambda r: "; ".join(map(_detector_fact, r["detectors"])))),
+            ("Device", distinct(lambda r: f"{r['device']}, {r['processes']} process(es)")),
+            ("Versions", distinct(lambda r: ", ".join(map(" ".join, r["versions"].items())))),
+        ]
+    return facts
+
+
+def _reference_fact(reference: Mapping[str, Any]) -> str:
+    return f"{reference['source']} (SHA-256 {reference['sha256'][:12]}…)"
+
+
+def _detector_fact(detector: Mapping[str, Any]) -> str:
+    return f"{detector['name']}: {detector['preprocessing']}"
+
+
+def _summary(findings: Findings) -> list[str]:
+    """What the tables say, in sentences."""
+    rows = findings.rows
+    done = [r for r in rows if r.id in findings.by_row]
+    lines = [f"{len(done)} of {len(rows)} rows measured."]
+    if not findings.comparable and any(row.paper for row in rows):
+        lines.append(
+            f"The model ({findings.model}) or its scoring is not the paper's: the paper's "
+            "numbers stand beside for orientation and are not comparable."
+        )
+    elif findings.comparable and len(findings.job.chosen_seeds) < PAPER_NUM:
+        lines.append(
+            f"With {len(findings.job.chosen_seeds):,} images, distances come out larger than "
+            f"with the paper's {PAPER_NUM:,}; compare them among each other only."
+        )
+    for metric in findings.metrics:
+        changes = [c for c in (findings.change(r, metric) for r in done) if c is not None]
+        if not changes:
+            continue
+        if all(c.error is None for c in changes):
+            lower = sum(c.value < 0 for c in changes)
+            lines.append(
+                f"{_name(metric)}: with ERK-Guid lower in {lower} of {len(changes)} guided rows "
+                "(no standard errors were computed; see --bootstrap)."
+            )
+            continue
+        better = sum(c.verdict == "better" for c in changes)
+        worse = sum(c.verdict == "worse" for c in changes)
+        lines.append(
+            f"{_name(metric)}: of {len(changes)} guided rows, {better} are better than the "
+            f"unguided run of the same steps by more than {CLEAR:g} standard errors, {worse} are "
+            f"worse, and {len(changes) - better - worse} show no clear difference."
+        )
+    return lines
+
+
+def _table(findings: Findings, table: str) -> Table:
+    rows = [r for r in findings.rows if r.table == table]
+    paper_metrics = list(dict.fromkeys(m for r in rows for m in r.paper))
+    metrics = findings.metrics or paper_metrics
+    shared = [m for m in metrics if m in paper_metrics] if findings.comparable else []
+    scored = any(findings.quality(r) for r in rows)
+    # Else from features, where they and the reference's were kept.
+    quality = [
+        m for m in metrics if not scored and any(findings.precision_recall(r, m) for r in rows)
+    ]
+    columns = ["Steps", "Run"]
+    for metric in [m for m in paper_metrics if m not in shared]:
+        columns.append(f"Paper's {_name(metric)}")
+    for metric in metrics:
+        if metric in shared:
+            columns.append(f"{_name(metric)}, paper")
+        columns.append(f"{_name(metric)}, measured")
+        if metric in shared:
+            columns.append("Difference")
+        columns.append("Change by ERK-Guid")
+    if scored:
+        columns += [name for name, _ in _QUALITY]
+    for _ in quality:
+        columns += ["Precision", "Recall"]
+    body = []
+    for row in rows:
+        cells = [Cell(str(row.steps)), Cell(row.title + (f" ({row.note})" if row.note else ""))]
+        for metric in [m for m in paper_metrics if m not in shared]:
+            cells.append(Cell(_stated(row.paper.get(metric)), "paper"))
+        for metric in metrics:
+            cells += _measured(findings, row, metric, metric in shared)
+        if scored:
+            values = findings.quality(row)
+            cells += [Cell(f"{values[key]:.3f}" if key in values else EMPTY) for _, key in _QUALITY]
+        for metric in quality:
+            found = findings.precision_recall(row, metric)
+            cells += [Cell(f"{v:.3f}") for v in found] if found else [Cell(EMPTY)] * 2
+        body.append(cells)
+    notes = [NOTES[table]] if table in NOTES else []
+    if any(findings.error(r, m) is not None for r in rows for m in metrics):
+        notes.append(
+            "± is a standard error (bootstrap over images; for the change, over pairs of images "
+            f"from the same seeds). Coloured changes exceed {CLEAR:g} standard errors."
+        )
+    if quality:
+        notes.append(f"Precision and recall: k = {NEIGHBOURS}, against the reference's features.")
+    return Table(CAPTIONS[table], columns, body, " ".join(notes))
+
+
+_QUALITY = (
+    ("Precision", "precision"),
+    ("Recall", "recall"),
+    ("Inception score", "inception_score_mean"),
+)
+"""Columns and what they show."""
+
+
+def _measured(findings: Findings, row: Row, metric: str, shared: bool) -> list[Cell]:
+    score, error = findings.score(row, metric), findings.error(row, metric)
+    scatter = "" if error is None else f" ± {_number(error)}"
+    cells = []
+    if shared:
+        cells.append(Cell(_stated(row.paper.get(metric)), "paper"))
+    cells.append(Cell(_number(score) + scatter, "measured"))
+    if shared:
+        known = score is not None and metric in row.paper
+        apart = score - row.paper[metric] if known and score is not None else None
+        cells.append(Cell(_number(apart, sign=True)))
+    change = findings.change(row, metric)
+    cells.append(Cell(str(change), change.verdict) if change else Cell(EMPTY))
+    return cells
+
+
+def _best(findings: Findings) -> Table | None:
+    """For every group of rows the setting with the lowest score."""
+    body = []
+    for metric in findings.metrics:
+        for group in dict.fromkeys(r.group for r in findings.rows):
+            scored = [
+                (score, row)
+                for row in findings.rows
+                if row.group == group and (score := findings.score(row, metric)) is not None
+            ]
+            if len(scored) < 3:  # a baseline and one setting leave nothing to choose
+                continue
+            score, row = min(scored, key=lambda pair: pair[0])
+            change = findings.change(row, metric)
+            body.append(
+                [
+                    Cell(str(row.steps)),
+                    Cell(row.title),
+                    Cell(_name(metric)),
+                    Cell(_number(score)),
+                    Cell(str(change), change.verdict) if change else Cell(EMPTY),
+                ]
+            )
+    if not body:
+        return None
+    note = (
+        "The lowest of several noisy numbers is lower than it would be with new seeds: read the "
+        "table above before trusting a small lead."
+    )
+    columns = ["Steps", "Lowest with", "Metric", "Score", "Change by ERK-Guid"]
+    return Table("Best settings among those tried", columns, body, note)
+
+
+def _curves(findings: Findings) -> list[tuple[str, str, list[Curve], dict[str, Any]]]:
+    """Plots: (file name, title, curves, axis labels)."""
+    plots: list[tuple[str, str, list[Curve], dict[str, Any]]] = []
+    for metric in findings.metrics:
+        y_label = f"{_name(metric)} (lower is better)"
+        for table in findings.tables:
+            rows = [r for r in findings.rows if r.table == table]
+            curves = []
+            for name in dict.fromkeys(r.title for r in rows):
+                of_name = [r for r in rows if r.title == name]
+                curve = _curve(findings, metric, name, [(r.steps, r) for r in of_name])
+                curve = Curve(**{**curve.__dict__, "plain": not of_name[0].guided})
+                if len(curve.x) > 1 or (curve.x and table == "2"):
+                    curves.append(curve)
+            if sum(len(c.x) for c in curves) > 1 and len({x for c in curves for x in c.x}) > 1:
+                title = f"{_name(metric)} against steps, {_short(table)}"
+                labels = {"x_label": "steps", "y_label": y_label, "log_x": True}
+                plots.append((f"{metric}-steps-{table}", title, curves, labels))
+            for group in dict.fromkeys(r.group for r in rows):
+                plots += _sweep(findings, metric, [r for r in rows if r.group == group], y_label)
+    return plots
+
+
+def _sweep(
+    findings: Findings, metric: str, rows: list[Row], y_label: str
+) -> list[tuple[str, str, list[Curve], dict[str, Any]]]:
+    """Score against w_stiff, a curve for each w_con, the unguided run at 0."""
+    known = [r for r in rows if isinstance(r.w_stiff, float | int) and r.id in findings.by_row]
+    plain = [(0.0, r) for r in known if not r.guided]
+    curves = []
+    for w_con in sorted({r.w_con for r in known if r.w_con is not None}):
+        points = [(float(r.w_stiff or 0), r) for r in known if r.w_con == w_con]
+        if len(points) > 1:
+            curves.append(_curve(findings, metric, f"w_con {w_con:g}", plain + points))
+    if not curves:
+        return []
+    row = known[0]
+    name = f"{metric}-w_stiff-{row.table}-{row.steps:02d}-{row.family}"
+    title = f"{_name(metric)} against w_stiff, {row.steps} steps, {_short(row.table)}"
+    return [(name, title, curves, {"x_label": "w_stiff (0: no guidance)", "y_label": y_label})]
+
+
+def _curve(
+    findings: Findings, metric: str, name: str, points: Sequence[tuple[float, Row]]
+) -> Curve:
+    found = [
+        (x, score, findings.error(row, metric) or 0.0, row.paper.get(metric))
+        for x, row in sorted(points, key=lambda point: point[0])
+        if (score := findings.score(row, metric)) is not None
+    ]
+    paper = [(x, p) for x, _, _, p in found if p is not None] if findings.comparable else []
+    return Curve(name, [f[0] for f in found], [f[1] for f in found], [f[2] for f in found], paper)
+
+
+def _short(table: str) -> str:
+    return "digits model" if table == "digits" else f"table {table}"
+
+
+def _samples(findings: Findings) -> list[tuple[str, list[Picture]]]:
+    """By group of rows, the grids of the same seeds."""
+    groups: dict[str, list[Picture]] = {}
+    for row in findings.rows:
+        if row.id not in findings.by_row or not is_whole_png(findings.plans[row.id].grid):
+            continue
+        path = findings.plans[row.id].grid
+        name = f"{row.steps} steps" + ("" if row.family == "plain" else f", {row.family}")
+        relative = path.relative_to(findings.job.outdir)
+        groups.setdefault(name, []).append(Picture(row.title, relative, _embedded(path)))
+    return list(groups.items())
+
+
+def _embedded(path: Path) -> str:
+    """A picture as a data URI; large ones as JPEG, so that the report stays mailable."""
+    data, kind = path.read_bytes(), "png"
+    if len(data) > 100_000:
+        buffer = io.BytesIO()
+        with Image.open(path) as image:
+            image.convert("RGB").save(buffer, "JPEG", quality=85)
+        data, kind = buffer.getvalue(), "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _picture(outdir: Path, title: str, relative: Path, svg: bytes) -> Picture:
+    write_bytes(outdir / relative, svg)
+    return Picture(title, relative, f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}")
+
+
+def _commands(findings: Findings) -> list[str]:
+    """Of the first row that was run: how every row is made."""
+    latest = next(iter(findings.by_row.values()), None)
+    return list(latest["commands"]) if latest else []

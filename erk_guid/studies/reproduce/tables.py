@@ -1,0 +1,239 @@
+"""The paper's rows, with the unguided baselines that its tables compare them with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Literal
+
+from erk_guid.common.errors import ErkGuidError
+from erk_guid.guidance import AUTO, PAPER_SETTINGS
+
+Family = Literal["plain", "guid", "autog"]
+"""Without model guidance, with classifier-free guidance, with autoguidance."""
+
+PAPER_NUM = 50_000
+FIRST_SEED = 100_000
+PAPER_BATCH = 125
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run: what is generated, and what the paper says came of it.
+
+    Attributes:
+        id: names the row in files and on the command line.
+        table: '2', '3', '4' or 'digits'.
+        steps: noise levels.
+        model: the paper's preset.
+        family: which kind of model guidance it has.
+        guidance: its strength, where it is not the preset's own.
+        w_stiff: strength of ERK guidance; 0 for a baseline, 'auto' for the parameter-free form,
+            None where it is not known.
+        w_con: its gate.
+        denoise_to_zero: whether it ends with a step to sigma = 0.
+        options: further options of the command line, by name.
+        paper: the paper's value by metric, as far as known.
+        note: what else the paper says of it.
+    """
+
+    id: str
+    table: str
+    steps: int
+    model: str
+    family: Family = "plain"
+    guidance: float | None = None
+    w_stiff: float | str | None = 0.0
+    w_con: float | None = None
+    solver: str = "heun"
+    denoise_to_zero: bool = True
+    options: Mapping[str, float | str] = field(default_factory=dict)
+    paper: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def guided(self) -> bool:
+        return self.w_stiff != 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is left to choose."""
+        return not self.guided or self.w_stiff == AUTO or None not in (self.w_stiff, self.w_con)
+
+    @property
+    def group(self) -> tuple[str, int, str, str]:
+        """Rows of one group differ in ERK guidance alone; its unguided row is the baseline."""
+        return self.table, self.steps, self.family, self.solver
+
+    @property
+    def title(self) -> str:
+        kinds = {"plain": "", "guid": "CFG, ", "autog": "autoguidance, "}
+        kind = kinds[self.family] + ("" if self.solver == "heun" else f"{self.solver}, ")
+        if not self.guided:
+            return f"{kind}no ERK guidance"
+        if self.w_stiff is None:
+            return f"{kind}ERK-Guid ? / ?"
+        if isinstance(self.w_stiff, str):
+            return f"{kind}ERK-Guid {self.w_stiff}"
+        return f"{kind}ERK-Guid {self.w_stiff:g} / {self.w_con:g}"
+
+
+def _paper(fid: float | None = None, dino: float | None = None) -> dict[str, float]:
+    return {k: v for k, v in (("fid", fid), ("fd_dinov2", dino)) if v is not None}
+
+
+def _table2() -> list[Row]:
+    model = "edm2-img512-s-fid"
+    rows = [Row("2-32-plain", "2", 32, model, paper=_paper(2.58, 90.1))]
+    for w_stiff in (0.5, 1.0, 1.5, 2.0, 2.5):
+        best = w_stiff == 2.0
+        rows.append(
+            Row(
+                f"2-32-w{w_stiff}",
+                "2",
+                32,
+                model,
+                w_stiff=w_stiff,
+                w_con=0.5,
+                paper=_paper(2.74, 82.8) if best else {},
+            )
+        )
+    for steps, plain, guided in (
+        (16, _paper(2.79, 97.4), _paper(2.68, 88.9)),
+        (8, _paper(7.06, 161.2), _paper(4.91, 136.9)),
+    ):
+        w_stiff, w_con = PAPER_SETTINGS[steps]
+        rows.append(Row(f"2-{steps}-plain", "2", steps, model, paper=plain))
+        rows.append(
+            Row(
+                f"2-{steps}-w{w_stiff}",
+                "2",
+                steps,
+                model,
+                w_stiff=w_stiff,
+                w_con=w_con,
+                paper=guided,
+            )
+        )
+    return rows
+
+
+def _table3() -> list[Row]:
+    rows = []
+    families: tuple[tuple[Family, str], ...] = (
+        ("guid", "edm2-img512-s-guid-fid"),
+        ("autog", "edm2-img512-s-autog-fid"),
+    )
+    values = {
+        (32, "guid"): (None, _paper(2.27, 88.5), _paper(2.27, 83.9)),
+        (32, "autog"): (None, _paper(1.36, 50.4), _paper(1.36, 47.6)),
+        (16, "guid"): (1.2, _paper(3.61), _paper(3.20)),
+        (16, "autog"): (1.55, _paper(2.32), _paper(1.93)),
+    }
+    for steps, w_stiff in ((32, 1.0), (16, 0.75)):
+        for family, model in families:
+            strength, plain, guided = values[steps, family]
+            stem = f"3-{steps}-{family}"
+            rows.append(Row(f"{stem}-plain", "3", steps, model, family, strength, paper=plain))
+            rows.append(
+                Row(
+                    f"{stem}-w{w_stiff}",
+                    "3",
+                    steps,
+                    model,
+                    family,
+                    strength,
+                    w_stiff=w_stiff,
+                    w_con=0.5,
+                    paper=guided,
+                )
+            )
+    return rows
+
+
+def _table4() -> list[Row]:
+    rows = []
+    # As in the toolbox the paper used: from the first to the last of these noise levels, without
+    # a step to 0; a step of Heun's or DPM-Solver-2 takes two evaluations, one of DEIS's takes one.
+    # The unguided numbers stand in that toolbox's README, DEIS's (tAB3) with this schedule.
+    deis: Mapping[str, float | str] = {"order": 4, "schedule": "time_uniform", "rho": 2}
+    settings: tuple[tuple[str, int, Mapping[str, float | str], float, float], ...] = (
+        ("heun", 4, {}, 89.63, 85.19),
+        ("dpm2", 4, {}, 44.83, 31.59),
+        ("deis", 7, deis, 12.57, 9.56),
+    )
+    for solver, levels, options, plain, guided in settings:
+        for name, w_stiff, fid in (("plain", 0.0, plain), ("erk", None, guided)):
+            unknown = "; the paper's w_stiff and w_con are not known here"
+            rows.append(
+                Row(
+                    f"4-{solver}-{name}",
+                    "4",
+                    levels,
+                    "edm-imagenet-64x64-cond-adm",
+                    w_stiff=w_stiff,
+                    solver=solver,
+                    denoise_to_zero=False,
+                    options=options,
+                    paper=_paper(fid),
+                    note="6 network evaluations" + ("" if w_stiff == 0 else unknown),
+                )
+            )
+    return rows
+
+
+DIGITS_SWEEP: Mapping[int, Iterable[tuple[float, float]]] = {
+    **{s: [*product((0.25, 0.5, 1.0, 2.0), (0.1, 0.5)), (0.5, 0.0)] for s in (5, 6, 8)},
+    **{s: [*product((0.5, 1.0), (0.1, 0.5)), (2.0, 0.5)] for s in (12, 16)},
+    32: [(0.5, 0.1), (0.5, 0.5), (1.0, 0.5), (2.0, 0.5)],
+}
+"""Steps to (w_stiff, w_con): the experiment on the shipped model."""
+
+
+def _digits() -> list[Row]:
+    rows = []
+    for steps, settings in DIGITS_SWEEP.items():
+        rows.append(Row(f"{steps:02d}-plain", "digits", steps, "digits"))
+        for w_stiff, w_con in settings:
+            name = f"{steps:02d}-w{w_stiff:g}-c{w_con:g}"
+            rows.append(Row(name, "digits", steps, "digits", w_stiff=w_stiff, w_con=w_con))
+        rows.append(Row(f"{steps:02d}-auto", "digits", steps, "digits", w_stiff=AUTO))
+    return rows
+
+
+TABLES: Mapping[str, list[Row]] = {
+    "2": _table2(),
+    "3": _table3(),
+    "4": _table4(),
+    "digits": _digits(),
+}
+CAPTIONS = {
+    "2": "Table 2: EDM2-S on ImageNet-512, Heun, no model guidance",
+    "3": "Table 3: EDM2-S on ImageNet-512, Heun, with model guidance",
+    "4": "Table 4: other solvers, EDM (ADM) on ImageNet-64, 6 network evaluations",
+    "digits": "The shipped digits model, Heun",
+}
+NOTES = {
+    "2": "The paper's best FID over the sweep of w_stiff at 32 steps is 2.56; it is not known of "
+    "which row.",
+}
+PAPER_TABLES = ("2", "3", "4")
+
+
+def choose_rows(tables: Iterable[str], ids: Iterable[str] = ()) -> list[Row]:
+    """The rows of these tables, or those with these ids alone.
+
+    Raises:
+        ErkGuidError: there is no such row.
+    """
+    rows = [row for table in tables for row in TABLES[table]]
+    ids = list(ids)
+    if not ids:
+        return rows
+    everywhere = {row.id: row for table in TABLES.values() for row in table}
+    for name in ids:
+        if name not in everywhere:
+            known = ", ".join(everywhere)
+            raise ErkGuidError(f"there is no row {name!r}; there are {known}")
+    return [everywhere[name] for name in dict.fromkeys(ids)]
