@@ -20,11 +20,12 @@ from tqdm import tqdm
 
 import erk_guid
 from erk_guid.common.files import replacing
+from erk_guid.denoisers import in_batches
 from erk_guid.generation.images import draw
 from erk_guid.generation.seeds import SeededNoise
 from erk_guid.solvers import Heun
 from erk_guid.studies.accuracy.problems import solve_finely
-from erk_guid.studies.calibration.sweep import Task, distances, in_batches
+from erk_guid.studies.calibration.sweep import Task, distances
 
 W_STIFF = (0.2, 0.3, 0.408, 0.5, 0.6, 0.75, 0.9, 1.0, 1.25, 1.5, 2.0, 2.5)
 W_CON = (0.0, 0.1, 0.3, 0.5, 1.0, 2.0, 5.0, 20.0)
@@ -46,12 +47,12 @@ def main(out: Path, num: int) -> None:
     x = 80 * noise
     end = solve_finely(in_batches(net, labels, BATCH), x, 0.002, 80, FINE + 1)
     arrays: dict[str, Any] = {"seeds": np.asarray(seeds), "ends": end.numpy().astype(np.float16)}
-    settings = [erk_guid.Guidance(s, c) for s in W_STIFF for c in W_CON]
+    settings = [erk_guid.ERKGuidance(s, c) for s in W_STIFF for c in W_CON]
     for steps in tqdm(STEPS, unit="step count"):
         sigmas = erk_guid.karras_sigmas(steps)[:-1]
         task = Task(net, x, labels, sigmas, BATCH)
         found = distances(
-            task, Heun().plan(sigmas.tolist()), [erk_guid.Guidance(), *settings], end
+            task, Heun().plan(sigmas.tolist()), [erk_guid.ERKGuidance(), *settings], end
         ).values.numpy()
         plain, grid = found[0], found[1:]
         means = grid.mean(axis=1)

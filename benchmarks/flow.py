@@ -17,7 +17,8 @@ from common import machine
 from torch import Tensor
 
 import erk_guid
-from erk_guid.guidance import Guidance
+from erk_guid.guidance import ERKGuidance, Guidance, ParameterFreeGuidance
+from erk_guid.integrations.flow import flow_process
 from erk_guid.solvers import DPM2, Euler, Heun, Modal, Solver
 
 
@@ -39,13 +40,21 @@ def main(num: int) -> None:
         rest = (1 - t).clamp_min(1 / 80)
         return net(x / rest, t / rest, labels)
 
-    fine = erk_guid.sample(denoiser, noise, shifted(150, 3.0), solver="modal", flow=True)
+    fine = erk_guid.sample(
+        denoiser, noise, shifted(150, 3.0), solver="modal", process=erk_guid.RectifiedFlow()
+    )
 
-    def error(steps: int, shift: float, solver: Solver, w_stiff: float | str = 0.0) -> Tensor:
-        guidance = Guidance.of(w_stiff, 0.3, gate="step")
+    def error(
+        steps: int,
+        shift: float,
+        solver: Solver,
+        guidance: Guidance | None = None,
+        told: bool = True,
+    ) -> Tensor:
         made = erk_guid.sample(
-            denoiser, noise, shifted(steps, shift), solver=solver, guidance=guidance
-        )
+            denoiser, noise, shifted(steps, shift), solver=solver, guidance=guidance,
+            process=flow_process(solver, guidance) if told else None,
+        )  # fmt: skip
         return (made - fine).flatten(1).norm(dim=1)
 
     print(
@@ -58,13 +67,13 @@ def main(num: int) -> None:
             one = 2 * steps - 1  # steps of a solver with one evaluation each
             plain = error(steps, shift, Heun()).mean()
             cells = [
-                error(steps, shift, Heun(), 0.5),
-                error(steps, shift, Heun(flow=True), "auto"),
+                error(steps, shift, Heun(), ERKGuidance(0.5, 0.3, gate="step")),
+                error(steps, shift, Heun(), ParameterFreeGuidance()),
                 error(steps, shift, DPM2()),
-                error(steps, shift, DPM2(), "auto"),
+                error(steps, shift, DPM2(), ParameterFreeGuidance()),
                 error(one, shift, Euler()),
-                error(one, shift, Modal(flow=True)),
                 error(one, shift, Modal()),
+                error(one, shift, Modal(), told=False),
             ]
             ratios = " | ".join(f"{float(cell.mean() / plain):.2f}" for cell in cells)
             print(f"| {shift:g} | {one} | {plain:.3f} | {ratios} |", flush=True)

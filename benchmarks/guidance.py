@@ -70,12 +70,12 @@ def main(rounds: int, steps: int, device: str, peak_of: float | None) -> None:
 
     # The correction alone, over what one solver step (two evaluations) takes.
     x_high, x_low, f_high, f_low = (torch.randn_like(noise) for _ in range(4))
-    guidance = erk_guid.Guidance(0.5, 0.0)
+    guidance = erk_guid.ERKGuidance(0.5, 0.0)
     h = torch.tensor(0.5, device=device)
     begun = time.perf_counter()
     repeats = 200
     for _ in range(repeats):
-        erk_guid.correction(x_high, x_low, f_high, f_low, h, guidance)
+        guidance.correction(erk_guid.Pair(x_high, x_low, f_high, f_low, h))
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     alone = (time.perf_counter() - begun) / repeats

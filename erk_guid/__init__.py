@@ -4,7 +4,7 @@
 >>> sigmas = erk_guid.karras_sigmas(8)
 >>> denoiser = lambda x, sigma: x / (1 + sigma**2)  # exact for standard normal data
 >>> x = sigmas[0] * torch.randn(4, 3, 16, 16)
->>> erk_guid.sample(denoiser, x, sigmas, guidance=erk_guid.Guidance(w_stiff=0.5)).shape
+>>> erk_guid.sample(denoiser, x, sigmas, guidance=erk_guid.ERKGuidance(w_stiff=0.5)).shape
 torch.Size([4, 3, 16, 16])
 """
 
@@ -12,55 +12,68 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from erk_guid import solvers
 from erk_guid._version import __version__
 from erk_guid.churn import Churn
 from erk_guid.denoisers import Denoiser, ModelGuidance
+from erk_guid.edm2 import edm_sampler
 from erk_guid.guidance import (
+    ERKGuidance,
     Guidance,
-    Pair,
-    correction,
+    Guided,
+    ParameterFreeGuidance,
     dominant_eigenvector,
     stiffness,
 )
-from erk_guid.sampling import StepInfo, edm_sampler, sample
+from erk_guid.processes import VE, VP, Process, RectifiedFlow, UnitVariance
+from erk_guid.sampling import StepInfo, sample
 from erk_guid.schedules import karras_sigmas
-from erk_guid.steps import EulerStep, HeunStep, Step, StepResult
-from erk_guid.studies.calibration import Calibration, calibrate
+from erk_guid.solvers import Pair, Solver, Step, StepResult
 
 if TYPE_CHECKING:
     from erk_guid.generation.images import Batch, generate
-    from erk_guid.models.checkpoints import Loaded, load
+    from erk_guid.models.checkpoints import Checkpoint, load
+    from erk_guid.studies.calibration import Calibration, calibrate
 
 __all__ = [
+    "VE",
+    "VP",
     "Batch",
     "Calibration",
+    "Checkpoint",
     "Churn",
     "Denoiser",
-    "EulerStep",
+    "ERKGuidance",
     "Guidance",
-    "HeunStep",
-    "Loaded",
+    "Guided",
     "ModelGuidance",
     "Pair",
+    "ParameterFreeGuidance",
+    "Process",
+    "RectifiedFlow",
+    "Solver",
     "Step",
     "StepInfo",
     "StepResult",
+    "UnitVariance",
     "__version__",
     "calibrate",
-    "correction",
     "dominant_eigenvector",
     "edm_sampler",
     "generate",
     "karras_sigmas",
     "load",
     "sample",
+    "solvers",
     "stiffness",
 ]
 
-# Files and image generation need more than torch, so they are imported when first asked for.
+# These need more than torch, so they are imported when first asked for.
 _LAZY = {
     "Batch": "erk_guid.generation.images",
-    "Loaded": "erk_guid.models.checkpoints",
+    "Calibration": "erk_guid.studies.calibration",
+    "Checkpoint": "erk_guid.models.checkpoints",
+    "calibrate": "erk_guid.studies.calibration",
     "generate": "erk_guid.generation.images",
     "load": "erk_guid.models.checkpoints",
 }

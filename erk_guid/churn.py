@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +57,11 @@ class Churn:
         """Whether any noise is added at all."""
         return self.S_churn > 0
 
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The settings by name; empty if no noise is added."""
+        return {name: getattr(self, name) for name in NUMBERS} if self.active else {}
+
     def gamma(self, sigma: float, steps: int, dtype: torch.dtype = torch.float64) -> float | None:
         """How far above `sigma` a step of a run of `steps` begins; None adds no noise.
 
@@ -68,20 +73,9 @@ class Churn:
             return None
         return min(self.S_churn / steps, LARGEST_GAMMA)
 
-    def add(self, x: Tensor, sigma: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-        """``(x_hat, sigma_hat)`` for x at noise level sigma."""
-        sigma_hat = sigma + gamma * sigma
-        noise = self.randn_like(x)
-        return x + (sigma_hat**2 - sigma**2).sqrt() * self.S_noise * noise, sigma_hat
-
-
-def refuse_in_flow(amount: float) -> NoReturn:
-    """Say why noise cannot be added in a flow's time.
-
-    Raises:
-        ValueError: always.
-    """
-    raise ValueError(
-        f"S_churn must be 0 with flow=True, got {amount}: it adds noise to x that is clean + "
-        "sigma noise, which a flow's x is not"
-    )
+    def add(self, x: Tensor, sigma: float, gamma: float) -> tuple[Tensor, float]:
+        """Return ``(x_hat, sigma_hat)`` for x at noise level sigma, computed in the dtype of x."""
+        level = torch.tensor(sigma, dtype=x.dtype)
+        raised = level + gamma * level
+        spread = (raised**2 - level**2).sqrt() * self.S_noise
+        return x + spread.item() * self.randn_like(x), raised.item()

@@ -1,14 +1,16 @@
-"""What a sampler calls: denoisers, and model guidance as a wrapper around two of them."""
+"""Denoisers, which a sampler calls, and model guidance, which combines two of them."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -28,7 +30,7 @@ class ModelGuidance:
     """Classifier-free guidance or autoguidance: D_guide + strength (D_main - D_guide).
 
     This is what the field calls "guidance" with a number, and what EDM2 calls ``guidance`` and
-    ``gnet``. It combines two denoisers; `erk_guid.Guidance` corrects the solver's step. The two
+    ``gnet``. It combines two denoisers; `erk_guid.ERKGuidance` corrects the solver's step. The two
     go together: ERK guidance then acts on the drift of the combined denoiser.
 
     Args:
@@ -54,16 +56,30 @@ class ModelGuidance:
         return self.guide(x, sigma).to(x.dtype).lerp(main, self.strength)
 
 
-def _with_labels(
-    net: Callable[..., Tensor], labels: Tensor | None, x: Tensor, sigma: Tensor, /
-) -> Tensor:
-    return net(x, sigma, labels)
+class LevelDenoiser(ABC):
+    """A denoiser that is told the noise level as a number, for wrappers that look it up.
+
+    The package's own solvers call `at`; anyone else may call it as a `Denoiser`.
+    """
+
+    @abstractmethod
+    def at(self, x: Tensor, sigma: float) -> Tensor:
+        """Return D(x; sigma), like x."""
+
+    def __call__(self, x: Tensor, sigma: Tensor, /) -> Tensor:
+        return self.at(x, float(sigma))
 
 
-def combined(
-    net: Callable[..., Tensor], gnet: Callable[..., Tensor] | None, strength: float
-) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """The denoiser of a network and its guiding network, with labels as a third argument.
+class ConditionalDenoiser(Protocol):
+    """A denoiser with labels behind x and sigma, as networks are called."""
+
+    def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor: ...
+
+
+def guided_denoiser(
+    net: ConditionalDenoiser, gnet: ConditionalDenoiser | None, strength: float
+) -> ConditionalDenoiser:
+    """Return the denoiser of a network and its guiding network.
 
     Args:
         net, gnet: called as ``net(x, sigma, labels)``.
@@ -76,10 +92,42 @@ def combined(
         return net
     if gnet is None:
         raise ValueError(f"model guidance of {strength} needs a guiding network (gnet)")
-    guiding = gnet
+    return _GuidedNetwork(net, gnet, strength)
 
-    def denoise(x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-        main, guide = (partial(_with_labels, network, labels) for network in (net, guiding))
-        return ModelGuidance(main, guide, strength)(x, sigma)
+
+@dataclass(frozen=True)
+class _GuidedNetwork:
+    net: ConditionalDenoiser
+    gnet: ConditionalDenoiser
+    strength: float
+
+    def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor:
+        main, guide = (partial(_with_labels, network, labels) for network in (self.net, self.gnet))
+        return ModelGuidance(main, guide, self.strength)(x, sigma)
+
+
+def _with_labels(
+    net: ConditionalDenoiser, labels: Tensor | None, x: Tensor, sigma: Tensor, /
+) -> Tensor:
+    return net(x, sigma, labels)
+
+
+def in_batches(denoiser: Callable[..., Tensor], labels: Tensor | None, size: int) -> Denoiser:
+    """Return a denoiser that calls another one with `size` rows at a time.
+
+    Args:
+        denoiser: called as ``denoiser(x, sigma)``, or with the rows of `labels` behind them.
+        labels: as many rows as x will have, or None.
+        size: rows at a time.
+    """
+
+    @torch.no_grad()
+    def denoise(x: Tensor, sigma: Tensor, /) -> Tensor:
+        parts = []
+        for i in range(0, len(x), size):
+            part = slice(i, i + size)
+            given = () if labels is None else (labels[part],)
+            parts.append(denoiser(x[part], sigma, *given).to(x.dtype))
+        return torch.cat(parts)
 
     return denoise

@@ -1,10 +1,14 @@
-"""Weights of multistep methods, on the host, in float64."""
+"""Weights of multistep methods, on the host, in float64.
+
+`lagrange_integrals` are those of polynomial interpolation, `modal_weights` those fitted to Gaussian
+modes.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -15,11 +19,11 @@ def lagrange_integrals(
     end: float,
     density: Callable[[float], float] | None = None,
 ) -> list[float]:
-    """What the values at `nodes` weigh in the integral over [begin, end] of their interpolant.
+    """Return the weights of the values at `nodes` in the integral of their interpolant.
 
-    The integrals of the Lagrange basis polynomials (1 at their own node, 0 at the others),
-    times a density if one is given. With the last few noise levels as nodes and the next step as
-    interval these are the Adams-Bashforth weights for that spacing.
+    These are the integrals over [begin, end] of the Lagrange basis polynomials (1 at their own
+    node, 0 at the others), times a density if one is given. With the last few noise levels as nodes
+    and the next step as interval they are the Adams-Bashforth weights for that spacing.
 
     Args:
         nodes: distinct places, at most 8.
@@ -56,8 +60,23 @@ spaced log s. The one constant in it; 0 to 0.5 fit the tree and the shipped mode
 well (docs/accuracy.md)."""
 
 
+ALL_NOISE = 100.0
+"""Above this noise level every mode that data has is small against the noise, and the denoiser does
+not answer a displacement. EDM's noise levels end below it; flow matching begins above."""
+
+PRIOR_RESPONSE = 0.5
+"""Response of a denoiser that was not measured: the mean over modes of all sizes."""
+
+
+def prior_response(sigma: float) -> float:
+    """Return how a denoiser answers a displacement at `sigma`, where that was not measured."""
+    return 0.0 if sigma > ALL_NOISE else PRIOR_RESPONSE
+
+
 def modal_weights(nodes: Sequence[float], sigma: float, sigma_next: float) -> list[float]:
-    """What denoised images at the noise levels `nodes` weigh in a step, fitted to Gaussian modes.
+    """Return the weights of denoised images at the noise levels `nodes` in a step.
+
+    They are fitted to Gaussian modes.
 
     Along a solution of the ODE, data of standard deviation s has x = m + z e(sigma) and
     D = m + z s^2 / e(sigma) with e(sigma) = sqrt(s^2 + sigma^2). The weights of
@@ -65,14 +84,26 @@ def modal_weights(nodes: Sequence[float], sigma: float, sigma_next: float) -> li
     to 1 - r), and have the least mean squared error over modes of all sizes s, log s spread
     evenly and weighed by `MODE_DENSITY`. They depend on the ratios of the noise levels alone.
 
+    A step that begins above `ALL_NOISE` is an exception: modes of all sizes would be mostly modes
+    that no data has. D of those that it has goes as 1 / sigma there, in which the step's integral
+    is exact by the trapezoid.
+
     Args:
         nodes: distinct noise levels above 0; `sigma` itself first, or, to correct a step,
             `sigma_next` first and `sigma` second.
         sigma, sigma_next: the step.
     """
+    return list(_modal_weights(tuple(nodes), sigma, sigma_next))
+
+
+@lru_cache(maxsize=4096)
+def _modal_weights(nodes: tuple[float, ...], sigma: float, sigma_next: float) -> tuple[float, ...]:
     r = sigma_next / sigma
+    if sigma > ALL_NOISE:
+        whole = [(1 - r) / 2, (1 - r) / 2] if nodes[0] == sigma_next else [1 - r]
+        return (*whole, *[0.0] * (len(nodes) - len(whole)))
     if len(nodes) == 1:
-        return [1 - r]
+        return (1 - r,)
     # Beyond a thousandth and a thousand times sigma the modes say next to nothing: D is 0, or x.
     s = torch.logspace(-3, 3, 121, dtype=torch.float64) * sigma
 
@@ -100,4 +131,4 @@ def modal_weights(nodes: Sequence[float], sigma: float, sigma_next: float) -> li
     size = columns.norm(dim=0)
     solved = torch.linalg.lstsq(columns / size, wanted[:, None]).solution[:, 0] / size
     later: list[float] = solved.tolist()
-    return [1 - r - sum(later), *later]
+    return (1 - r - sum(later), *later)

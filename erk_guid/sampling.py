@@ -1,34 +1,33 @@
-"""The sampling loop: noise levels x step x guidance; and EDM2's sampler as a front to it."""
+"""The sampling loop: noise levels, a solver's steps, guidance."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from erk_guid.auto import improve
-from erk_guid.churn import Churn, refuse_in_flow
-from erk_guid.denoisers import Denoiser, combined
-from erk_guid.guidance import GATES, Guidance, guide, measure
-from erk_guid.schedules import edm_sigmas, make_sigmas
+from erk_guid.churn import Churn
+from erk_guid.denoisers import Denoiser
+from erk_guid.guidance import ERKGuidance, Guidance, Guided
+from erk_guid.processes import VE, InSigma, Process, in_sigma
 from erk_guid.solvers import (
+    AnalyticFirst,
+    Memory,
     Solver,
-    check_guidance,
-    check_solver,
-    churned_solvers,
+    check_levels,
     make_solver,
+    name_of,
+    names_of_solvers,
 )
-from erk_guid.steps import AnalyticFirst, EulerStep, Step
 
 
 @dataclass(frozen=True)
 class StepInfo:
     """What a callback is told after each step. Tensors are the sampler's own: do not edit.
+
+    With a process, x and sigma are the process's own (sigma is a time), stiffness is per unit of
+    noise over signal.
 
     Attributes:
         step: number of the step, from 0.
@@ -40,10 +39,11 @@ class StepInfo:
         denoised: D(x_before; sigma_hat); of a predictor-corrector (unipc, modal) the value it keeps
             for x_before, which was made at the predicted point.
         stiffness: rho per sample, [N], unit 1/sigma; None at steps without an embedded pair.
-        gate: per sample, [N] bool, whether rho (or h rho) exceeds w_con; None likewise.
+        gate: per sample, [N] bool, whether rho (or h rho) exceeds w_con; None without a pair, and
+            in the parameter-free form, which has no gate.
         correction_size: Euclidean norm of the correction per sample, [N]; None at steps without
             one.
-        evaluations: calls of the denoiser so far, this step's included.
+        nfe: calls of the denoiser so far, this step's included.
     """
 
     step: int
@@ -57,7 +57,7 @@ class StepInfo:
     stiffness: Tensor | None
     gate: Tensor | None
     correction_size: Tensor | None
-    evaluations: int
+    nfe: int
 
 
 Callback = Callable[[StepInfo], None]
@@ -68,19 +68,12 @@ def sample(
     x: Tensor,
     sigmas: Tensor,
     *,
-    solver: str | Solver | Step = "heun",
+    solver: str | Solver = "heun",
     guidance: Guidance | None = None,
+    process: Process | None = None,
     callback: Callback | None = None,
     churn: Churn | None = None,
     afs: bool = False,
-    order: int | None = None,
-    r: float | None = None,
-    deis_mode: str | None = None,
-    predict_x0: bool | None = None,
-    variant: str | None = None,
-    lower_order_final: bool | None = None,
-    threshold: bool | None = None,
-    flow: bool | None = None,
 ) -> Tensor:
     """Integrate the probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma.
 
@@ -91,27 +84,19 @@ def sample(
             device.
         sigmas: noise levels, [M >= 2], strictly decreasing. A trailing 0 is reached by an
             Euler step; without one the sampler stops at the last level.
-        solver: "heun", "euler", "dpm2", "deis", "ipndm", "ipndm_v", "dpmpp", "unipc", "res" or
-            "modal"; or a solver with its options (`erk_guid.solvers`), or one step
-            (`erk_guid.Step`) that is taken again and again.
-        guidance: ERK guidance, or None for the plain solver. With ``w_stiff=0`` the result is
-            that of the plain solver, bit for bit. Costs no evaluation of the denoiser.
+        solver: a solver with its options (`erk_guid.solvers`), or a name for one with its
+            defaults: "heun", "euler", "dpm2", "deis", "ipndm", "ipndm_v", "dpmpp", "unipc", "res",
+            "modal".
+        guidance: `ERKGuidance` (the paper), `ParameterFreeGuidance`, or None for the plain solver.
+            Costs no evaluation of the denoiser. With ``ERKGuidance(w_stiff=0)`` the result is that
+            of the plain solver, bit for bit.
+        process: what x is, see `erk_guid.processes`; None for EDM's x = clean + sigma noise. With
+            another process `sigmas` are its times, and x, the result and what the denoiser and
+            the callback see are as the process has them.
         callback: called with a `StepInfo` after each step.
         churn: noise to add before steps (euler, heun and dpm2 without guidance), see `Churn`.
         afs: analytical first step: at the first noise level the drift is taken to be
             x / sqrt(1 + sigma^2), which saves an evaluation.
-        order: evaluations combined in a step (deis, ipndm, ipndm_v, unipc, res, modal: 1 to 4,
-            dpmpp: 1 to 3), known elsewhere as max_order.
-        r: where dpm2 puts its midpoint, sigma_next^r sigma^(1 - r).
-        deis_mode: "tab", "rhoab" or "log".
-        predict_x0: whether dpmpp and unipc combine denoised images, or noise.
-        variant: unipc's "bh1" or "bh2".
-        lower_order_final: whether dpmpp and unipc lower the order near the end.
-        threshold: whether dpmpp and unipc limit denoised images to the range of most pixels.
-        flow: heun and modal: whether the denoiser is a flow-matching one, x being (1 - t) clean
-            + t noise, and `sigmas` the times t from 1 down; see `erk_guid.flow`.
-            An option that is None is left at the solver's own default; the solver's class in
-            `erk_guid.solvers` says which that is.
 
     Returns:
         x at ``sigmas[-1]``. A Heun run over N levels and a trailing 0 takes 2 N - 1 evaluations.
@@ -120,229 +105,137 @@ def sample(
     (networks from `erk_guid.load` do not ask for any).
 
     Raises:
-        ValueError: unusable sigmas, an unknown solver, an option that it does not have, guidance
-            for a solver without a pair, churn with guidance or for a solver with a memory, a
-            denoiser that returns another shape or edits its x.
-        TypeError: `guidance` is not a `Guidance`, or `solver` lacks a part of its protocol.
+        ValueError: unusable sigmas, an unknown solver, guidance for a solver without what it
+            needs, churn with guidance or for a solver with a memory, a denoiser that returns
+            another shape or edits its x.
+        TypeError: `guidance` or `solver` is something else.
     """
     if guidance is not None and not isinstance(guidance, Guidance):
         raise TypeError(
-            f"guidance must be an erk_guid.Guidance, e.g. Guidance(w_stiff=0.5), got "
-            f"{guidance!r}; for classifier-free guidance or autoguidance with a strength, wrap "
-            "the denoisers: ModelGuidance(main, guide, strength)"
+            f"guidance must be an erk_guid.ERKGuidance or another guidance object, e.g. "
+            f"ERKGuidance(w_stiff=0.5), got {guidance!r}; for classifier-free guidance or "
+            "autoguidance with a strength, wrap the denoisers: ModelGuidance(main, guide, strength)"
         )
-    options = {
-        "order": order, "r": r, "deis_mode": deis_mode, "predict_x0": predict_x0,
-        "variant": variant, "lower_order_final": lower_order_final, "threshold": threshold,
-        "flow": flow,
-    }  # fmt: skip
-    if isinstance(solver, str):
-        solver = make_solver(solver, **options)
-    elif given := [name for name, value in options.items() if value is not None]:
-        raise ValueError(f"{given[0]} is set where the solver is made, not beside a solver object")
-    check_solver(solver)
+    solver = as_solver(solver)
     if guidance is not None:
-        check_guidance(guidance, solver, type(solver).__name__)
-    if churn is not None and churn.active:
+        guidance.check(solver)
+    if churn is not None:
         check_churn(churn, solver, guidance)
+    if not isinstance(sigmas, Tensor):
+        raise ValueError(
+            f"sigmas must be a 1-D tensor of at least two noise levels, got {type(sigmas).__name__}"
+        )
     if not x.is_floating_point() or x.ndim < 2:
         raise ValueError(f"x must be a floating tensor [N, ...], got {x.dtype} {list(x.shape)}")
+    if process is not None and not isinstance(process, VE):
+        problem = in_sigma(denoiser, x, sigmas, process)
+        end = sample(
+            problem.denoiser, problem.x, problem.sigmas,
+            solver=solver, guidance=guidance, churn=churn, afs=afs,
+            callback=None if callback is None else _restating(callback, problem, sigmas.tolist()),
+        )  # fmt: skip
+        return problem.restored(end, float(problem.sigmas[-1])).to(x.dtype)
     # One look at the noise levels from the host; after this the loop never waits for the device.
     levels = check_levels(sigmas)
-    sigmas = sigmas.to(device=x.device, dtype=x.dtype, copy=True)
-    guidance = guidance or Guidance()
+    steps = solver.plan(levels)
+    if guidance is not None and not guidance.active and callback is None:
+        guidance = None
+    elif guidance is None and callback is not None:
+        guidance = ERKGuidance(w_stiff=0)  # measures, and corrects nothing
 
-    state: Any = None
-    evaluations = 0
-    steps = plan_steps(solver, levels)
-    for i, (level, level_next) in enumerate(pairwise(levels)):
-        sigma, sigma_next, step, level_hat = sigmas[i], sigmas[i + 1], steps[i], level
-        gamma = churn.gamma(level, len(steps), x.dtype) if churn is not None else None
+    memory: Memory | None = None
+    nfe = 0
+    for i, step in enumerate(steps):
+        sigma_hat = step.sigma
+        gamma = churn.gamma(step.sigma, len(steps), x.dtype) if churn is not None else None
         if churn is not None and gamma is not None:
-            x, sigma = churn.add(x, sigma, gamma)
-            level_hat = level + gamma * level
-            step = plan_steps(solver, [level_hat, level_next])[0]
+            x, sigma_hat = churn.add(x, step.sigma, gamma)
+            step = solver.plan([sigma_hat, step.sigma_next])[0]
         analytic = afs and i == 0
-        where = AnalyticFirst(denoiser, sigma) if analytic else denoiser
-        result, state = step(where, x, sigma, sigma_next, state)
-        evaluations += result.evaluations - analytic
-        x_before, x, measured = x, result.x, None
-        size: Tensor | None = None
-        if guidance.blends and result.embedded is not None:
-            x, size = improve(x, result.embedded)
-        elif result.pair is not None and guidance.active:
-            limit = result.spread() if guidance.bound is not None and result.spread else None
-            x, measured = guide(x, result.pair, guidance, limit)
+        where = AnalyticFirst(denoiser, sigma_hat) if analytic else denoiser
+        result, memory = step(where, x, memory)
+        nfe += result.nfe - analytic
+        guided = Guided(result.x) if guidance is None else guidance(result)
+        x_before, x = x, guided.x
         if callback is not None:
-            if result.pair is not None and measured is None:
-                measured = measure(result.pair, replace(guidance, bound=None))
-            if size is None and measured is not None:
-                size = measured.size
             callback(
                 StepInfo(
                     step=i,
-                    num_steps=len(levels) - 1,
-                    sigma=level,
-                    sigma_next=level_next,
-                    sigma_hat=level_hat,
+                    num_steps=len(steps),
+                    sigma=levels[i],
+                    sigma_next=step.sigma_next,
+                    sigma_hat=sigma_hat,
                     x_before=x_before,
                     x=x,
                     denoised=result.denoised,
-                    stiffness=measured.stiffness if measured else None,
-                    gate=measured.gate if measured else None,
-                    correction_size=size,
-                    evaluations=evaluations,
+                    stiffness=guided.stiffness,
+                    gate=guided.gate,
+                    correction_size=guided.size,
+                    nfe=nfe,
                 )
             )
-        # What the next step needs is in its state; the rest should not live through it.
-        del result, measured, size, x_before
+        # What the next step needs is in the memory; the rest should not live through it.
+        del result, guided, x_before
     return x
 
 
-def check_churn(churn: Churn, solver: Any, guidance: Guidance | None) -> None:
+def as_solver(solver: str | Solver) -> Solver:
+    """Return the solver that a name stands for, or the solver itself.
+
+    Raises:
+        ValueError: there is no solver of that name.
+        TypeError: it is neither a name nor a solver.
+    """
+    if isinstance(solver, str):
+        return make_solver(solver)
+    if isinstance(solver, type):
+        raise TypeError(f"solver is the class {solver.__name__}; make one: {solver.__name__}()")
+    if not isinstance(solver, Solver):
+        raise TypeError(
+            f"solver must be a name or an erk_guid.solvers.Solver, got {type(solver).__name__}"
+        )
+    return solver
+
+
+def _restating(callback: Callback, problem: InSigma, times: list[float]) -> Callback:
+    """Return a callback for the problem in sigma that tells `callback` of it in the process."""
+
+    def restate(info: StepInfo) -> None:
+        size = info.correction_size
+        end = float(problem.sigmas[info.step + 1])
+        moved = info.sigma_hat != info.sigma
+        callback(
+            replace(
+                info,
+                sigma=times[info.step],
+                sigma_next=times[info.step + 1],
+                sigma_hat=problem.process.time(info.sigma_hat) if moved else times[info.step],
+                x_before=problem.restored(info.x_before, info.sigma_hat),
+                x=problem.restored(info.x, end),
+                correction_size=None if size is None else problem.restored(size, end),
+            )
+        )
+
+    return restate
+
+
+def check_churn(churn: Churn, solver: Solver, guidance: Guidance | None) -> None:
     """Refuse added noise where something remembers what was before it.
 
     Raises:
         ValueError: with guidance, or a solver with a memory.
     """
+    if not churn.active:
+        return
     if guidance is not None and guidance.active:
         raise ValueError(
             f"S_churn must be 0 with ERK guidance, got {churn.S_churn}: guidance compares two "
             "solutions at one noise level, and churn moves one of them to another; leave one of "
             "the two out (w_stiff=0 is the solver without guidance)"
         )
-    if getattr(solver, "flow", False):
-        refuse_in_flow(churn.S_churn)
-    if not getattr(solver, "one_step", False):
+    if not solver.one_step:
         raise ValueError(
-            f"S_churn must be 0 with {type(solver).__name__}, got {churn.S_churn}: it remembers "
-            "evaluations at points that the added noise leaves; solvers that churn goes with: "
-            f"{', '.join(churned_solvers())}"
+            f"S_churn must be 0 with the solver {name_of(solver)!r}, got {churn.S_churn}: it "
+            "remembers evaluations at points that the added noise leaves; solvers that churn goes "
+            f"with: {', '.join(names_of_solvers(one_step=True))}"
         )
-
-
-def plan_steps(solver: Solver | Step, levels: list[float]) -> list[Step]:
-    """A step for each interval; the one to 0, if there is one, is Euler's."""
-    positive = [level for level in levels if level > 0]
-    again = len(positive) - 1
-    steps = solver.plan(positive) if isinstance(solver, Solver) else [solver] * again
-    return [*steps] if levels[-1] > 0 else [*steps, EulerStep()]
-
-
-def check_levels(sigmas: Tensor) -> list[float]:
-    """The noise levels as numbers.
-
-    Raises:
-        ValueError: they are not falling, finite and 0 or more.
-    """
-    if not isinstance(sigmas, Tensor) or sigmas.ndim != 1 or len(sigmas) < 2:
-        shape = list(sigmas.shape) if isinstance(sigmas, Tensor) else type(sigmas).__name__
-        raise ValueError(f"sigmas must be a 1-D tensor of at least two noise levels, got {shape}")
-    levels: list[float] = sigmas.tolist()
-    for i, level in enumerate(levels):
-        if not math.isfinite(level) or level < 0:
-            raise ValueError(f"sigmas[{i}] is {level}; noise levels are finite and not negative")
-        if i and level >= levels[i - 1]:
-            raise ValueError(
-                f"sigmas must fall strictly, but sigmas[{i}] = {level} follows {levels[i - 1]}"
-            )
-    return levels
-
-
-def edm_sampler(
-    net: Callable[..., Tensor],
-    noise: Tensor,
-    labels: Tensor | None = None,
-    gnet: Callable[..., Tensor] | None = None,
-    num_steps: int = 32,
-    sigma_min: float = 0.002,
-    sigma_max: float = 80,
-    rho: float = 7,
-    guidance: float = 1,
-    S_churn: float = 0,
-    S_min: float = 0,
-    S_max: float = float("inf"),
-    S_noise: float = 1,
-    dtype: torch.dtype = torch.float32,
-    randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
-    w_stiff: float | str = 0.0,
-    w_con: float = 0.0,
-    *,
-    solver: str | Solver | Step = "heun",
-    callback: Callback | None = None,
-    schedule: str | Sequence[float] = "polynomial",
-    denoise_to_zero: bool = True,
-    afs: bool = False,
-    order: int | None = None,
-    r: float | None = None,
-    deis_mode: str | None = None,
-    predict_x0: bool | None = None,
-    variant: str | None = None,
-    lower_order_final: bool | None = None,
-    threshold: bool | None = None,
-    bound: float | None = None,
-    gate: str = GATES[0],
-) -> Tensor:
-    """EDM2's sampler with ERK guidance, under EDM2's own signature.
-
-    Drops into an EDM2 checkout as its ``sampler_fn``. A thin front to `sample`: the keyword-only
-    arguments are the ones EDM2 does not know, besides `w_stiff` and `w_con`.
-
-    Args:
-        net: called as ``net(x, sigma, labels)``.
-        noise: unit-variance noise [N, C, H, W].
-        labels: one-hot rows [N, label_dim], or None.
-        gnet: guiding network, called likewise; needed when `guidance` is not 1.
-        num_steps, sigma_min, sigma_max, rho: see `karras_sigmas`.
-        guidance: strength of *model* guidance (CFG, autoguidance), see `ModelGuidance`; with 1
-            the guiding network is not run.
-        S_churn, S_min, S_max, S_noise, randn_like: noise added before steps, see `Churn`; only
-            where nothing guides (w_stiff 0), and with a solver of one step (heun, euler, dpm2).
-        dtype: the loop runs in it, and the noise levels are computed in it (`edm_sigmas`), so that
-            results are EDM2's own; the networks' output is cast to it.
-        w_stiff: strength of ERK guidance, or "auto" for the parameter-free form. As in the
-            published function only the square counts, so a sign changes nothing.
-        w_con: stiffness above which it acts. The published function's default is 0, that of the
-            command lines, here and there, 0.5. A negative value opens the gate, as 0 does.
-        bound, gate: see `Guidance`.
-        schedule: how the noise levels are spaced, see `make_sigmas`; or the levels themselves,
-            falling to above 0, which then `num_steps` and the range have no part in.
-        denoise_to_zero: end with an Euler step to sigma = 0; False stops at the last level.
-
-    The other arguments are those of `sample`.
-
-    Returns:
-        The samples, like noise, in `dtype`.
-
-    Raises:
-        ValueError: a value out of range, or model guidance without `gnet`.
-    """
-    churn = Churn(S_churn, S_min, S_max, S_noise, randn_like)
-    if isinstance(w_stiff, str):
-        erk = Guidance.of(w_stiff, w_con or None, bound, gate)
-    else:
-        erk = Guidance(abs(w_stiff), max(w_con, 0.0), bound=bound, gate=gate)
-    denoise = combined(net, gnet, guidance)
-    if isinstance(schedule, str) and schedule == "polynomial":
-        sigmas = edm_sigmas(num_steps, sigma_min, sigma_max, rho, dtype=dtype, device=noise.device)
-    elif isinstance(schedule, str):
-        sigmas = make_sigmas(schedule, num_steps, sigma_min, sigma_max, rho)
-    else:
-        sigmas = torch.tensor([*schedule, 0.0], dtype=torch.float64)
-    return sample(
-        lambda x, sigma: denoise(x, sigma, labels),
-        noise.to(dtype) * sigmas[0].to(device=noise.device, dtype=dtype),
-        sigmas if denoise_to_zero else sigmas[:-1],
-        solver=solver,
-        guidance=erk,
-        callback=callback,
-        churn=churn,
-        afs=afs,
-        order=order,
-        r=r,
-        deis_mode=deis_mode,
-        predict_x0=predict_x0,
-        variant=variant,
-        lower_order_final=lower_order_final,
-        threshold=threshold,
-    )

@@ -127,9 +127,9 @@ def vp_sigma(time: float, betas: tuple[float, float] | None = None) -> float:
     return math.sqrt(math.expm1(beta_d * time**2 / 2 + beta_min * time))
 
 
-def vp_time(sigma: float) -> float:
+def vp_time(sigma: float, betas: tuple[float, float] | None = None) -> float:
     """The time at which `vp_sigma` reaches a noise level."""
-    beta_d, beta_min = vp_betas()
+    beta_d, beta_min = betas or vp_betas()
     exponent = math.log1p(sigma**2)
     # The root that vanishes with sigma, without subtracting nearly equal numbers.
     return 2 * exponent / (math.sqrt(beta_min**2 + 2 * beta_d * exponent) + beta_min)

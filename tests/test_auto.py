@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,21 @@ from PIL import Image
 from test_solvers import BEGIN, END, carried, denoise
 
 import erk_guid
-from erk_guid.auto import LARGEST_RESPONSE, Answer, blend_weight, response_in_step
 from erk_guid.cli.generate import generate_command
-from erk_guid.guidance import Guidance, Pair
+from erk_guid.guidance import (
+    ERKGuidance,
+    Guidance,
+    ParameterFreeGuidance,
+    make_guidance,
+    settings_of,
+)
+from erk_guid.guidance.gaussian import LARGEST_RESPONSE, blend_weight, response_in_step
 from erk_guid.mixtures import tree_mixture
 from erk_guid.quadrature import MODE_DENSITY, lagrange_integrals, modal_weights
 from erk_guid.schedules import logsnr_sigmas
+from erk_guid.solvers import Evaluation, Pair, StepResult, make_solver
 
-AUTO = erk_guid.Guidance.auto()
+AUTO = ParameterFreeGuidance()
 
 
 def factors(mu: float, r: float) -> tuple[float, float, float]:
@@ -38,7 +46,7 @@ def factors(mu: float, r: float) -> tuple[float, float, float]:
 @pytest.mark.parametrize("mu", [0.05, 0.3, 0.7, 0.95])
 def test_the_weight_is_the_textbooks_quotient_without_its_cancellation(mu: float, r: float) -> None:
     exact, euler, heun = factors(mu, r)
-    weight = blend_weight(torch.tensor([mu]).double(), torch.tensor(r).double())
+    weight = blend_weight(torch.tensor([mu]).double(), r)
     assert float(weight) == pytest.approx((exact - euler) / (heun - euler), rel=1e-6)
 
 
@@ -46,11 +54,11 @@ def test_the_weight_rises_from_the_ratio_to_one() -> None:
     # So the blend lies between the two solutions: it cannot run away, whatever mu was measured.
     mu = torch.linspace(0, 1, 1001, dtype=torch.float64)
     for r in (0.001, 0.03, 0.5, 0.99):
-        weight = blend_weight(mu, torch.tensor(r).double())
+        weight = blend_weight(mu, r)
         assert weight[0] == pytest.approx(r)
         assert weight[-1] == pytest.approx(1)
         assert (weight.diff() > 0).all()
-        middle = blend_weight(mu, torch.tensor(r).double(), torch.tensor(r**0.5).double(), 1.0)
+        middle = blend_weight(mu, r, r**0.5, 1.0)
         assert (middle > 0).all()
         assert (middle <= 1 + 1e-12).all()
 
@@ -83,7 +91,9 @@ def errors_on_a_gaussian(solver: str, std: float, **options: Any) -> tuple[float
     sigmas = erk_guid.karras_sigmas(5)[:-1]
     exact = centre + (x - centre) * math.sqrt((std**2 + 0.002**2) / (std**2 + 80**2))
     found = [
-        erk_guid.sample(gaussian, x, sigmas, solver=solver, guidance=guidance, **options)
+        erk_guid.sample(
+            gaussian, x, sigmas, solver=make_solver(solver, **options), guidance=guidance
+        )
         for guidance in (AUTO, None)
     ]
     error, before = (float((y - exact).norm() / (x - centre).norm()) for y in found)
@@ -91,7 +101,7 @@ def errors_on_a_gaussian(solver: str, std: float, **options: Any) -> tuple[float
 
 
 def test_the_response_inside_a_step_is_that_of_the_mode() -> None:
-    std, node = 0.3, torch.tensor(0.4).double()
+    std, node = 0.3, 0.4
     mu = std**2 / (std**2 + 0.8**2)
     x = torch.randn(5, 7, dtype=torch.float64)
 
@@ -112,11 +122,29 @@ def test_the_response_inside_a_step_is_that_of_the_mode() -> None:
 def an_answer(generator: torch.Generator, dd: torch.Tensor | None = None) -> tuple[Any, ...]:
     """A Heun step with made-up drifts, and a pair with the given answer of the denoiser."""
     x, f, f_low, dx = torch.randn(4, 3, 6, dtype=torch.float64, generator=generator)
-    sigma, sigma_next, w = torch.tensor(0.9).double(), torch.tensor(0.4).double(), 0.31
+    sigma, sigma_next = 0.9, 0.4
     dd = 0.7 * dx if dd is None else dd
     pair = Pair(x, x - dx, f, f - (dx - dd) / sigma, 0.5)
     x_low = x + (sigma_next - sigma) * f
-    return Answer(x_low, f, f_low, sigma, sigma_next, w, pair), dx, dd, w
+    w = modal_weights([sigma_next, sigma], sigma, sigma_next)[0]
+    return heun_result(x, f, x_low, f_low, sigma, sigma_next, pair), dx, dd, w
+
+
+def heun_result(
+    x: torch.Tensor,
+    f: torch.Tensor,
+    x_low: torch.Tensor,
+    f_low: torch.Tensor,
+    sigma: float,
+    sigma_next: float,
+    pair: Pair | None,
+) -> StepResult:
+    stages = (
+        Evaluation(x, sigma, x - sigma * f, f),
+        Evaluation(x_low, sigma_next, x_low - sigma_next * f_low, f_low),
+    )
+    high = x + (sigma_next - sigma) * (f + f_low) / 2
+    return StepResult(high, sigma, sigma_next, stages, 2, (0.5, 0.5), pair)
 
 
 def test_the_answer_is_the_series_of_its_jacobian() -> None:
@@ -125,7 +153,7 @@ def test_the_answer_is_the_series_of_its_jacobian() -> None:
     generator = torch.Generator().manual_seed(3)
     wanted = 0.8 * torch.randn(3, 6, dtype=torch.float64, generator=generator)
     answer, dx, dd, w = an_answer(generator, wanted)
-    found = answer.solution()
+    found = AUTO(answer).x
     for n in range(3):
         measured = float(dd[n].norm() / dx[n].norm())
         mu, r = min(measured, 1.0), 0.4 / 0.9
@@ -134,9 +162,10 @@ def test_the_answer_is_the_series_of_its_jacobian() -> None:
         jacobian = mu_next * torch.eye(6).double() + torch.outer(
             gain * dd[n] - mu_next * dx[n], dx[n]
         ) / dx[n].dot(dx[n])
-        change = w * 0.4 * (answer.f - answer.f_low)[n]
+        first, second = answer.stages
+        change = w * 0.4 * (first.drift - second.drift)[n]
         series = torch.eye(6).double() + w * jacobian + w**2 * jacobian @ jacobian
-        torch.testing.assert_close(found[n], answer.x_low[n] + series @ change)
+        torch.testing.assert_close(found[n], second.x[n] + series @ change)
 
 
 def test_an_answer_cannot_run_away() -> None:
@@ -148,10 +177,11 @@ def test_an_answer_cannot_run_away() -> None:
             wanted = torch.randn(3, 6, dtype=torch.float64, generator=generator)
             answer, dx, _, w = an_answer(generator)
             dd = answered * size * wanted
-            f_low = answer.f - (size * dx - dd) / answer.sigma
-            pair = Pair(answer.pair.x_high, answer.pair.x_high - size * dx, answer.f, f_low, 0.5)
-            moved = answer._replace(pair=pair).solution() - answer.x_low
-            change = w * 0.4 * (answer.f - answer.f_low)
+            first, second = answer.stages
+            f_low = first.drift - (size * dx - dd) / answer.sigma
+            pair = Pair(first.x, first.x - size * dx, first.drift, f_low, 0.5)
+            moved = AUTO(replace(answer, pair=pair)).x - second.x
+            change = w * 0.4 * (first.drift - second.drift)
             largest = w * (2 + LARGEST_RESPONSE)
             assert moved.isfinite().all(), (size, answered)
             bound = (1 + largest + largest**2) * change.norm(dim=1)
@@ -267,10 +297,10 @@ def test_the_published_form_on_the_tree(steps: int) -> None:
         sigmas = erk_guid.karras_sigmas(steps, sigma_max=5)
         return (erk_guid.sample(tree, start, sigmas, guidance=guidance) - end).norm(dim=1)
 
-    plain = errors(Guidance())
+    plain = errors(ERKGuidance())
     settings = ((0.408, 0.0), (0.5, 0.5), (1.0, 0.5), (2.0, 0.5))
     for (w_stiff, w_con), expected in zip(settings, TABLE_ONE[steps], strict=True):
-        assert_ratio(errors(Guidance(w_stiff, w_con)), plain, expected, 400)
+        assert_ratio(errors(ERKGuidance(w_stiff, w_con)), plain, expected, 400)
 
 
 def blended(denoiser: Any, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
@@ -299,7 +329,7 @@ def test_the_blend_and_the_published_form_beside_it(name: str) -> None:
         sigmas = erk_guid.karras_sigmas(levels, sigma_max=5 if name == "tree5" else 80)[:-1]
         plain, guided = (
             (erk_guid.sample(denoiser, start, sigmas, guidance=g) - end).norm(dim=1)
-            for g in (None, Guidance(0.5, 0.5))
+            for g in (None, ERKGuidance(0.5, 0.5))
         )
         assert_ratio(guided, plain, published, 150)
         found = (blended(denoiser, start, sigmas) - end).norm(dim=1)
@@ -349,7 +379,7 @@ def test_it_costs_no_evaluation_and_runs_in_float32() -> None:
         lambda x, s: torch.tanh(x / (1 + s * s)), x, erk_guid.karras_sigmas(6),
         guidance=AUTO, callback=infos.append,
     )  # fmt: skip
-    assert infos[-1].evaluations == 11
+    assert infos[-1].nfe == 11
     # Every step but the Euler step to 0 is blended, the first one too.
     sizes = [info.correction_size for info in infos]
     assert all(s is not None and s.shape == (3,) and (s > 0).all() for s in sizes[:-1])
@@ -370,34 +400,43 @@ def test_who_has_no_such_form_says_so() -> None:
     for solver in ("euler", "deis", "ipndm", "ipndm_v", "dpmpp", "unipc", "modal"):
         with pytest.raises(ValueError, match=r"no parameter-free form; .* have one: dpm2, heun"):
             erk_guid.sample(lambda x, s: x, x, sigmas, solver=solver, guidance=AUTO)
-    with pytest.raises(ValueError, match="form must be 'published' or 'auto'"):
-        erk_guid.Guidance(form="best")
     with pytest.raises(ValueError, match="w_stiff must be a number or 'auto', got 'much'"):
-        erk_guid.Guidance.of("much", 0.5)
+        make_guidance("much", w_con=0.5)
 
 
-def test_a_pair_that_says_nothing_leaves_the_prior() -> None:
-    # Catches: the module's own constant in place of the answer's prior.
+@pytest.mark.parametrize("sigma", [2.0, 300.0])
+def test_a_pair_that_says_nothing_leaves_the_prior(sigma: float) -> None:
+    # Catches: one prior in the step without a pair, another in the pair's formula.
     x, x_low, f, f_low = torch.randn(4, 3, 5, dtype=torch.float64)
-    sigma, sigma_next = torch.tensor([2.0, 1.0], dtype=torch.float64)
-    same = Pair(x, x, f, f, 1.0)
-    for prior in (0.0, 0.2, 0.9):
-        without, empty = (
-            Answer(x_low, f, f_low, sigma, sigma_next, 0.3, pair, prior) for pair in (None, same)
-        )
-        torch.testing.assert_close(empty.solution(), without.solution(), rtol=1e-14, atol=0)
+    without, empty = (
+        AUTO(heun_result(x, f, x_low, f_low, sigma, 0.9 * sigma, pair)).x
+        for pair in (None, Pair(x, x, f, f, 0.1 * sigma))
+    )
+    torch.testing.assert_close(empty, without, rtol=1e-14, atol=0)
 
 
-def test_the_form_takes_no_numbers_and_is_no_correction() -> None:
-    for name, value in (("w_stiff", 3), ("w_con", 0.1), ("bound", 0.2), ("gate", "step")):
-        with pytest.raises(ValueError, match=f"{name} .* has no part in the parameter-free form"):
-            Guidance(form="auto", **{name: value})
-    with pytest.raises(ValueError, match=r"w_con 0\.1 has no part"):
-        Guidance.of("auto", 0.1)
-    assert Guidance.of("auto", 0.5) == Guidance.of("auto") == AUTO
-    pair = torch.randn(4, 2, 3)
-    with pytest.raises(ValueError, match="is not a correction"):
-        erk_guid.correction(*pair, 0.5, AUTO)
+def test_settings_as_users_write_them() -> None:
+    for name, value in (("w_con", 0.1), ("bound", 0.2), ("gate", "step")):
+        with pytest.raises(ValueError, match=f"{name} .* has no part in w_stiff 'auto'"):
+            make_guidance("auto", **{name: value})
+    for given in ((0.5, {"w_con": 0.2, "bound": 0.1, "gate": "step"}), (0.5, {}), ("auto", {})):
+        guidance = make_guidance(given[0], **given[1])
+        assert make_guidance(**settings_of(guidance)) == guidance
+    assert make_guidance("auto", w_con=0.5, gate="stiffness") == make_guidance("auto") == AUTO
+    assert make_guidance(0.5) == ERKGuidance(0.5)
+    with pytest.raises(ValueError, match="no word stands for"):
+        settings_of(object())  # type: ignore[arg-type]
+
+
+def test_a_step_that_is_not_of_two_stages_is_left_alone() -> None:
+    # The last step, Euler's to 0; and the paper's form where there is no pair.
+    x = torch.randn(3, 4)
+    (step,) = make_solver("euler").plan([1.0, 0.0])
+    result, _ = step(lambda x, s: x / 2, x)
+    for guidance in (AUTO, ERKGuidance(1.0, 0.0)):
+        guided = guidance(result)
+        assert guided.x is result.x
+        assert guided.size is None
 
 
 def test_on_the_command_line(tmp_path: Path) -> None:

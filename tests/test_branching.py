@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from erk_guid import Guidance, HeunStep, correction, karras_sigmas, sample
+from erk_guid import ERKGuidance, ParameterFreeGuidance, karras_sigmas, sample
+from erk_guid.guidance import Guidance
 from erk_guid.mixtures import GaussianMixture, tree_mixture
-from erk_guid.multistep import DEIS
-from erk_guid.solvers import Heun, make_solver
+from erk_guid.solvers import DEIS, Heun, make_solver
 from erk_guid.studies.calibration.sweep import Task, distances, fine_path, step_errors
 
 SIGMAS = karras_sigmas(7, sigma_max=5.0)[:-1]
 STRENGTHS = [
-    Guidance(w_stiff, w_con, bound=bound, gate=gate)
+    ERKGuidance(w_stiff, w_con, bound=bound, gate=gate)
     for w_stiff in (0.4, 1.0)
     for w_con in (0.0, 0.7, 30.0)
     for bound, gate in ((None, "stiffness"), (0.2, "stiffness"), (None, "step"))
@@ -51,12 +51,12 @@ def test_where_every_setting_leads(solver: str) -> None:
     label, and a gate that is read once for all."""
     task, denoiser = _task()
     made = make_solver(solver)
-    settings = [Guidance(), *STRENGTHS]
-    if made.blends:
-        settings.append(Guidance.auto())
+    settings: list[Guidance] = [ERKGuidance(), *STRENGTHS]
+    if made.two_stages:
+        settings.append(ParameterFreeGuidance())
     ends = torch.randn(task.x.shape, dtype=torch.float64, generator=_seeded(1))
     found = distances(task, made.plan(SIGMAS.tolist()), settings, ends)
-    assert found.evaluations == denoiser.rows
+    assert found.nfe == denoiser.rows
     assert denoiser.largest <= task.batch
     alone = 0
     for setting, values in zip(settings, found.values, strict=True):
@@ -68,34 +68,31 @@ def test_where_every_setting_leads(solver: str) -> None:
         alone += denoiser.rows - before
         expected = (end - ends).norm(dim=1)
         torch.testing.assert_close(values, expected, rtol=1e-11, atol=0)
-    assert found.evaluations < alone / 2
+    assert found.nfe < alone / 2
 
 
 def test_settings_that_never_part_cost_one_run() -> None:
     task, denoiser = _task()
-    settings = [Guidance(), Guidance(0.5, 1e9), Guidance(1.0, 1e9, gate="step")]
+    settings = [ERKGuidance(), ERKGuidance(0.5, 1e9), ERKGuidance(1.0, 1e9, gate="step")]
     found = distances(task, Heun().plan(SIGMAS.tolist()), settings, task.x)
-    assert found.evaluations == denoiser.rows == len(task.x) * 2 * (len(SIGMAS) - 1)
+    assert found.nfe == denoiser.rows == len(task.x) * 2 * (len(SIGMAS) - 1)
     assert (found.values == found.values[0]).all()
 
 
 def test_error_of_each_step() -> None:
     """By a loop: a Heun step from the path, corrected by the companion of the one before."""
     task, denoiser = _task()
-    path = fine_path(task, 16, DEIS(order=4, mode="rhoab"))
-    settings = [Guidance(), Guidance(0.4, 0.7)]
+    path = fine_path(task, 16, DEIS(order=4, deis_mode="rhoab"))
+    settings = [ERKGuidance(), ERKGuidance(0.4, 0.7)]
     before = denoiser.rows
     found = step_errors(task, Heun().plan(SIGMAS.tolist()), settings, path)
     assert denoiser.rows - before == len(task.x) * 2 * (len(SIGMAS) - 1)
-    state = None
-    for i in range(len(SIGMAS) - 1):
-        result, state = HeunStep()(
-            lambda x, sigma: denoiser(x, sigma, task.labels), path[i], SIGMAS[i], SIGMAS[i + 1],
-            state,
-        )  # fmt: skip
+    memory = None
+    for i, step in enumerate(Heun().plan(SIGMAS)):
+        result, memory = step(lambda x, sigma: denoiser(x, sigma, task.labels), path[i], memory)
         moves = [torch.zeros_like(result.x)] * 2
         if result.pair is not None:
-            moves[1] = correction(*result.pair, settings[1])
+            moves[1] = settings[1].correction(result.pair)
         for k in range(2):
             expected = (result.x + moves[k] - path[i + 1]).norm(dim=1)
             torch.testing.assert_close(found[k, i], expected, rtol=1e-9, atol=1e-13)

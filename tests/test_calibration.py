@@ -19,7 +19,15 @@ from conftest import DATA
 from torch import Tensor
 
 import erk_guid
-from erk_guid import Guidance, calibrate, karras_sigmas, sample
+from erk_guid import (
+    ERKGuidance,
+    Guidance,
+    ParameterFreeGuidance,
+    RectifiedFlow,
+    calibrate,
+    karras_sigmas,
+    sample,
+)
 from erk_guid.cli import main
 from erk_guid.cli.calibrate import _network_options
 from erk_guid.cli.common import SeedList, compact
@@ -48,7 +56,7 @@ class Judge:
     def __init__(self, x: Tensor) -> None:
         fine = karras_sigmas(200, sigma_max=5.0)[:-1]
         self.x = x
-        self.end = sample(TREE, x, fine, solver="deis", order=4, deis_mode="rhoab")
+        self.end = sample(TREE, x, fine, solver=DEIS(4, "rhoab"))
 
     def __call__(self, guidance: Guidance, solver: str = "heun") -> Tensor:
         found = sample(TREE, self.x, SIGMAS[:-1], solver=solver, guidance=guidance)
@@ -70,11 +78,11 @@ def test_what_it_says_of_its_settings_is_so(solver: str) -> None:
 
     x = starts(40, 0)
     found = calibrate(counted, x, SIGMAS, solver=solver)
-    assert found.evaluations == calls
+    assert found.nfe == calls
     full = [trial for trial in found.trials if trial.samples == len(x)]
     assert len(full) >= 6
     error = Judge(x)
-    plain = error(Guidance(), solver)
+    plain = error(ERKGuidance(), solver)
     for trial in full:
         alone = error(trial.guidance, solver)
         # The fine solutions differ by a little.
@@ -83,7 +91,7 @@ def test_what_it_says_of_its_settings_is_so(solver: str) -> None:
     scores = [trial.score for trial in full]
     assert scores == sorted(scores)
     assert found.chosen.score in (scores[0], 1.0)
-    assert any(t.guidance.blends for t in full) == (solver != "deis")
+    assert any(t.guidance == ParameterFreeGuidance() for t in full) == (solver != "deis")
     assert found.reference_error < 0.02
     assert f"| {found.plain.error:.4g}" in found.table().replace("**", "")
 
@@ -96,11 +104,11 @@ def test_the_standard_error_is_that_of_the_ratio() -> None:
     plain = (0.5 * noise[0]).exp()
     guided = plain * (0.8 + 0.15 * noise[1])
     ratios = guided.mean(1) / plain.mean(1)
-    setting = Guidance(0.5, 0.5)
+    setting = ERKGuidance(0.5, 0.5)
     trials = search._Trials(None, (), torch.empty(0), "end")  # type: ignore[arg-type]
     spreads = []
     for k in range(len(plain)):
-        trials.values = {Guidance(): plain[k], setting: guided[k]}
+        trials.values = {ERKGuidance(): plain[k], setting: guided[k]}
         spreads.append(trials.trial(setting).ratio_error)
     assert np.mean(spreads) == pytest.approx(float(ratios.std()), rel=0.1)
 
@@ -111,7 +119,7 @@ def test_luck_and_scatter_are_charged() -> None:
     lucky = torch.where(torch.arange(50) % 10 == 0, 3.0, 0.5).double()
     task = search.Task(TREE, torch.empty(50, 1), None, SIGMAS, 8)
     trials = search._Trials(task, (), torch.empty(0), "end")
-    trials.values = {Guidance(): plain, Guidance(1.0): lucky, Guidance(0.5): 0.8 * plain}
+    trials.values = {ERKGuidance(): plain, ERKGuidance(1.0): lucky, ERKGuidance(0.5): 0.8 * plain}
     assert float(lucky.mean()) < 0.8
     # 0.8, then 0.75 + 2 * 0.107, then 1.
     assert [t.guidance.w_stiff for t in trials.all_of()] == [0.5, 1.0, 0.0]
@@ -131,7 +139,7 @@ def test_a_coarse_reference_is_refined(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "FEWEST", 8)
     task = search.Task(TREE, x, None, SIGMAS[:-1], 8)
     path, said = search._reference(task, Heun().plan(SIGMAS[:-1].tolist()), Modal())
-    true = float((path[-1] - error.end).norm(dim=1).mean() / error(Guidance()).mean())
+    true = float((path[-1] - error.end).norm(dim=1).mean() / error(ERKGuidance()).mean())
     assert said == pytest.approx(true, rel=0.5)
 
 
@@ -154,17 +162,17 @@ def test_it_beats_a_grid_on_other_points() -> None:
         return (sample(mixture, held, sigmas[:-1], guidance=guidance) - end).norm(dim=1)
 
     grid = {
-        (w_stiff, w_con): error(Guidance(w_stiff, w_con)).mean()
+        (w_stiff, w_con): error(ERKGuidance(w_stiff, w_con)).mean()
         for w_stiff in (0.2, 0.3, 0.408, 0.5, 0.6, 0.75, 0.9, 1, 1.25, 1.5, 2, 2.5)
         for w_con in (0, 0.1, 0.3, 0.5, 1, 2, 5, 20)
     }
     ours = error(found.guidance)
     best = min(grid, key=lambda setting: grid[setting])
-    apart = ours - error(Guidance(*best))
+    apart = ours - error(ERKGuidance(*best))
     tie = float(apart.std()) / len(ours) ** 0.5
     assert float(apart.mean()) <= max(0.03 * float(grid[best]), tie)
-    assert ours.mean() < error(Guidance()).mean()
-    assert found.evaluations < 96 * 256 * 14 / 20
+    assert ours.mean() < error(ERKGuidance()).mean()
+    assert found.nfe < 96 * 256 * 14 / 20
 
 
 def test_labels_go_with_their_rows() -> None:
@@ -188,27 +196,29 @@ def test_a_flow_matching_model() -> None:
         return TREE(x / (1 - t), t / (1 - t))
 
     x = torch.randn(24, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = calibrate(denoiser, x, times, solver=Heun(flow=True))
+    found = calibrate(denoiser, x, times, process=RectifiedFlow())
     end = 0.99 * sample(
         TREE, x / 0.05, karras_sigmas(200, sigma_min=0.01 / 0.99, sigma_max=19.0)[:-1],
-        solver="deis", order=4, deis_mode="rhoab",
+        solver=DEIS(4, "rhoab"),
     )  # fmt: skip
     for trial in found.trials[:4]:
-        made = sample(denoiser, x, times, flow=True, guidance=trial.guidance)
-        assert trial.error == pytest.approx(float((made - end).norm(dim=1).mean()), rel=0.02)
-    assert found.guidance == Guidance.auto()
+        made = sample(denoiser, x, times, process=RectifiedFlow(), guidance=trial.guidance)
+        # Errors are those in sigma, of x / (1 - t).
+        error = float((made - end).norm(dim=1).mean()) / 0.99
+        assert trial.error == pytest.approx(error, rel=0.02)
+    assert found.guidance == ParameterFreeGuidance()
     with pytest.raises(ValueError, match=r"times from 1 .* down to 0 .*, got 5"):
-        calibrate(TREE, x, SIGMAS, solver=Heun(flow=True))
+        calibrate(TREE, x, SIGMAS, process=RectifiedFlow())
 
 
 def test_no_guidance_where_there_is_nothing_to_gain(monkeypatch: pytest.MonkeyPatch) -> None:
     # All data at one point: the solution is a straight line, and the plain solver exact.
     point = calibrate(lambda x, sigma: torch.zeros_like(x), starts(8, 0), SIGMAS)
-    assert point.guidance == Guidance()
+    assert point.guidance == ERKGuidance()
     assert point.plain.error < 1e-12
     # And where the gain may be chance: nothing is so good as to be a million standard errors off.
     monkeypatch.setattr(search, "CERTAINTY", 1e6)
-    assert calibrate(TREE, starts(8, 0), SIGMAS).guidance == Guidance()
+    assert calibrate(TREE, starts(8, 0), SIGMAS).guidance == ERKGuidance()
 
 
 def test_the_other_objective_and_the_candidates_form() -> None:
@@ -304,7 +314,7 @@ def test_the_shipped_model_against_an_exhaustive_grid(steps: int) -> None:
 
     x, labels = drawn(SEARCHED)
     found = calibrate(net, x, sigmas, labels=labels, auto=False)
-    assert found.evaluations < 96 * 256 * (2 * steps - 2) / 20
+    assert found.nfe < 96 * 256 * (2 * steps - 2) / 20
     assert not set(seeds) & set(SEARCHED)
     ours = []
     for i in range(0, len(seeds), 32):
@@ -327,7 +337,12 @@ MADE_FOR = {"solver": "heun", "num_steps": 5, "schedule": "polynomial"}
 
 @pytest.mark.parametrize(
     "guidance",
-    [Guidance(), Guidance(0.87, 0.35), Guidance(0.5, 0.6, bound=0.2, gate="step"), Guidance.auto()],
+    [
+        ERKGuidance(),
+        ERKGuidance(0.87, 0.35),
+        ERKGuidance(0.5, 0.6, bound=0.2, gate="step"),
+        ParameterFreeGuidance(),
+    ],
 )
 def test_settings_come_back(guidance: Guidance, tmp_path: Path) -> None:
     settings = Settings(guidance, MADE_FOR, {"net": "digits"})
@@ -383,7 +398,7 @@ def images(folder: Path) -> list[bytes]:
 
 
 def test_settings_stand_for_the_options(tmp_path: Path) -> None:
-    Settings(Guidance(0.6, 0.3), MADE_FOR, {"net": "elsewhere"}).write(tmp_path / "s.json")
+    Settings(ERKGuidance(0.6, 0.3), MADE_FOR, {"net": "elsewhere"}).write(tmp_path / "s.json")
     common = ("generate", "--net=digits", "--seeds=0-1")
     done = run(*common, f"--outdir={tmp_path / 'a'}", f"--settings={tmp_path / 's.json'}")
     assert done.exit_code == 0, done.output
@@ -415,7 +430,7 @@ def test_settings_stand_for_the_options(tmp_path: Path) -> None:
 def test_settings_and_options_that_contradict_them(
     option: str, message: str, tmp_path: Path
 ) -> None:
-    Settings(Guidance(0.6, 0.3), MADE_FOR).write(tmp_path / "s.json")
+    Settings(ERKGuidance(0.6, 0.3), MADE_FOR).write(tmp_path / "s.json")
     done = run("generate", "--net=digits", f"--outdir={tmp_path / 'a'}", option,
                f"--settings={tmp_path / 's.json'}")  # fmt: skip
     assert done.exit_code == 2
@@ -478,7 +493,7 @@ def test_seeds_in_short() -> None:
 
 
 def test_deis_with_options_is_a_solver_too() -> None:
-    found = calibrate(TREE, starts(12, 0), SIGMAS, solver=DEIS(order=3, mode="rhoab"))
+    found = calibrate(TREE, starts(12, 0), SIGMAS, solver=DEIS(order=3, deis_mode="rhoab"))
     assert found.chosen.ratio <= 1
     assert replace(found.guidance, w_con=0.5).form == "published"
 

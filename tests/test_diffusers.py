@@ -13,6 +13,7 @@ from diffusers import FlowMatchHeunDiscreteScheduler, HeunDiscreteScheduler
 from diffusers.schedulers import AysSchedules
 
 import erk_guid
+from erk_guid.guidance import make_guidance
 from erk_guid.integrations.diffusers import (
     ERKGuidHeunScheduler,
     FlowMatchERKGuidHeunScheduler,
@@ -116,8 +117,7 @@ def test_guided_it_is_our_sampler(settings: dict[str, Any], prediction: str) -> 
     found = run(scheduler, network, start)
     assert network.calls == 17
     sigmas = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1::2]])
-    full = {"w_con": 0.5, "bound": None, **settings}
-    guidance = erk_guid.Guidance.of(full["w_stiff"], full["w_con"], full["bound"])
+    guidance = make_guidance(**settings)
     expected = erk_guid.sample(network.denoised, start, sigmas, guidance=guidance)
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
     plain = erk_guid.sample(network.denoised, start, sigmas)
@@ -134,7 +134,7 @@ def test_guided_flow_matching_is_our_sampler(settings: dict[str, Any]) -> None:
     found = run(scheduler, network, start)
     assert network.calls == 11
     times = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1::2]])
-    guidance = erk_guid.Guidance.auto()
+    guidance = erk_guid.ParameterFreeGuidance()
     sigmas = times / (1 - times)
     expected = erk_guid.sample(network.denoised, start / 0.05, sigmas, guidance=guidance)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
@@ -152,8 +152,7 @@ def test_published_guidance_of_flow_matching_is_our_sampler(settings: dict[str, 
         return x - t * network(x, t)
 
     times = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1::2]])
-    full = {"w_con": 0.5, "bound": None, **settings}
-    guidance = erk_guid.Guidance.of(full["w_stiff"], full["w_con"], full["bound"])
+    guidance = make_guidance(**settings)
     expected = erk_guid.sample(denoised, noise(), times, guidance=guidance)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     plain = erk_guid.sample(denoised, noise(), times)
@@ -317,7 +316,7 @@ def test_a_start_in_mid_schedule_and_a_second_run() -> None:
     start = noise() * scheduler.sigmas[6]
     first = run(scheduler, network, start, begin=6)  # 3 steps in, as image-to-image has it
     sigmas = torch.cat([scheduler.sigmas[6:7], scheduler.sigmas[7::2]])
-    auto = erk_guid.Guidance.auto()
+    auto = erk_guid.ParameterFreeGuidance()
     expected = erk_guid.sample(network.denoised, start, sigmas, guidance=auto)
     torch.testing.assert_close(first, expected, rtol=2e-4, atol=2e-4)
     scheduler.set_timesteps(8)  # as every pipeline call does
@@ -344,7 +343,7 @@ def test_noise_levels_from_elsewhere() -> None:
     found = run(scheduler, network, start)
     assert network.calls == 19
     expected = erk_guid.sample(
-        network.denoised, start, torch.tensor(ALIGNED), guidance=erk_guid.Guidance(0.5, 0.1)
+        network.denoised, start, torch.tensor(ALIGNED), guidance=erk_guid.ERKGuidance(0.5, 0.1)
     )
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
     # Timesteps do as in diffusers' own.
@@ -372,7 +371,7 @@ def test_configs_of_other_schedulers(name: str) -> None:
     ours = ERKGuidHeunScheduler.from_config(theirs.config, w_stiff=0.4)
     assert ours.config.prediction_type == "v_prediction"
     assert ours.config.beta_end == 0.01
-    assert ours.guidance == erk_guid.Guidance(0.4)
+    assert ours.guidance == erk_guid.ERKGuidance(0.4)
     assert HeunDiscreteScheduler.from_config(ours.config).config.beta_end == 0.01
 
 
@@ -380,7 +379,7 @@ def test_saved_and_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     for kind in (ERKGuidHeunScheduler, FlowMatchERKGuidHeunScheduler):
         kind(w_stiff=0.3, w_con=0.2, bound=0.5).save_pretrained(tmp_path)
         again = kind.from_pretrained(tmp_path)
-        assert again.guidance == erk_guid.Guidance(0.3, 0.2, bound=0.5)
+        assert again.guidance == erk_guid.ERKGuidance(0.3, 0.2, bound=0.5)
     flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     ours = FlowMatchERKGuidHeunScheduler.from_config(flow.config, w_stiff=0.3)
     ours.set_timesteps(sigmas=[1.0, 0.7, 0.4], mu=0.8)
@@ -453,7 +452,7 @@ def unconditional() -> Any:
     ("scheduler", "solver"),
     [
         (ERKGuidHeunScheduler(w_stiff=0, unit_variance=True), {}),
-        (ERKGuidHeunScheduler(unit_variance=True), {"guidance": erk_guid.Guidance.auto()}),
+        (ERKGuidHeunScheduler(unit_variance=True), {"guidance": erk_guid.ParameterFreeGuidance()}),
         (ModalScheduler(unit_variance=True), {"solver": "modal"}),
     ],
 )

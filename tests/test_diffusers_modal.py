@@ -19,6 +19,7 @@ from erk_guid.integrations.diffusers import (
     FlowMatchModalScheduler,
     ModalScheduler,
 )
+from erk_guid.solvers import Modal
 
 
 def run(
@@ -67,9 +68,7 @@ def test_it_is_our_sampler(order: int, prediction: str) -> None:
     start = noise() * scheduler.sigmas[0]
     found = run(scheduler, network, start)
     assert network.calls == 9
-    expected = erk_guid.sample(
-        network.denoised, start, scheduler.sigmas, solver="modal", order=order
-    )
+    expected = erk_guid.sample(network.denoised, start, scheduler.sigmas, solver=Modal(order))
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
 
 
@@ -114,7 +113,9 @@ def test_flow_matching_is_our_sampler(shift: float) -> None:
     def denoised(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return x - t * network(x, t)
 
-    expected = erk_guid.sample(denoised, noise(), scheduler.sigmas, solver="modal", flow=True)
+    expected = erk_guid.sample(
+        denoised, noise(), scheduler.sigmas, solver="modal", process=erk_guid.RectifiedFlow()
+    )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     fine = erk_guid.sample(denoised, noise(), torch.linspace(1, 0, 400), solver="heun")
     euler = erk_guid.sample(denoised, noise(), scheduler.sigmas, solver="euler")
@@ -223,5 +224,5 @@ def test_in_a_pipeline_that_is_saved_and_loaded(tmp_path: Path) -> None:
         .images
         for each in (pipe, again)
     ]  # fmt: skip
-    # Loaded weights may lie otherwise in memory, which moves the last digit.
+    # Checkpoint weights may lie otherwise in memory, which moves the last digit.
     torch.testing.assert_close(*map(torch.from_numpy, images), rtol=1e-3, atol=1e-3)

@@ -11,6 +11,7 @@ from conftest import DATA, golden, relative
 
 import erk_guid
 from erk_guid.models.networks.edm import EDMPrecond
+from erk_guid.solvers import DEIS
 
 
 @pytest.mark.parametrize("name", ["ddpmpp", "ncsnpp"])
@@ -51,7 +52,7 @@ def test_edm_networks_convert_and_generate(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 16, 16)
     assert torch.equal(one(x, 1.5), two(x, 1.5))
     assert two.config == one.config
-    (batch,) = erk_guid.generate(one, [1, 2], num_steps=3, solver="deis", order=2)
+    (batch,) = erk_guid.generate(one, [1, 2], num_steps=3, solver=DEIS(2))
     assert batch.images.shape == (2, 3, 16, 16)
 
 

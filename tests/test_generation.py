@@ -10,26 +10,26 @@ from conftest import DATA, golden
 from torch import Tensor
 
 import erk_guid
-from erk_guid.models.checkpoints import Loaded
+from erk_guid.models.checkpoints import Checkpoint
 
 GUIDED = {"num_steps": 6, "guidance": 1.4, "w_stiff": 0.75, "w_con": 0.3}
 PLAIN = {"num_steps": 6}
 
 
 @pytest.fixture(scope="module")
-def main_net() -> Loaded:
+def main_net() -> Checkpoint:
     return erk_guid.load(DATA / "edm2_cond.pkl")
 
 
 @pytest.fixture(scope="module")
-def guiding_net() -> Loaded:
+def guiding_net() -> Checkpoint:
     return erk_guid.load(DATA / "edm2_guide.pkl")
 
 
 @pytest.mark.parametrize("batch_size", [2, 32])
 @pytest.mark.parametrize("which", ["guided", "plain"])
 def test_golden_generation(
-    main_net: Loaded, guiding_net: Loaded, which: str, batch_size: int
+    main_net: Checkpoint, guiding_net: Checkpoint, which: str, batch_size: int
 ) -> None:
     # Catches: a shared generator, the class drawn before the noise, a wrong rounding of pixels.
     data = golden("edm2_generate")
@@ -55,7 +55,7 @@ def test_golden_generation(
     assert (difference == 0).float().mean() >= 0.995
 
 
-def test_seeds_wrap_around_at_2_to_the_32(main_net: Loaded) -> None:
+def test_seeds_wrap_around_at_2_to_the_32(main_net: Checkpoint) -> None:
     seeds = [5, 2**32 + 5, 2**31 + 5]
     (batch,) = erk_guid.generate(main_net.net, seeds, num_steps=1)
     # EDM2's rule; no stored numbers have such seeds.
@@ -67,7 +67,7 @@ def test_seeds_wrap_around_at_2_to_the_32(main_net: Loaded) -> None:
 
 
 @pytest.mark.parametrize(("count", "world_size"), [(7, 1), (7, 2), (7, 3), (2, 5), (0, 2)])
-def test_shares_cover_every_seed_once(main_net: Loaded, count: int, world_size: int) -> None:
+def test_shares_cover_every_seed_once(main_net: Checkpoint, count: int, world_size: int) -> None:
     shares = [
         erk_guid.generate(main_net.net, range(count), batch_size=2, rank=r, world_size=world_size)
         for r in range(world_size)
@@ -79,14 +79,14 @@ def test_shares_cover_every_seed_once(main_net: Loaded, count: int, world_size: 
     assert max(sizes) - min(sizes) <= max(1, -(-count // (2 * world_size)))
 
 
-def test_len_and_batch_numbers(main_net: Loaded) -> None:
+def test_len_and_batch_numbers(main_net: Checkpoint) -> None:
     batches = erk_guid.generate(main_net.net, [5, 6, 7], batch_size=2, num_steps=1)
     assert len(batches) == 2
     assert [(b.batch_idx, b.num_batches) for b in batches] == [(0, 2), (1, 2)]
     assert len(list(batches)) == 2  # it can be gone through again
 
 
-def test_any_sampler_of_edm2s_signature(main_net: Loaded) -> None:
+def test_any_sampler_of_edm2s_signature(main_net: Checkpoint) -> None:
     seen: dict[str, Any] = {}
 
     def sampler(net: Any, noise: Tensor, labels: Any = None, gnet: Any = None,
@@ -102,12 +102,12 @@ def test_any_sampler_of_edm2s_signature(main_net: Loaded) -> None:
     assert not torch.equal(seen["fresh"][0], seen["fresh"][1])
 
 
-def test_a_misspelt_sampler_option_is_an_error(main_net: Loaded) -> None:
+def test_a_misspelt_sampler_option_is_an_error(main_net: Checkpoint) -> None:
     with pytest.raises(TypeError, match="w_stif"):
         list(erk_guid.generate(main_net.net, [1], w_stif=0.5))
 
 
-def test_a_class_of_ones_own_leaves_the_noise_alone(main_net: Loaded) -> None:
+def test_a_class_of_ones_own_leaves_the_noise_alone(main_net: Checkpoint) -> None:
     (free,) = erk_guid.generate(main_net.net, [3, 4], num_steps=1)
     (fixed,) = erk_guid.generate(main_net.net, [3, 4], num_steps=1, class_idx=2)
     assert torch.equal(free.noise, fixed.noise)
@@ -115,7 +115,7 @@ def test_a_class_of_ones_own_leaves_the_noise_alone(main_net: Loaded) -> None:
     assert fixed.labels.argmax(1).tolist() == [2, 2]
 
 
-def test_what_does_not_fit_is_named(main_net: Loaded, guiding_net: Loaded) -> None:
+def test_what_does_not_fit_is_named(main_net: Checkpoint, guiding_net: Checkpoint) -> None:
     digits = erk_guid.load("digits").net
     with pytest.raises(ValueError, match="class 5 is outside 0 to 4"):
         erk_guid.generate(main_net.net, [1], class_idx=5)

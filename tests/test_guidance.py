@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import erk_guid
-from erk_guid import Guidance
+from erk_guid import ERKGuidance, Pair
 
 
 def random_pair(
@@ -56,7 +56,7 @@ def test_power_iteration_like_behaviour() -> None:
 
 
 def written_out(
-    x_high: Tensor, x_low: Tensor, f_high: Tensor, f_low: Tensor, h: Tensor, g: Guidance
+    x_high: Tensor, x_low: Tensor, f_high: Tensor, f_low: Tensor, h: Tensor, g: ERKGuidance
 ) -> Tensor:
     """The paper's formula a second time, sample by sample, with v as a vector.
 
@@ -78,9 +78,9 @@ def test_correction_is_the_papers_formula(shape: tuple[int, ...]) -> None:
     # Catches: the sign, h to the wrong power, w_stiff not squared, f_low in place of f_high.
     x_high, x_low, f_high, f_low = random_pair(*shape)
     h = torch.linspace(0.1, 2, shape[0], dtype=torch.float64)
-    guidance = Guidance(0.8, 0.99)  # a threshold inside the range of rho: some gates shut
+    guidance = ERKGuidance(0.8, 0.99)  # a threshold inside the range of rho: some gates shut
     rho = erk_guid.stiffness(x_high, x_low, f_high, f_low)
-    ours = erk_guid.correction(x_high, x_low, f_high, f_low, h, guidance)
+    ours = guidance.correction(Pair(x_high, x_low, f_high, f_low, h))
     expected = written_out(x_high, x_low, f_high, f_low, h, guidance)
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-14)
     shut = rho <= 0.99
@@ -92,8 +92,8 @@ def test_correction_is_the_papers_formula(shape: tuple[int, ...]) -> None:
 def test_h_as_a_number_keeps_float64() -> None:
     # Catches: h rounded to float32 on the way, which would show at 1e-8.
     pair = random_pair(3, 4)
-    ours = erk_guid.correction(*pair, 0.1, Guidance(1.0, 0.0))
-    expected = written_out(*pair, torch.full([3], 0.1, dtype=torch.float64), Guidance(1.0, 0.0))
+    ours = ERKGuidance(1.0, 0.0).correction(Pair(*pair, 0.1))
+    expected = written_out(*pair, torch.full([3], 0.1, dtype=torch.float64), ERKGuidance(1.0, 0.0))
     torch.testing.assert_close(ours, expected, rtol=1e-13, atol=0)
 
 
@@ -109,7 +109,7 @@ def test_strength_cancels_heuns_leading_error() -> None:
         x_low = x + 1e3  # any pair along the mode
         x_high = x * (1 - z + z * z / 2)
         for w in errors:
-            add = erk_guid.correction(x, x_low, lam * x, lam * x_low, h, Guidance(w, 0.0))
+            add = ERKGuidance(w, 0.0).correction(Pair(x, x_low, lam * x, lam * x_low, h))
             exact = x * math.exp(-z)
             errors[w].append(float((x_high + add - exact).abs().max()))
     plain, guided = (math.log(e[0] / e[-1]) / math.log(zs[0] / zs[-1]) for e in errors.values())
@@ -121,23 +121,23 @@ def test_a_zero_pair_gives_exactly_zero() -> None:
     x, _, f, _ = random_pair(3, 5, dtype=torch.float32)
     assert (erk_guid.stiffness(x, x, f, f) == 0).all()
     assert (erk_guid.dominant_eigenvector(f, f) == 0).all()
-    assert (erk_guid.correction(x, x, f, f, 1.0, Guidance(2.0, 0.0)) == 0).all()
+    assert (ERKGuidance(2.0, 0.0).correction(Pair(x, x, f, f, 1.0)) == 0).all()
 
 
 def test_permutation_and_rotation_equivariance() -> None:
     # Catches: statistics shared between samples, and anything that depends on the coordinates.
     pair = random_pair(6, 5)
-    h, guidance = torch.linspace(0.5, 1, 6, dtype=torch.float64), Guidance(0.7, 0.9)
-    base = erk_guid.correction(*pair, h, guidance)
+    h, guidance = torch.linspace(0.5, 1, 6, dtype=torch.float64), ERKGuidance(0.7, 0.9)
+    base = guidance.correction(Pair(*pair, h))
     order = torch.tensor([3, 1, 5, 0, 2, 4])
     a, b, c, d = (t[order] for t in pair)
     torch.testing.assert_close(
-        erk_guid.correction(a, b, c, d, h[order], guidance), base[order], rtol=1e-14, atol=0
+        guidance.correction(Pair(a, b, c, d, h[order])), base[order], rtol=1e-14, atol=0
     )
     q, _ = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))
     a, b, c, d = (t @ q for t in pair)
     torch.testing.assert_close(
-        erk_guid.correction(a, b, c, d, h, guidance), base @ q, rtol=1e-10, atol=1e-12
+        guidance.correction(Pair(a, b, c, d, h)), base @ q, rtol=1e-10, atol=1e-12
     )
 
 
@@ -151,7 +151,7 @@ def test_half_precision_accumulates_in_float32(dtype: torch.dtype) -> None:
     rho = erk_guid.stiffness(x_high, x_low, f_high, x_low)
     assert rho.dtype == torch.float32
     torch.testing.assert_close(rho, torch.full([2], 2.0))
-    add = erk_guid.correction(x_high, x_low, f_high, x_low, 0.25, Guidance(1.0, 0.5))
+    add = ERKGuidance(1.0, 0.5).correction(Pair(x_high, x_low, f_high, x_low, 0.25))
     assert add.dtype == dtype
     # -h (w h rho)^2 f: 0.25 * 0.25 * 16
     torch.testing.assert_close(add, torch.full(shape, -1.0, dtype=dtype), rtol=0.01, atol=0)
@@ -170,13 +170,13 @@ def test_half_precision_accumulates_in_float32(dtype: torch.dtype) -> None:
 )
 def test_guidance_names_bad_values(arguments: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
-        Guidance(**arguments)
+        ERKGuidance(**arguments)
 
 
 def test_guidance_is_frozen_and_has_one_home_for_defaults() -> None:
     with pytest.raises(AttributeError):
-        Guidance().w_stiff = 1.0  # type: ignore[misc]
-    assert (Guidance().w_stiff, Guidance().w_con) == (0.0, 0.5)
+        ERKGuidance().w_stiff = 1.0  # type: ignore[misc]
+    assert (ERKGuidance().w_stiff, ERKGuidance().w_con) == (0.0, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_guidance_is_frozen_and_has_one_home_for_defaults() -> None:
      (25, (1.0, 0.5)), (32, (1.0, 0.5)), (256, (1.0, 0.5))],
 )  # fmt: skip
 def test_paper_settings_are_the_nearest(steps: int, expected: tuple[float, float]) -> None:
-    guidance = Guidance.paper(steps)
+    guidance = ERKGuidance.paper(steps)
     assert (guidance.w_stiff, guidance.w_con) == expected
 
 
@@ -194,7 +194,7 @@ def test_shapes_are_checked() -> None:
     with pytest.raises(ValueError, match=r"\[2, 3\], \[2, 4\]"):
         erk_guid.stiffness(x, torch.zeros(2, 4), x, x)
     with pytest.raises(ValueError, match=r"h must be a number or \[2\], got shape \[3\]"):
-        erk_guid.correction(x, x, x, x, torch.ones(3), Guidance(1.0))
+        ERKGuidance(1.0).correction(Pair(x, x, x, x, torch.ones(3)))
 
 
 def test_a_gate_without_a_unit() -> None:
@@ -205,14 +205,16 @@ def test_a_gate_without_a_unit() -> None:
     threshold = 1.001 * float(rho.median()) * h
     for unit in (1.0, 80.0, 0.01):
         pair = (x * unit, (x - dx) * unit, f, f - df, h * unit)
-        step = Guidance(0.5, threshold, gate="step")
-        moved = (erk_guid.correction(*pair, step) != 0).any(dim=1)
+        step = ERKGuidance(0.5, threshold, gate="step")
+        moved = (step.correction(Pair(*pair)) != 0).any(dim=1)
         assert torch.equal(moved, rho * h > threshold)
-        published = Guidance(0.5, threshold)
-        moved = (erk_guid.correction(*pair, published) != 0).any(dim=1)
+        published = ERKGuidance(0.5, threshold)
+        moved = (published.correction(Pair(*pair)) != 0).any(dim=1)
         assert torch.equal(moved, rho / unit > threshold)
-    # DEIS counts its step backwards; that does not shut the gate.
-    back = erk_guid.correction(x, x - dx, f, f - df, -h, Guidance(0.5, threshold, gate="step"))
+    # Where the published program adds the correction (DEIS), it is the same with the other sign.
+    step = ERKGuidance(0.5, threshold, gate="step")
+    there, back = (step.correction(Pair(x, x - dx, f, f - df, h, sign)) for sign in (1, -1))
     assert (back != 0).any()
+    assert torch.equal(back, -there)
     with pytest.raises(ValueError, match="gate must be 'stiffness' or 'step', got 'h'"):
-        Guidance(gate="h")
+        ERKGuidance(gate="h")

@@ -103,7 +103,7 @@ def test_end_point_errors_on_the_tree(
         found = erk_guid.sample(
             tree, data[f"{problem}_start"],
             erk_guid.karras_sigmas(levels, sigma_max=sigma_max)[:-1],
-            solver=name, guidance=erk_guid.Guidance(*guided) if guided else None, **options,
+            solver=name, guidance=erk_guid.ERKGuidance(*guided) if guided else None, **options,
         )  # fmt: skip
         error = (found - data[f"{problem}_end"]).norm(dim=1).mean()
         assert float(error) == pytest.approx(expected, rel=0.1), (name, options)

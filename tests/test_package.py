@@ -37,7 +37,7 @@ import erk_guid
 seconds = time.perf_counter() - begun
 sigmas = erk_guid.karras_sigmas(4)
 x = erk_guid.sample(lambda x, s: x / (1 + s * s), torch.ones(2, 3) * 80, sigmas,
-                    guidance=erk_guid.Guidance(0.5, 0.1))
+                    guidance=erk_guid.ERKGuidance(0.5, 0.1))
 assert torch.isfinite(x).all()
 print(seconds, sorted({{m.split(".")[0] for m in set(sys.modules) - before}} - {{"erk_guid"}}))
 """
@@ -57,8 +57,9 @@ def test_public_names() -> None:
     with pytest.raises(AttributeError, match="no attribute 'smaple'"):
         erk_guid.smaple  # noqa: B018
     promised = {
-        "stiffness", "dominant_eigenvector", "correction", "Guidance", "karras_sigmas", "sample",
-        "edm_sampler", "load", "generate", "ModelGuidance", "HeunStep",
+        "stiffness", "dominant_eigenvector", "ERKGuidance", "ParameterFreeGuidance",
+        "karras_sigmas", "sample", "RectifiedFlow",
+        "edm_sampler", "load", "generate", "ModelGuidance", "calibrate", "solvers",
     }  # fmt: skip
     assert promised <= set(dir(erk_guid))
 

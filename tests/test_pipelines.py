@@ -151,7 +151,7 @@ def test_a_saved_pipeline_comes_back(tmp_path: Path) -> None:
     DDPMPipeline(unet, ERKGuidHeunScheduler(w_stiff=0.3, gate="step")).save_pretrained(tmp_path)
     again = DiffusionPipeline.from_pretrained(tmp_path)
     assert type(again.scheduler) is ERKGuidHeunScheduler
-    assert again.scheduler.guidance == erk_guid.Guidance(0.3, gate="step")
+    assert again.scheduler.guidance == erk_guid.ERKGuidance(0.3, gate="step")
 
 
 def test_a_callback_that_edits_the_latents(stable_diffusion: dict[str, Any]) -> None:

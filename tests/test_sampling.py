@@ -15,9 +15,9 @@ from conftest import Counting, golden, relative
 from torch import Tensor
 
 import erk_guid
-from erk_guid import Guidance
+from erk_guid import ERKGuidance
 from erk_guid.models.networks.edm2 import Precond
-from erk_guid.solvers import SOLVERS
+from erk_guid.solvers import SOLVERS, EulerStep, Heun, HeunStep, make_solver
 
 
 def gaussian(x: Tensor, sigma: Tensor) -> Tensor:
@@ -69,9 +69,9 @@ def plain_heun(denoiser: Any, x: Tensor, sigmas: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("guidance", [None, Guidance(0.0, 0.0)])
+@pytest.mark.parametrize("guidance", [None, ERKGuidance(0.0, 0.0)])
 def test_without_guidance_bitwise_plain_heun(
-    cond: Precond, dtype: torch.dtype, guidance: Guidance | None
+    cond: Precond, dtype: torch.dtype, guidance: ERKGuidance | None
 ) -> None:
     sigmas = erk_guid.karras_sigmas(6).to(dtype)
     x = torch.randn(2, 3, 16, 16, dtype=dtype) * sigmas[0]
@@ -107,10 +107,10 @@ def test_evaluations_are_2n_minus_1(num_steps: int, w_stiff: float) -> None:
         denoiser,
         torch.randn(2, 4) * 80,
         sigmas,
-        guidance=Guidance(w_stiff, 0.0),
+        guidance=ERKGuidance(w_stiff, 0.0),
         callback=infos.append,
     )
-    assert len(denoiser.sigmas) == 2 * num_steps - 1 == infos[-1].evaluations
+    assert len(denoiser.sigmas) == 2 * num_steps - 1 == infos[-1].nfe
     assert len(infos) == num_steps
     # Never at sigma = 0, where the drift has no value.
     assert min(denoiser.sigmas) > 0
@@ -121,7 +121,11 @@ def test_guidance_acts_from_the_second_step_and_never_on_the_last() -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 4, dtype=torch.float64) * 80
     erk_guid.sample(
-        gaussian, x, erk_guid.karras_sigmas(6), guidance=Guidance(0.5, 0.0), callback=infos.append
+        gaussian,
+        x,
+        erk_guid.karras_sigmas(6),
+        guidance=ERKGuidance(0.5, 0.0),
+        callback=infos.append,
     )
     with_pair = [info.stiffness is not None for info in infos]
     assert with_pair == [False, True, True, True, True, False]
@@ -141,7 +145,7 @@ def test_correction_size_is_the_distance_guidance_moves() -> None:
     sigmas = erk_guid.karras_sigmas(6)[:3]
     infos: list[erk_guid.StepInfo] = []
     guided = erk_guid.sample(
-        gaussian, x, sigmas, guidance=Guidance(0.9, 0.0), callback=infos.append
+        gaussian, x, sigmas, guidance=ERKGuidance(0.9, 0.0), callback=infos.append
     )
     plain = erk_guid.sample(gaussian, x, sigmas)
     moved = (guided - plain).norm(dim=1)
@@ -162,7 +166,7 @@ def test_step_info_is_frozen_and_chained() -> None:
 
 def test_a_callback_changes_nothing() -> None:
     x = torch.randn(2, 4) * 80
-    for guidance in (None, Guidance(0.5, 0.1)):
+    for guidance in (None, ERKGuidance(0.5, 0.1)):
         watched = erk_guid.sample(
             gaussian, x, erk_guid.karras_sigmas(5), guidance=guidance, callback=lambda info: None
         )
@@ -170,34 +174,40 @@ def test_a_callback_changes_nothing() -> None:
         assert torch.equal(watched, alone)
 
 
-def test_step_and_guidance_by_hand_equal_sample() -> None:
-    # The loop of the documentation.
-    guidance = Guidance(0.5, 0.0)
+@pytest.mark.parametrize("name", sorted(SOLVERS))
+@pytest.mark.parametrize(
+    "guidance", [ERKGuidance(0.0), ERKGuidance(0.5, 0.0), erk_guid.ParameterFreeGuidance()]
+)
+def test_a_loop_of_ones_own_equals_sample(name: str, guidance: erk_guid.Guidance) -> None:
+    # The loop of the documentation, for every solver and form of guidance.
+    solver = make_solver(name)
+    try:
+        guidance.check(solver)
+    except ValueError:
+        pytest.skip("has no such guidance")
     sigmas = erk_guid.karras_sigmas(7)
     x = start = torch.randn(3, 4, dtype=torch.float64) * sigmas[0]
-    step, state = erk_guid.HeunStep(), None
-    for sigma, sigma_next in pairwise(sigmas[:-1]):
-        result, state = step(gaussian, x, sigma, sigma_next, state)
-        x = result.x
-        if result.pair is not None:
-            x = x + erk_guid.correction(*result.pair, guidance)
-    x = gaussian(x, sigmas[-2])
-    whole = erk_guid.sample(gaussian, start, sigmas, guidance=guidance)
-    torch.testing.assert_close(x, whole, rtol=1e-12, atol=1e-14)
+    memory = None
+    for step in solver.plan(sigmas):
+        result, memory = step(gaussian, x, memory)
+        x = guidance(result).x
+    whole = erk_guid.sample(gaussian, start, sigmas, solver=solver, guidance=guidance)
+    assert torch.equal(x, whole)
 
 
-def test_a_step_object_in_place_of_a_name() -> None:
+def test_a_solver_object_in_place_of_a_name() -> None:
     x = torch.randn(2, 4) * 80
     sigmas = erk_guid.karras_sigmas(4)
-    by_name = erk_guid.sample(gaussian, x, sigmas, solver="euler")
-    assert torch.equal(by_name, erk_guid.sample(gaussian, x, sigmas, solver=erk_guid.EulerStep()))
+    for name in SOLVERS:
+        by_name = erk_guid.sample(gaussian, x, sigmas, solver=name)
+        assert torch.equal(by_name, erk_guid.sample(gaussian, x, sigmas, solver=make_solver(name)))
 
 
 @pytest.mark.parametrize("shape", [(8, 2), (8, 3, 4, 4), (8, 2, 3, 4, 4)])
 def test_a_batch_equals_its_parts(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, dtype=torch.float64) * 80
     sigmas = erk_guid.karras_sigmas(6)
-    guidance = Guidance(0.8, 0.05)
+    guidance = ERKGuidance(0.8, 0.05)
     whole = erk_guid.sample(gaussian, x, sigmas, guidance=guidance)
     parts = [erk_guid.sample(gaussian, part, sigmas, guidance=guidance) for part in x.split(4)]
     torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-12, atol=0)
@@ -213,7 +223,7 @@ def test_a_schedule_that_ends_above_zero_has_no_euler_step() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_runs_in_its_own_dtype(dtype: torch.dtype) -> None:
     x = (torch.randn(2, 8) * 80).to(dtype)
-    end = erk_guid.sample(gaussian, x, erk_guid.karras_sigmas(6), guidance=Guidance(0.5, 0.1))
+    end = erk_guid.sample(gaussian, x, erk_guid.karras_sigmas(6), guidance=ERKGuidance(0.5, 0.1))
     assert end.dtype == dtype
     assert torch.isfinite(end).all()
 
@@ -269,15 +279,15 @@ def test_other_errors_name_what_is_wrong() -> None:
     x, sigmas = torch.zeros(1, 2), erk_guid.karras_sigmas(2)
     with pytest.raises(ValueError, match="unknown solver 'rk45'; known: deis, dpm2"):
         erk_guid.sample(gaussian, x, sigmas, solver="rk45")
-    with pytest.raises(ValueError, match=r"Euler has no embedded pair.*0\.5.*heun"):
-        erk_guid.sample(gaussian, x, sigmas, solver="euler", guidance=Guidance(0.5))
-    erk_guid.sample(gaussian, x, sigmas, solver="euler", guidance=Guidance(0.0))
+    with pytest.raises(ValueError, match=r"'euler' has no embedded pair.*0\.5.*heun"):
+        erk_guid.sample(gaussian, x, sigmas, solver="euler", guidance=ERKGuidance(0.5))
+    erk_guid.sample(gaussian, x, sigmas, solver="euler", guidance=ERKGuidance(0.0))
     with pytest.raises(ValueError, match=r"returned \[1, 3\] for an x of \[1, 2\]"):
         erk_guid.sample(lambda x, sigma: torch.zeros(1, 3), x, sigmas)
     with pytest.raises(ValueError, match="floating tensor"):
         erk_guid.sample(gaussian, torch.zeros(1, 2, dtype=torch.int64), sigmas)
     with pytest.raises(ValueError, match="EulerStep"):
-        erk_guid.HeunStep()(gaussian, x, torch.tensor(1.0), torch.tensor(0.0))
+        HeunStep(1.0, 0.0)
 
 
 def reusing(denoiser: Any) -> Any:
@@ -348,31 +358,27 @@ def test_a_denoiser_that_edits_its_x(solver: str) -> None:
         assert torch.equal(start, x)
 
 
-def test_solvers_that_lack_a_part_are_named() -> None:
+def test_what_is_no_solver_is_named() -> None:
     x, sigmas = torch.randn(2, 3), erk_guid.karras_sigmas(3)
-
-    class NoForm:
-        has_pair = False
-
-        def plan(self, levels: Any) -> Any:
-            return [erk_guid.EulerStep()] * (len(levels) - 1)
-
-    for solver, lacks in (
-        (NoForm(), "NoForm lacks blends of the protocol of a solver"),
-        (object(), "object lacks has_pair, blends, plan of the protocol of a solver"),
-        (lambda *args: None, "function lacks has_pair of the protocol of a step"),
-        (erk_guid.EulerStep, r"solver is the class EulerStep; make one: EulerStep\(\)"),
+    for solver, message in (
+        (object(), "solver must be a name or an erk_guid.solvers.Solver, got object"),
+        (lambda *args: None, "got function"),
+        (EulerStep(1.0, 0.5), "got EulerStep"),
+        (Heun, r"solver is the class Heun; make one: Heun\(\)"),
     ):
-        with pytest.raises(TypeError, match=lacks):
-            erk_guid.sample(gaussian, x, sigmas, solver=solver)
+        with pytest.raises(TypeError, match=message):
+            erk_guid.sample(gaussian, x, sigmas, solver=solver)  # type: ignore[arg-type]
 
 
 def test_edm_sampler_refuses_what_the_method_does_not_support() -> None:
     noise = torch.zeros(1, 3, 4, 4)
     with pytest.raises(ValueError, match="S_churn must be 0 with ERK guidance, got 40"):
         erk_guid.edm_sampler(gaussian, noise, S_churn=40, w_stiff=0.5)
+    auto = erk_guid.ParameterFreeGuidance()
     with pytest.raises(ValueError, match="S_churn must be 0 with ERK guidance, got 40"):
-        erk_guid.edm_sampler(gaussian, noise, S_churn=40, w_stiff="auto")
+        erk_guid.edm_sampler(gaussian, noise, S_churn=40, erk=auto)
+    with pytest.raises(ValueError, match="both say how to guide"):
+        erk_guid.edm_sampler(gaussian, noise, w_stiff=0.5, erk=auto)
     # The published function would call None; its script guides by the main network itself.
     with pytest.raises(ValueError, match="guidance of 2 needs a guiding network"):
         erk_guid.edm_sampler(gaussian, noise, guidance=2)

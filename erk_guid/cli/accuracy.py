@@ -15,7 +15,7 @@ from erk_guid.cli.common import Names, SeedList, reporting_errors
 from erk_guid.cli.sampler import chosen_options, preset_fields
 from erk_guid.common.errors import MissingExtraError
 from erk_guid.common.files import check_writable
-from erk_guid.generation.config import Recipe
+from erk_guid.generation.config import GenerationConfig
 from erk_guid.generation.process_groups import ProcessGroup
 
 MOST = 10_000
@@ -170,15 +170,15 @@ def accuracy_command(
         problem = make_problem(problem_name, count)
         settings = {"problem": problem_name, "points": count}
     else:
-        recipe = Recipe(
+        config = GenerationConfig(
             **fields, batch=batch, sigma_min=sigma_min, sigma_max=sigma_max, dtype=dtype,
             device=device, trust_pickle=trust_pickle,
         )  # fmt: skip
-        models = recipe.open(recipe.choose_device(), ProcessGroup(), decoding=False)
+        models = config.open(config.choose_device(), ProcessGroup(), decoding=False)
         numbers = seeds or list(range(num or 32))
         problem = network_problem(
-            preset or recipe.net, models.loaded.net, numbers,
-            gnet=models.guide.net if models.guide else None, guidance=recipe.guidance,
+            preset or config.net, models.loaded.net, numbers,
+            gnet=models.guide.net if models.guide else None, guidance=config.guidance,
             class_idx=class_idx, batch=batch, sigma_min=sigma_min, sigma_max=sigma_max,
             dtype=getattr(torch, dtype), fine=fine,
         )  # fmt: skip

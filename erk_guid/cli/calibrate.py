@@ -13,14 +13,21 @@ import torch
 from torch import Tensor
 
 from erk_guid.cli.common import SeedList, compact, reporting_errors
-from erk_guid.cli.sampler import chosen_options, recipe_fields
+from erk_guid.cli.sampler import chosen_options, config_fields
 from erk_guid.common.errors import ErkGuidError, MissingExtraError
 from erk_guid.common.files import check_writable
-from erk_guid.generation.config import Recipe
+from erk_guid.generation.config import GenerationConfig
 from erk_guid.generation.process_groups import ProcessGroup
 from erk_guid.generation.seeds import SeededNoise
-from erk_guid.solvers import guided_solvers
-from erk_guid.studies.calibration.search import OBJECTIVES, REFERENCE_ERROR, Calibration
+from erk_guid.guidance import ERKGuidance
+from erk_guid.solvers import name_of, names_of_solvers
+from erk_guid.studies.calibration.search import (
+    OBJECTIVES,
+    REFERENCE_ERROR,
+    Calibration,
+    is_published,
+    written,
+)
 
 MADE_FOR = ("solver", "order", "r", "deis_mode", "num_steps", "sigma_min", "sigma_max", "rho")
 """Options that settings belong to, besides the schedule."""
@@ -84,103 +91,104 @@ def calibrate_command(
     """
     from tqdm import tqdm
 
-    from erk_guid.denoisers import combined
+    from erk_guid.denoisers import guided_denoiser
     from erk_guid.generation.images import draw
     from erk_guid.schedules import make_sigmas
-    from erk_guid.solvers import make_solver
     from erk_guid.studies.calibration import calibrate
     from erk_guid.studies.calibration.settings import Settings
     from erk_guid.studies.calibration.writing import FILES, write_trials
 
     if find_spec("matplotlib") is None:
         raise MissingExtraError("matplotlib", "plots", "the plot")
-    if options["solver"] not in guided_solvers():
+    guided = names_of_solvers(has_pair=True)
+    if options["solver"] not in guided:
         raise click.UsageError(
             f"--solver {options['solver']} has no embedded pair to guide with; solvers that have "
-            f"one: {', '.join(guided_solvers())}"
+            f"one: {', '.join(guided)}"
         )
     # Any strength will do: what the options are checked for is the same.
-    bound, gate = options["bound"], options["gate"]
-    recipe = Recipe(**recipe_fields(w_stiff=1.0, w_con=None, **options))
+    config = GenerationConfig(**config_fields(w_stiff=1.0, w_con=None, **options))
     for name in FILES:
         check_writable(outdir / name)
-    models = recipe.open(recipe.choose_device(), ProcessGroup(), decoding=False)
-    noise, labels = draw(models.loaded.net, SeededNoise(seeds, models.device), recipe.class_idx)
-    if isinstance(recipe.schedule, str):
+    models = config.open(config.choose_device(), ProcessGroup(), decoding=False)
+    noise, labels = draw(models.loaded.net, SeededNoise(seeds, models.device), config.class_idx)
+    if isinstance(config.schedule, str):
         sigmas = make_sigmas(
-            recipe.schedule, recipe.num_steps, recipe.sigma_min, recipe.sigma_max, recipe.rho
+            config.schedule, config.num_steps, config.sigma_min, config.sigma_max, config.rho
         )
     else:
-        sigmas = torch.tensor(recipe.schedule, dtype=torch.float64)
-    network = combined(
-        models.loaded.net, models.guide.net if models.guide else None, recipe.guidance
+        sigmas = torch.tensor(config.schedule, dtype=torch.float64)
+    network = guided_denoiser(
+        models.loaded.net, models.guide.net if models.guide else None, config.guidance
     )
-    x = noise.to(getattr(torch, recipe.dtype)) * float(sigmas[0])
+    x = noise.to(getattr(torch, config.dtype)) * float(sigmas[0])
     with tqdm(desc="Network evaluations", unit="image", file=sys.stderr) as bar:
 
         def denoiser(x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
             bar.update(len(x))
             return network(x, sigma, labels)
 
+        assert isinstance(config.erk, ERKGuidance)  # w_stiff is a number, above
         try:
             found = calibrate(
                 denoiser, x, sigmas, labels=labels,
-                solver=make_solver(recipe.solver, **recipe.solver_options),
-                objective=objective, auto=auto, bound=bound, gate=gate, batch=recipe.batch,
+                solver=config.solver, guidance=config.erk, objective=objective, auto=auto,
+                batch=config.batch,
             )  # fmt: skip
         except ValueError as error:
             raise ErkGuidError(str(error)) from error
 
-    heading = _heading(recipe, found, len(seeds))
+    heading = _heading(config, found, len(seeds))
     click.echo(f"{heading}\n\n{found.table()}")
-    made_for = {name: getattr(recipe, name) for name in MADE_FOR}
-    spaced = recipe.schedule if isinstance(recipe.schedule, str) else list(recipe.schedule)
+    recorded = config.record()
+    made_for = {name: recorded[name] for name in MADE_FOR}
+    spaced = config.schedule if isinstance(config.schedule, str) else list(config.schedule)
     chosen = found.chosen
     Settings(
         found.guidance,
         {**made_for, "schedule": spaced},
         {
-            "net": recipe.net, "net_sha256": models.loaded.fingerprint, "gnet": recipe.gnet,
-            "guidance": recipe.guidance, "class": recipe.class_idx, "dtype": recipe.dtype,
+            "net": config.net, "net_sha256": models.loaded.fingerprint, "gnet": config.gnet,
+            "guidance": config.guidance, "class": config.class_idx, "dtype": config.dtype,
             "seeds": compact(seeds), "objective": objective, "error": chosen.error,
             "ratio": chosen.ratio, "ratio_error": chosen.ratio_error,
-            "reference_error": found.reference_error, "evaluations": found.evaluations,
+            "reference_error": found.reference_error, "evaluations": found.nfe,
             "torch": torch.__version__,
         },
     ).write(outdir / FILES[0])  # fmt: skip
     write_trials(found, outdir, heading.splitlines()[0], heading)
     click.echo(f"Written to {outdir}: {', '.join(FILES)}")
     click.echo(
-        f"Use it: python generate_images.py {_network_options(recipe, options)} "
+        f"Use it: python generate_images.py {_network_options(config, options)} "
         f"--settings={outdir / FILES[0]} --outdir=..."
     )
 
 
-def _network_options(recipe: Recipe, given: Mapping[str, Any]) -> str:
+def _network_options(config: GenerationConfig, given: Mapping[str, Any]) -> str:
     """The options that name the same denoiser."""
     if given["preset"] is not None:
         # With what was said besides, which goes before the preset's own.
         said = {"preset": given["preset"], **{name: given[name] for name in NETWORK}}
     else:
-        said = {"net": recipe.net}
-        if recipe.guidance != 1:
-            said |= {"gnet": recipe.gnet, "guidance": f"{recipe.guidance:g}"}
-    said["class"] = recipe.class_idx
+        said = {"net": config.net}
+        if config.guidance != 1:
+            said |= {"gnet": config.gnet, "guidance": f"{config.guidance:g}"}
+    said["class"] = config.class_idx
     return " ".join(f"--{name}={value}" for name, value in said.items() if value is not None)
 
 
-def _heading(recipe: Recipe, found: Calibration, samples: int) -> str:
+def _heading(config: GenerationConfig, found: Calibration, samples: int) -> str:
     """What was measured and what it says, in words."""
     chosen = found.chosen
     g = chosen.guidance
-    if g.blends:
-        said = "w_stiff auto, the parameter-free form"
+    if not isinstance(g, ERKGuidance):
+        said = f"w_stiff {written(g)[0]}, the parameter-free form"
     elif g.active:
         said = f"w_stiff {g.w_stiff:g}, w_con {g.w_con:g}"
     else:
         said = "no guidance: nothing was found that is better beyond doubt"
     lines = [
-        f"Calibration of {recipe.solver} at {recipe.num_steps} steps on {recipe.net}",
+        f"Calibration of {name_of(config.solver)} at {config.num_steps} steps on {config.net}",
         "",
         f"Recommended: {said}.",
     ]
@@ -189,14 +197,16 @@ def _heading(recipe: Recipe, found: Calibration, samples: int) -> str:
             f"Its error is {chosen.ratio:.3f} ± {chosen.ratio_error:.3f} times that without "
             "guidance."
         )
-    best = next((t for t in found.trials if t.guidance.active and not t.guidance.blends), None)
-    if best is not None and g.blends:
+    published = [t for t in found.trials if is_published(t.guidance)]
+    if published and not isinstance(g, ERKGuidance):
+        best = published[0]
+        w_stiff, w_con = written(best.guidance)
         lines.append(
-            f"The best of the published form: w_stiff {best.guidance.w_stiff:g}, w_con "
-            f"{best.guidance.w_con:g}, {best.ratio:.3f} ± {best.ratio_error:.3f} times (--no-auto)."
+            f"The best of the published form: w_stiff {w_stiff}, w_con {w_con}, "
+            f"{best.ratio:.3f} ± {best.ratio_error:.3f} times (--no-auto)."
         )
     lines += [
-        f"{samples} images, {found.evaluations} network evaluations, those of the fine solution "
+        f"{samples} images, {found.nfe} network evaluations, those of the fine solution "
         f"included, whose own error is about {found.reference_error:.1%} of plain's.",
         "Settings are ranked by the ratio plus two standard errors.",
         "What was measured is fidelity to the ODE, not how images look or score.",

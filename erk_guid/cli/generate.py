@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from erk_guid.cli.common import SeedList, reporting_errors
-from erk_guid.cli.sampler import recipe_fields, sampler_options
+from erk_guid.cli.sampler import config_fields, sampler_options
 from erk_guid.generation.jobs import GenerationJob, run_job
 from erk_guid.generation.process_groups import launched_rank
 
@@ -76,7 +76,7 @@ def generate_command(
         resume=resume,
         trace=trace,
         grid=grid,
-        **recipe_fields(**options),
+        **config_fields(**options),
     )
     made = run_job(job)
     if launched_rank() == 0:

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import click
 
 from erk_guid.cli.common import Names, load_plugins, name_and_path, reporting_errors
-from erk_guid.cli.sampler import recipe_fields, sampler_options
-from erk_guid.generation.config import Recipe
+from erk_guid.cli.sampler import config_fields, sampler_options
+from erk_guid.generation.config import GenerationConfig
 from erk_guid.generation.process_groups import launched_rank
 from erk_guid.metrics.jobs import Scoring, calc, gen, make_reference
 
@@ -173,19 +173,19 @@ def gen_command(
     **fields: Any,
 ) -> None:
     """Generate the images of seeds SEED to SEED+NUM-1 and score them, writing none."""
-    recipe = Recipe(**recipe_fields(**fields))
+    config = GenerationConfig(**config_fields(**fields))
     scoring = Scoring(
         metrics=metrics,
         num=num,
         seed=seed,
-        batch=recipe.batch,
-        device=recipe.device,
+        batch=config.batch,
+        device=config.device,
         detector_weights=detector_weights,
         json=json_path,
         features=features,
         bootstrap=bootstrap,
     )
-    _report(gen(recipe, ref, scoring))
+    _report(gen(config, ref, scoring))
 
 
 @metrics_command.command("ref")

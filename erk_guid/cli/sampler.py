@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
@@ -16,19 +16,28 @@ import torch
 
 from erk_guid.churn import NUMBERS, Churn
 from erk_guid.cli.common import NumberOr
+from erk_guid.cli.derived import described, options_of_classes
 from erk_guid.common.errors import printable
-from erk_guid.generation.config import Recipe
+from erk_guid.generation.config import GenerationConfig
 from erk_guid.generation.process_groups import launched_rank
-from erk_guid.guidance import AUTO, GATES, Guidance, nearest_paper_steps
+from erk_guid.guidance import (
+    FORMS,
+    ERKGuidance,
+    Guidance,
+    make_guidance,
+    nearest_paper_steps,
+    settings_of,
+)
 from erk_guid.models.checkpoints.presets import PRESETS
 from erk_guid.models.encoders import GENERATION_VAE_BATCH
-from erk_guid.multistep import DEIS_MODES
 from erk_guid.sampling import check_churn
 from erk_guid.schedules import SCHEDULES, edm_sigmas, make_sigmas
-from erk_guid.solvers import SOLVERS, Solver, check_guidance, guided_solvers, make_solver
+from erk_guid.solvers import SOLVERS, Solver, make_solver, names_of_solvers
 
 F = TypeVar("F", bound=Callable[..., Any])
-JOB = Recipe  # its field defaults are the one home of these options' defaults
+JOB = GenerationConfig  # its field defaults are the one home of these options' defaults
+GUIDANCE_HELP = described(ERKGuidance)
+SOLVER_OPTIONS = tuple(dict.fromkeys(f.name for kind in SOLVERS.values() for f in fields(kind)))  # type: ignore[arg-type]
 
 _OPTIONS: dict[str, Callable[[Any], Any]] = {
     "preset": click.option(
@@ -105,7 +114,7 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         "S_churn",
         metavar="FLOAT",
         type=float,
-        default=JOB.S_churn,
+        default=Churn.S_churn,
         show_default=True,
         help="Noise added before the steps, as EDM2's; heun, euler, dpm2 without ERK guidance.",
     ),
@@ -115,7 +124,7 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         "S_min",
         metavar="FLOAT",
         type=float,
-        default=JOB.S_min,
+        default=Churn.S_min,
         show_default=True,
         help="Lowest noise level at which --S_churn acts.",
     ),
@@ -125,7 +134,7 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         "S_max",
         metavar="FLOAT",
         type=float,
-        default=JOB.S_max,
+        default=Churn.S_max,
         show_default=True,
         help="Highest noise level at which --S_churn acts.",
     ),
@@ -135,25 +144,25 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         "S_noise",
         metavar="FLOAT",
         type=float,
-        default=JOB.S_noise,
+        default=Churn.S_noise,
         show_default=True,
         help="Standard deviation of the noise that --S_churn adds.",
     ),
     "w_stiff": click.option(
         "--w_stiff",
-        metavar="FLOAT|auto|paper|preset",
-        type=NumberOr(AUTO, "paper", "preset"),
-        default=JOB.w_stiff,
+        metavar="|".join(["FLOAT", *FORMS, "paper", "preset"]),
+        type=NumberOr(*FORMS, "paper", "preset"),
+        default=ERKGuidance.w_stiff,
         show_default=True,
         help="Strength of ERK guidance: 0 is the plain solver, 'auto' the parameter-free form "
-        "(heun, dpm2), 'paper' the paper's choice, "
+        f"({', '.join(names_of_solvers(two_stages=True))}), 'paper' the paper's choice, "
         "'preset' the one measured best for --preset.",
     ),
     "w_con": click.option(
         "--w_con",
         metavar="FLOAT",
         type=float,
-        help=f"Stiffness above which it acts.  [default: {JOB.w_con:g}, or with a word its own]",
+        help=f"{GUIDANCE_HELP['w_con']}  [default: {ERKGuidance.w_con:g}, or with a word its own]",
     ),
     "settings": click.option(
         "--settings",
@@ -162,62 +171,15 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         help="Take --w_stiff, --w_con, the solver and the noise levels from what 'erk-guid "
         "calibrate' wrote.",
     ),
-    "gate": click.option(
-        "--gate",
-        type=click.Choice(GATES),
-        default=JOB.gate,
-        show_default=True,
-        help="What --w_con is compared with: the stiffness, in units of 1/sigma, or stiffness "
-        "times the step's length, a pure number that carries over between models.",
-    ),
-    "bound": click.option(
-        "--bound",
-        metavar="FLOAT",
-        type=float,
-        help="Largest correction, as a multiple of what the step's two solutions differ by; 0.2 "
-        "ends runaway samples.  [default: none, as published]",
-    ),
+    **options_of_classes({"": ERKGuidance}, ("w_stiff", "w_con"), with_defaults=True),
     "solver": click.option(
         "--solver",
         type=click.Choice(sorted(SOLVERS)),
-        default=JOB.solver,
+        default="heun",
         show_default=True,
-        help=f"How to step. ERK guidance works with {', '.join(guided_solvers())}.",
+        help=f"How to step. ERK guidance works with {', '.join(names_of_solvers(has_pair=True))}.",
     ),
-    "order": click.option(
-        "--order",
-        metavar="INT",
-        type=int,
-        help="Evaluations combined in a step: deis, ipndm, ipndm_v, unipc, res, modal 1-4, dpmpp "
-        "1-3.  "
-        "[default: the solver's]",
-    ),
-    "r": click.option("--r", metavar="FLOAT", type=float, help="dpm2's midpoint.  [default: 0.5]"),
-    "deis_mode": click.option(
-        "--deis_mode", type=click.Choice(DEIS_MODES), help="deis only.  [default: tab]"
-    ),
-    "predict_x0": click.option(
-        "--predict_x0",
-        metavar="BOOL",
-        type=bool,
-        help="dpmpp, unipc: combine denoised images, not noise.  [default: true]",
-    ),
-    "variant": click.option(
-        "--variant", type=click.Choice(["bh1", "bh2"]), help="unipc only.  [default: bh2]"
-    ),
-    "lower_order_final": click.option(
-        "--lower_order_final",
-        metavar="BOOL",
-        type=bool,
-        help="dpmpp, unipc: lower the order near the end.  [default: true]",
-    ),
-    "threshold": click.option(
-        "--threshold",
-        metavar="BOOL",
-        type=bool,
-        help="dpmpp, unipc with --predict_x0: limit denoised images to the range of most of their "
-        "pixels, as the diff-sampler toolbox does.  [default: false]",
-    ),
+    **options_of_classes(SOLVERS),
     "schedule": click.option(
         "--schedule",
         metavar="|".join(SCHEDULES) + "|LIST|FILE",
@@ -261,7 +223,7 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
 
 
 def sampler_options(command: F) -> F:
-    """Add the options; the command hands what it gets for them to `recipe_fields`."""
+    """Add the options; the command hands what it gets for them to `config_fields`."""
     return chosen_options(*_OPTIONS)(command)
 
 
@@ -276,16 +238,16 @@ def chosen_options(*names: str) -> Callable[[F], F]:
     return add
 
 
-def recipe_fields(
+def config_fields(
     preset: str | None,
     w_stiff: float | str,
     w_con: float | None,
     bound: float | None,
-    gate: str,
+    gate: str | None,
     settings: Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Check what the user asked for, and return it as fields of a `Recipe`.
+    """Check what the user asked for, and return it as fields of a `GenerationConfig`.
 
     Raises:
         click.UsageError: naming the option at fault.
@@ -293,49 +255,34 @@ def recipe_fields(
     options = preset_fields(preset, options)
     try:
         if settings is not None:
-            guidance, options = _from_file(settings, options)
+            erk, options = _from_file(settings, options)
         else:
-            if w_con is not None and not _given("w_stiff"):
-                raise ValueError(f"--w_con {w_con:g} has nothing to act on: give --w_stiff, too")
-            guidance = _erk_guidance(w_stiff, w_con, options["num_steps"], preset)
-        if settings is None and (bound is not None or gate != JOB.gate):
-            if guidance.blends:
-                name = "--gate" if bound is None else "--bound"
-                raise ValueError(f"{name} belongs to the published form, not to --w_stiff auto")
-            if not guidance.active:
-                name = "--gate" if bound is None else "--bound"
-                raise ValueError(f"{name} has nothing to act on: --w_stiff is 0")
-            guidance = replace(guidance, bound=bound, gate=gate)
+            erk = _erk(w_stiff, w_con, bound, gate, options["num_steps"], preset)
         _check_levels(options)
         solver = make_solver(
-            options["solver"], **{name: options.get(name) for name in SOLVER_OPTIONS}
+            options.pop("solver"), **{name: options.pop(name, None) for name in SOLVER_OPTIONS}
         )
-        check_guidance(guidance, solver, f"--solver {options['solver']}")
-        _check_churn(options, solver, guidance)
+        erk.check(solver)
+        churn = _churn(options, solver, erk)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    return {
-        **options,
-        "w_stiff": AUTO if guidance.blends else guidance.w_stiff,
-        "w_con": guidance.w_con,
-        "bound": guidance.bound,
-        "gate": guidance.gate,
-    }
+    return {**options, "solver": solver, "erk": erk, "churn": churn}
 
 
-def _check_churn(options: dict[str, Any], solver: Solver, guidance: Guidance) -> None:
-    """
+def _churn(options: dict[str, Any], solver: Solver, erk: Guidance) -> Churn:
+    """Take the options of added noise out of `options` and return them as an object.
+
     Raises:
         ValueError: naming the option at fault.
     """
-    given = {name: options[name] for name in NUMBERS if name in options}
+    given = {name: options.pop(name) for name in NUMBERS if name in options}
     churn = Churn(**given)
-    if churn.active:
-        check_churn(churn, solver, guidance)
-        return
-    for name in NUMBERS[1:]:
-        if name in given and given[name] != getattr(JOB, name):
-            raise ValueError(f"--{name} has nothing to act on: --S_churn is 0")
+    check_churn(churn, solver, erk)
+    if not churn.active:
+        for name in NUMBERS[1:]:
+            if name in given and given[name] != getattr(Churn, name):
+                raise ValueError(f"--{name} has nothing to act on: --S_churn is 0")
+    return churn
 
 
 def preset_fields(preset: str | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -361,11 +308,6 @@ def preset_fields(preset: str | None, options: dict[str, Any]) -> dict[str, Any]
             "that has one, or leave out --guidance"
         )
     return {**options, "guidance": strength}
-
-
-SOLVER_OPTIONS = (
-    "order", "r", "deis_mode", "predict_x0", "variant", "lower_order_final", "threshold",
-)  # fmt: skip
 
 
 def _schedule(value: str) -> str | tuple[float, ...]:
@@ -461,8 +403,10 @@ def _from_file(path: Path, options: dict[str, Any]) -> tuple[Guidance, dict[str,
                     f"{options[name]}",
                     err=True,
                 )
-        g = found.guidance
-        chosen = AUTO if g.blends else f"{g.w_stiff:g}, w_con {g.w_con:g}"
+        g = settings_of(found.guidance)
+        chosen = g["w_stiff"]
+        if not isinstance(chosen, str):
+            chosen = f"{chosen:g}, w_con {g['w_con']:g}"
         click.echo(
             f"--settings {path}: w_stiff {chosen}, solver {options['solver']}, steps "
             f"{options['num_steps']}"
@@ -476,17 +420,46 @@ def _given(name: str) -> bool:
     return source != click.core.ParameterSource.DEFAULT
 
 
-def _erk_guidance(
-    w_stiff: float | str, w_con: float | None, num_steps: int, preset: str | None
+def _erk(
+    w_stiff: float | str,
+    w_con: float | None,
+    bound: float | None,
+    gate: str | None,
+    num_steps: int,
+    preset: str | None,
 ) -> Guidance:
-    if w_stiff == AUTO:
-        if w_con is not None:
-            raise ValueError(f"--w_con {w_con:g} has no part in --w_stiff auto; leave it out")
-        return Guidance.auto()
-    if isinstance(w_stiff, float | int):
-        return Guidance(float(w_stiff), JOB.w_con if w_con is None else w_con)
-    if w_stiff == "paper":
-        chosen = Guidance.paper(num_steps)
+    """Return the guidance that the options ask for.
+
+    Raises:
+        ValueError: naming an option that has nothing to act on.
+    """
+    given = {
+        name: value
+        for name, value in (("w_con", w_con), ("bound", bound), ("gate", gate))
+        if _given(name) and value is not None
+    }
+    if isinstance(w_stiff, str) and w_stiff in FORMS:
+        for name, value in given.items():
+            shown = value if isinstance(value, str) else f"{value:g}"
+            raise ValueError(f"--{name} {shown} has no part in --w_stiff {w_stiff}; leave it out")
+        return make_guidance(w_stiff)
+    if not isinstance(w_stiff, str):
+        if "w_con" in given and not _given("w_stiff"):
+            raise ValueError(f"--w_con {w_con:g} has nothing to act on: give --w_stiff, too")
+        chosen = ERKGuidance(float(w_stiff))
+    else:
+        chosen = _by_word(w_stiff, w_con, num_steps, preset)
+    if not chosen.active:
+        for name in ("bound", "gate"):
+            if name in given:
+                raise ValueError(f"--{name} has nothing to act on: --w_stiff is 0")
+    return replace(chosen, **given)  # type: ignore[arg-type]
+
+
+def _by_word(word: str, w_con: float | None, num_steps: int, preset: str | None) -> ERKGuidance:
+    """Return the paper's settings, or those measured for a preset, and say which they are."""
+    if word == "paper":
+        chosen = ERKGuidance.paper(num_steps)
         whose = f"the paper's settings for {nearest_paper_steps(num_steps)} steps"
     else:
         measured = PRESETS[preset].erk if preset else None
@@ -496,11 +469,11 @@ def _erk_guidance(
                 f"--w_stiff preset: no settings were measured for {preset or 'this network'}, only "
                 f"for {known}; give a number, or 'paper'"
             )
-        chosen = Guidance(*measured)
+        chosen = ERKGuidance(*measured)
         whose = f"the settings measured for {preset}"
     if launched_rank() == 0:
         click.echo(
-            f"--w_stiff {w_stiff}: {whose}, w_stiff {chosen.w_stiff:g}, w_con {chosen.w_con:g}"
+            f"--w_stiff {word}: {whose}, w_stiff {chosen.w_stiff:g}, w_con {chosen.w_con:g}"
             + ("" if w_con is None else f"; --w_con {w_con:g} as given")
         )
-    return chosen if w_con is None else Guidance(chosen.w_stiff, w_con)
+    return chosen

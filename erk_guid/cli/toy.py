@@ -13,7 +13,7 @@ import click
 from erk_guid.cli.common import reporting_errors
 from erk_guid.common.errors import MissingExtraError
 from erk_guid.common.files import check_writable, write_bytes
-from erk_guid.guidance import Guidance
+from erk_guid.guidance import ERKGuidance
 
 
 @click.command()
@@ -63,7 +63,7 @@ def toy_command(
     if find_spec("matplotlib") is None:
         raise MissingExtraError("matplotlib", "plots", "the figure")
     try:
-        Guidance(w_stiff, w_con)
+        ERKGuidance(w_stiff, w_con)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     if not math.isfinite(sigma):

@@ -1,26 +1,27 @@
-"""What images are made with: networks, solver, noise levels, guidance."""
+"""Settings of a generation: networks, solver, noise levels, guidance."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from erk_guid._version import __version__
-from erk_guid.churn import NUMBERS, Churn
+from erk_guid.churn import Churn
 from erk_guid.common.errors import ErkGuidError
 from erk_guid.generation.devices import choose_device
 from erk_guid.generation.images import check_networks
 from erk_guid.generation.process_groups import ProcessGroup
-from erk_guid.guidance import GATES
-from erk_guid.models.checkpoints import Loaded, load
+from erk_guid.guidance import ERKGuidance, Guidance, settings_of
+from erk_guid.models.checkpoints import Checkpoint, load
 from erk_guid.models.checkpoints.loading import locate
 from erk_guid.models.encoders import GENERATION_VAE_BATCH, PIXELS, Encoder, StabilityVAEEncoder
+from erk_guid.solvers import Heun, Solver, name_of, options_of, record_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class GenerationConfig:
     """Everything that says how images are made, except which seeds and where to.
 
     Field names are those of the command lines; their defaults are those commands' defaults.
@@ -35,22 +36,9 @@ class Recipe:
     sigma_min: float = 0.002
     sigma_max: float = 80
     rho: float = 7
-    S_churn: float = Churn.S_churn
-    S_min: float = Churn.S_min
-    S_max: float = Churn.S_max
-    S_noise: float = Churn.S_noise
-    w_stiff: float | str = 0.0
-    w_con: float = 0.5
-    bound: float | None = None
-    gate: str = GATES[0]
-    solver: str = "heun"
-    order: int | None = None
-    r: float | None = None
-    deis_mode: str | None = None
-    predict_x0: bool | None = None
-    variant: str | None = None
-    lower_order_final: bool | None = None
-    threshold: bool | None = None
+    churn: Churn = field(default_factory=Churn)
+    erk: Guidance = field(default_factory=ERKGuidance)
+    solver: Solver = field(default_factory=Heun)
     schedule: str | tuple[float, ...] = "polynomial"
     afs: bool = False
     denoise_to_zero: bool = True
@@ -62,57 +50,48 @@ class Recipe:
 
     @property
     def sampler_options(self) -> dict[str, Any]:
-        """Keyword arguments of `edm_sampler`."""
+        """Return the keyword arguments of `edm_sampler`."""
         return {
             "num_steps": self.num_steps,
             "sigma_min": self.sigma_min,
             "sigma_max": self.sigma_max,
             "rho": self.rho,
             "guidance": self.guidance,
-            **self.churn_options,
-            "w_stiff": self.w_stiff,
-            "w_con": self.w_con,
-            "bound": self.bound,
-            "gate": self.gate,
+            **self.churn.numbers,
+            "erk": self.erk,
             "solver": self.solver,
-            **self.solver_options,
             "schedule": self.schedule,
             "afs": self.afs,
             "denoise_to_zero": self.denoise_to_zero,
             "dtype": getattr(torch, self.dtype),
         }
 
-    @property
-    def churn_options(self) -> dict[str, Any]:
-        """Keyword arguments that say how much noise is added before steps; none for none."""
-        return {name: getattr(self, name) for name in NUMBERS} if self.S_churn else {}
-
-    @property
-    def solver_options(self) -> dict[str, Any]:
-        """Keyword arguments that go with the solver; None leaves one at its default."""
+    def record(self) -> dict[str, Any]:
+        """Return what images depend on, but for the files, in JSON's types."""
+        given = self.sampler_options
         return {
-            "order": self.order,
-            "r": self.r,
-            "deis_mode": self.deis_mode,
-            "predict_x0": self.predict_x0,
-            "variant": self.variant,
-            "lower_order_final": self.lower_order_final,
-            "threshold": self.threshold,
+            **{name: given[name] for name in given if name not in ("erk", "solver", "dtype")},
+            **settings_of(self.erk),
+            **record_of(self.solver),
+            "dtype": self.dtype,
+            "class": self.class_idx,
         }
 
     def describe(self) -> str:
-        """One line that says what was used, as the images carry it."""
-        chosen = "".join(f" {k}={v}" for k, v in self.solver_options.items() if v is not None)
+        """Return one line that says what was used, as the images carry it."""
+        chosen = "".join(f" {name}={value}" for name, value in options_of(self.solver).items())
         spaced = "" if self.schedule == "polynomial" else f", schedule {self.schedule}"
+        erk = settings_of(self.erk)
         parts = [
-            f"model {self.net}", f"solver {self.solver}{chosen}", f"steps {self.num_steps}{spaced}",
-            f"w_stiff {self.w_stiff}", f"w_con {self.w_con:g}", f"guidance {self.guidance:g}",
+            f"model {self.net}", f"solver {name_of(self.solver)}{chosen}",
+            f"steps {self.num_steps}{spaced}",
+            f"w_stiff {erk['w_stiff']}", f"w_con {erk['w_con']:g}", f"guidance {self.guidance:g}",
         ]  # fmt: skip
-        if self.bound is not None:
-            parts.append(f"bound {self.bound:g}")
-        if self.gate != GATES[0]:
-            parts.append(f"gate {self.gate}")
-        parts += [f"{name} {value:g}" for name, value in self.churn_options.items()]
+        if erk["bound"] is not None:
+            parts.append(f"bound {erk['bound']:g}")
+        if erk["gate"] != ERKGuidance.gate:
+            parts.append(f"gate {erk['gate']}")
+        parts += [f"{name} {value:g}" for name, value in self.churn.numbers.items()]
         if self.gnet and self.guidance != 1:
             parts.append(f"guiding model {self.gnet}")
         return ", ".join([*parts, f"erk_guid {__version__}"])
@@ -125,7 +104,7 @@ class Recipe:
         """
         device = choose_device(self.device)
         if self.dtype == "float64" and device.type == "mps":
-            raise ErkGuidError("float64 is not to be had on mps; use --dtype float32")
+            raise ErkGuidError("mps has no float64; use --dtype float32")
         return device
 
     def open(self, device: torch.device, group: ProcessGroup, decoding: bool = True) -> Models:
@@ -144,7 +123,7 @@ class Recipe:
         loaded = self._load(self.net, device)
         guide = self._load(self.gnet, device) if self.gnet and self.guidance != 1 else None
         try:
-            check_networks(loaded.net, guide and guide.net, self.class_idx)
+            check_networks(loaded.net, guide.net if guide else None, self.class_idx)
         except ValueError as error:
             raise ErkGuidError(str(error)) from error
         encoder = self._encoder(loaded)
@@ -159,11 +138,11 @@ class Recipe:
             if source:
                 locate(source)
 
-    def _load(self, source: str, device: torch.device) -> Loaded:
+    def _load(self, source: str, device: torch.device) -> Checkpoint:
         return load(source, device=device, trust=self.trust_pickle)
 
-    def _encoder(self, loaded: Loaded) -> Encoder:
-        """The file's encoder, with the recipe's wishes about the VAE."""
+    def _encoder(self, loaded: Checkpoint) -> Encoder:
+        """The file's encoder, with the config's wishes about the VAE."""
         encoder = loaded.encoder
         if not isinstance(encoder, StabilityVAEEncoder):
             for option, value in (("--vae", self.vae), ("--encoder-batch", self.encoder_batch)):
@@ -178,12 +157,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Models:
-    """A recipe's networks and encoder, on a device."""
+    """A config's networks and encoder, on a device."""
 
-    recipe: Recipe
+    config: GenerationConfig
     device: torch.device
-    loaded: Loaded
-    guide: Loaded | None
+    loaded: Checkpoint
+    guide: Checkpoint | None
     encoder: Encoder
 
     @property
@@ -192,20 +171,17 @@ class Models:
         return {
             "encoder": self.encoder,
             "gnet": self.guide.net if self.guide else None,
-            "class_idx": self.recipe.class_idx,
+            "class_idx": self.config.class_idx,
             "device": self.device,
-            **self.recipe.sampler_options,
+            **self.config.sampler_options,
         }
 
     def record(self) -> dict[str, Any]:
         """What the images depend on, in JSON's types (reads the files to hash them)."""
-        options = self.recipe.sampler_options
         return {
             "net_sha256": self.loaded.fingerprint,
             "gnet_sha256": self.guide.fingerprint if self.guide else None,
-            **{k: options[k] for k in options if k != "dtype"},
-            "dtype": self.recipe.dtype,
-            "class": self.recipe.class_idx,
+            **self.config.record(),
             "trust_pickle": "trusted" in self.loaded.format,
             "encoder": {
                 "class": type(self.encoder).__name__,

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from erk_guid.edm2 import edm_sampler
 from erk_guid.generation.seeds import SeededNoise
 from erk_guid.models.encoders import Encoder, StandardRGBEncoder
-from erk_guid.sampling import edm_sampler
+from erk_guid.models.networks import Network
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,10 @@ class Batch:
 class _Generation:
     """The iterable that `generate` returns."""
 
-    net: Any
+    net: Network
     seeds: Sequence[int]
     encoder: Encoder
-    gnet: Any
+    gnet: Network | None
     class_idx: int | None
     device: torch.device
     sampler_fn: Callable[..., Tensor]
@@ -86,8 +87,8 @@ class _Generation:
         )
 
 
-def draw(net: Any, random: SeededNoise, class_idx: int | None) -> tuple[Tensor, Tensor | None]:
-    """What images begin with: unit-variance noise [N, C, H, W], and one-hot labels or None.
+def draw(net: Network, random: SeededNoise, class_idx: int | None) -> tuple[Tensor, Tensor | None]:
+    """Draw what images begin with: unit-variance noise [N, C, H, W], and one-hot labels or None.
 
     Args:
         net: whose shape and classes they are.
@@ -105,11 +106,11 @@ def draw(net: Any, random: SeededNoise, class_idx: int | None) -> tuple[Tensor, 
 
 
 def generate(
-    net: Any,
+    net: Network,
     seeds: Sequence[int],
     *,
     encoder: Encoder | None = None,
-    gnet: Any = None,
+    gnet: Network | None = None,
     class_idx: int | None = None,
     batch_size: int = 32,
     device: torch.device | str | None = None,
@@ -118,7 +119,7 @@ def generate(
     world_size: int = 1,
     **sampler_options: Any,
 ) -> _Generation:
-    """Images for a list of seeds, batch by batch, each made when it is asked for.
+    """Make the images of a list of seeds, batch by batch, each when it is asked for.
 
     An image depends on its seed, not on the batch size, the rank or the number of processes
     (beyond floating-point order): seed k has a random stream of its own, see `SeededNoise`.
@@ -166,8 +167,8 @@ def generate(
     )
 
 
-def check_networks(net: Any, gnet: Any = None, class_idx: int | None = None) -> None:
-    """Whether the class exists and the guiding network fits.
+def check_networks(net: Network, gnet: Network | None = None, class_idx: int | None = None) -> None:
+    """Refuse a class that does not exist, or a guiding network that does not fit.
 
     Raises:
         ValueError: naming what does not.

@@ -24,7 +24,7 @@ from erk_guid._version import __version__
 from erk_guid.common.errors import ErkGuidError
 from erk_guid.common.files import PARTIAL, check_writable, write_bytes
 from erk_guid.common.pictures import is_whole_png, save_picture, save_png, tile
-from erk_guid.generation.config import Models, Recipe
+from erk_guid.generation.config import GenerationConfig, Models
 from erk_guid.generation.images import Batch, generate
 from erk_guid.generation.process_groups import ProcessGroup, process_group
 from erk_guid.generation.trace import Trace, check_trace_path, read_trace, write_trace
@@ -37,7 +37,7 @@ GRID_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationJob(Recipe):
+class GenerationJob(GenerationConfig):
     """What to generate, and where to put it. Field names are those of generate_images.py."""
 
     outdir: Path

@@ -7,8 +7,8 @@ In a checkout of that toolbox one line in ``solvers.py`` puts these in place of 
 Every function takes all options that the toolbox's driver passes; those that do not concern a
 solver are ignored, and any other name is an error. ``w_stiff`` and ``w_con`` default to 0, as
 there. As there, DPM-Solver++ and UniPC in data prediction (predict_x0, the toolbox's default)
-limit denoised images by dynamic thresholding (`erk_guid.multistep.dynamic_threshold`), which the
-package's own solvers do only when asked to.
+limit denoised images by dynamic thresholding, which the package's own solvers do only when asked
+to (`erk_guid.solvers.multistep.dynamic_threshold`).
 
 ``scripts/check_programs.py --diff-sampler CHECKOUT`` runs the toolbox's driver with its own
 functions and with these, and compares the images.
@@ -17,18 +17,17 @@ functions and with these, and compares the images.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from erk_guid.guidance import Guidance
-from erk_guid.multistep import DEIS, DPMpp, MultistepStep, UniPC
+from erk_guid.guidance import ERKGuidance
 from erk_guid.sampling import StepInfo, sample
 from erk_guid.schedules import make_sigmas
-from erk_guid.solvers import Solver, make_solver
-from erk_guid.steps import Step
+from erk_guid.solvers import DEIS, DPMpp, Solver, UniPC, make_solver
+from erk_guid.solvers.multistep import MultistepStep
 
 __all__ = [
     "deis_sampler",
@@ -104,7 +103,7 @@ def _sampler(name: str, *takes: str) -> Callable[..., Sampled]:
             _denoiser(net, class_labels, condition, unconditional_condition),
             x, levels,
             solver=_solver(name, {k: options.get(k) for k in takes}, x.dtype),
-            guidance=Guidance(w_stiff, w_con),
+            guidance=ERKGuidance(w_stiff, w_con),
             afs=afs,
             callback=remember if return_inters else None,
         )  # fmt: skip
@@ -192,26 +191,24 @@ def _solver(name: str, options: dict[str, Any], dtype: torch.dtype) -> Solver:
 
 
 @dataclass(frozen=True)
-class _GivenDEIS:
+class _GivenDEIS(Solver):
     """DEIS with coefficients that were computed elsewhere; an empty list is an Euler step."""
 
     solver: DEIS
     coefficients: Sequence[Sequence[float]]
-    has_pair = True
-    blends = False
 
-    def plan(self, levels: Sequence[float]) -> list[Step]:
-        steps: list[Step] = []
-        planned = self.solver.plan(levels)
+    has_pair = True
+
+    def steps(self, levels: Sequence[float]) -> list[MultistepStep]:
+        planned = self.solver.steps(levels)
         if len(self.coefficients) != len(planned):
             raise ValueError(
                 f"coeff_list has {len(self.coefficients)} entries for {len(planned)} steps"
             )
-        for own, given in zip(planned, self.coefficients, strict=True):
-            assert isinstance(own, MultistepStep)
-            weights = tuple(float(c) for c in given) or own.weights
-            steps.append(MultistepStep(weights, pair_h=own.pair_h))
-        return steps
+        return [
+            replace(own, weights=tuple(float(c) for c in given) or own.weights, lower=())
+            for own, given in zip(planned, self.coefficients, strict=True)
+        ]
 
 
 euler_sampler = _sampler("euler")

@@ -7,8 +7,9 @@
 ``model(x, sigma, **extra_args)`` returns the denoised x for sigma [N]; `x` comes in already scaled
 by ``sigmas[0]``; a trailing 0 is reached by an Euler step. The lists of noise levels may begin or
 end anywhere. Flow-matching models work too where, as in ComfyUI, the wrapped model returns the
-denoised x, for the drift is then the same; say ``flow=True``, for what supposes Gaussian modes
-(the parameter-free form of Heun, and the modal solver) goes wrong otherwise.
+denoised x: say ``flow=True``. What supposes Gaussian modes (the parameter-free form and the modal
+solver) then goes through `erk_guid.RectifiedFlow`; the rest is integrated in t, as ComfyUI does
+(`erk_guid.integrations.flow`).
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erk_guid.churn import Churn, refuse_in_flow
-from erk_guid.guidance import AUTO, GATES, Guidance
+from erk_guid.churn import Churn
+from erk_guid.guidance import ERKGuidance, Gate, Guidance, make_guidance
+from erk_guid.integrations.flow import flow_process
 from erk_guid.sampling import StepInfo, sample
 from erk_guid.solvers import DPM2, Heun, Modal, Solver
 
@@ -33,7 +35,8 @@ StepCallback = Callable[[dict[str, Any]], object]
 
 def _run(
     solver: Solver,
-    guidance: Guidance,
+    guidance: Guidance | None,
+    flow: bool,
     model: Model,
     x: Tensor,
     sigmas: Tensor,
@@ -64,8 +67,9 @@ def _run(
                 })  # fmt: skip
 
         return sample(
-            denoiser, x, sigmas, solver=solver, guidance=guidance, callback=note, churn=churn
-        )
+            denoiser, x, sigmas, solver=solver, guidance=guidance, callback=note, churn=churn,
+            process=flow_process(solver, guidance) if flow else None,
+        )  # fmt: skip
 
 
 def _churn(
@@ -79,7 +83,11 @@ def _churn(
     if float(s_churn) == 0:
         return None
     if flow:
-        refuse_in_flow(s_churn)
+        raise ValueError(
+            f"S_churn must be 0 with flow=True, got {s_churn}: it adds noise to x that is clean + "
+            "sigma noise, which a flow's x is not; erk_guid.sample with process=RectifiedFlow() "
+            "can add noise"
+        )
     return Churn(float(s_churn), float(s_tmin), float(s_tmax), float(s_noise), torch.randn_like)
 
 
@@ -96,10 +104,10 @@ def sample_erk_heun(
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
     *,
-    w_stiff: float | str = AUTO,
-    w_con: float = 0.5,
+    w_stiff: float | str = "auto",
+    w_con: float = ERKGuidance.w_con,
     bound: float | None = None,
-    gate: str = GATES[0],
+    gate: Gate = ERKGuidance.gate,
     flow: bool = False,
 ) -> Tensor:
     """k-diffusion's ``sample_heun`` with ERK guidance; two evaluations a step.
@@ -114,9 +122,10 @@ def sample_erk_heun(
         s_churn, s_tmin, s_tmax, s_noise: noise added before steps at levels from s_tmin to s_tmax,
             without guidance (w_stiff=0) only. It is drawn by `torch.randn_like` where it is
             added (as in EDM2; k-diffusion also draws, and drops it, at the other steps).
-        w_stiff, w_con, bound, gate: see `Guidance`; "auto" is the parameter-free form.
+        w_stiff, w_con, bound, gate: see `ERKGuidance`; "auto" is `ParameterFreeGuidance`, which
+            the other three have no part in.
         flow: whether the model is a flow-matching one: x is (1 - t) clean + t noise, and `sigmas`
-            are times t. See `erk_guid.flow` for what that changes.
+            are times t. See `erk_guid.integrations.flow` for what that changes.
 
     Returns:
         x at ``sigmas[-1]``.
@@ -125,8 +134,8 @@ def sample_erk_heun(
         ValueError: s_churn together with guidance, or a value out of range.
     """
     churn = _churn(s_churn, s_tmin, s_tmax, s_noise, flow)
-    guidance = Guidance.of(w_stiff, w_con, bound, gate)
-    return _run(Heun(flow), guidance, model, x, sigmas, extra_args, callback, disable, churn)
+    guidance = make_guidance(w_stiff, w_con=w_con, bound=bound, gate=gate)
+    return _run(Heun(), guidance, flow, model, x, sigmas, extra_args, callback, disable, churn)
 
 
 @torch.no_grad()
@@ -142,20 +151,16 @@ def sample_erk_dpm_2(
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
     *,
-    w_stiff: float | str = AUTO,
-    w_con: float = 0.5,
+    w_stiff: float | str = "auto",
+    w_con: float = ERKGuidance.w_con,
     bound: float | None = None,
-    gate: str = GATES[0],
+    gate: Gate = ERKGuidance.gate,
     flow: bool = False,
 ) -> Tensor:
-    """k-diffusion's ``sample_dpm_2`` with ERK guidance; arguments as `sample_erk_heun`'s.
-
-    `flow` only refuses churn here: the two solutions of a step are blended as well
-    in a flow's time as in sigma.
-    """
+    """k-diffusion's ``sample_dpm_2`` with ERK guidance; arguments as `sample_erk_heun`'s."""
     churn = _churn(s_churn, s_tmin, s_tmax, s_noise, flow)
-    guidance = Guidance.of(w_stiff, w_con, bound, gate)
-    return _run(DPM2(), guidance, model, x, sigmas, extra_args, callback, disable, churn)
+    guidance = make_guidance(w_stiff, w_con=w_con, bound=bound, gate=gate)
+    return _run(DPM2(), guidance, flow, model, x, sigmas, extra_args, callback, disable, churn)
 
 
 @torch.no_grad()
@@ -169,8 +174,8 @@ def sample_modal(
     *,
     flow: bool = False,
 ) -> Tensor:
-    """The modal solver (`erk_guid.multistep.Modal`), one evaluation a step, no guidance.
+    """The modal solver (`erk_guid.solvers.Modal`), one evaluation a step, no guidance.
 
     Arguments as `sample_erk_heun`'s.
     """
-    return _run(Modal(flow=flow), Guidance(), model, x, sigmas, extra_args, callback, disable)
+    return _run(Modal(), None, flow, model, x, sigmas, extra_args, callback, disable)

@@ -19,7 +19,7 @@ from erk_guid._version import __version__
 from erk_guid.common.datasets import ImageSource, open_images
 from erk_guid.common.errors import ErkGuidError
 from erk_guid.common.files import check_writable, write_bytes
-from erk_guid.generation.config import Recipe
+from erk_guid.generation.config import GenerationConfig
 from erk_guid.generation.devices import choose_device
 from erk_guid.generation.images import generate
 from erk_guid.generation.process_groups import ProcessGroup, process_group
@@ -120,25 +120,25 @@ def calc(images: Path, ref: str, scoring: Scoring) -> dict[str, Any]:
         return _finish(scoring, collected, reference, detectors, device, group, about)
 
 
-def gen(recipe: Recipe, ref: str, scoring: Scoring) -> dict[str, Any]:
+def gen(config: GenerationConfig, ref: str, scoring: Scoring) -> dict[str, Any]:
     """Generate the images of seeds `seed ... seed + num - 1` and score them; writes no image.
 
     Returns and raises as `calc`.
     """
-    device = recipe.choose_device()
+    device = config.choose_device()
     with process_group(device) as group:
 
         def look() -> Reference:
             scoring.check()
-            refuse_overwriting((scoring.json, scoring.features), (recipe.net, ref))
+            refuse_overwriting((scoring.json, scoring.features), (config.net, ref))
             _check_count(scoring.num, "--num")
             return read_reference(ref)
 
         reference = group.agree(look)
-        models = recipe.open(device, group)
+        models = config.open(device, group)
         detectors = scoring.open_detectors(device, group)
         group.agree(lambda: _check_reference(reference, detectors))
-        parts = blocks(range(scoring.num), recipe.batch, group)
+        parts = blocks(range(scoring.num), config.batch, group)
 
         def source() -> Iterator[Block]:
             # A call for every block, so that the blocks do not depend on the processes.
@@ -155,7 +155,7 @@ def gen(recipe: Recipe, ref: str, scoring: Scoring) -> dict[str, Any]:
             source(), detectors, device,
             group=group, total=sum(map(len, parts)), keep_features=_keeps(scoring),
         )  # fmt: skip
-        about = {"recipe": {"net": recipe.net, "gnet": recipe.gnet, **models.record()}}
+        about = {"recipe": {"net": config.net, "gnet": config.gnet, **models.record()}}
         return _finish(scoring, collected, reference, detectors, device, group, about)
 
 

@@ -16,13 +16,13 @@ from erk_guid.common.files import write_bytes
 from erk_guid.common.pictures import Panel, figure, save_picture, tile, to_pil
 from erk_guid.generation.devices import choose_device
 from erk_guid.generation.images import generate
-from erk_guid.guidance import AUTO, Guidance
+from erk_guid.guidance import ERKGuidance, Guidance, ParameterFreeGuidance
 from erk_guid.models.checkpoints import load
 
 PRESET = "digits"
 SEEDS = range(64)
 STEPS, FINE_STEPS = 5, 32
-GUIDANCE = Guidance(w_stiff=1.0, w_con=0.5)
+GUIDANCE = ERKGuidance(w_stiff=1.0, w_con=0.5)
 """Few steps and their settings: see docs/digits.md for the measurement they come from."""
 
 
@@ -38,7 +38,7 @@ class Run:
     seconds: float
 
     @property
-    def evaluations(self) -> int:
+    def nfe(self) -> int:
         """Network evaluations of Heun with a last Euler step."""
         return 2 * self.num_steps - 1
 
@@ -55,8 +55,7 @@ def run_demo(outdir: Path, device: str | None = None) -> None:
             encoder=loaded.encoder,
             batch_size=32,
             num_steps=num_steps,
-            w_stiff=AUTO if guidance.blends else guidance.w_stiff,
-            w_con=guidance.w_con,
+            erk=guidance,
         )
         next(iter(batches))  # not counted: the first call computes what later ones reuse
         begun = time.perf_counter()
@@ -70,11 +69,11 @@ def run_demo(outdir: Path, device: str | None = None) -> None:
         latents = torch.cat([latents for _, latents in made])
         return Run(title, num_steps, guidance, images, latents, seconds)
 
-    off = Guidance()
+    off = ERKGuidance()
     runs = [
         sampled("Plain Heun", STEPS, off),
         sampled("ERK-Guid", STEPS, GUIDANCE),
-        sampled("ERK-Guid, auto", STEPS, Guidance.auto()),
+        sampled("ERK-Guid, auto", STEPS, ParameterFreeGuidance()),
         sampled("Reference", FINE_STEPS, off),
     ]
     fine = runs[-1]
@@ -102,10 +101,10 @@ def run_demo(outdir: Path, device: str | None = None) -> None:
 
 def _panel(run: Run) -> Panel:
     images = [to_pil(image) for image in run.images.numpy()]
-    settings = "no guidance"
-    if run.guidance.blends:
-        settings = "parameter-free form"
-    elif run.guidance.active:
+    settings = "parameter-free form"
+    if isinstance(run.guidance, ERKGuidance):
         settings = f"w_stiff {run.guidance.w_stiff:g}, w_con {run.guidance.w_con:g}"
-    steps = f"Heun, {run.num_steps} steps, {run.evaluations} evaluations"
+    if not run.guidance.active:
+        settings = "no guidance"
+    steps = f"Heun, {run.num_steps} steps, {run.nfe} evaluations"
     return Panel(tile(images, columns=8, scale=2), run.title, [steps, settings])

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 
 from erk_guid.common.errors import MissingExtraError
-from erk_guid.guidance import Guidance
+from erk_guid.guidance import ERKGuidance, Guidance, ParameterFreeGuidance
 from erk_guid.mixtures import GaussianMixture, tree_mixture
-from erk_guid.multistep import DEIS
 from erk_guid.sampling import sample
 from erk_guid.schedules import karras_sigmas
-from erk_guid.solvers import Heun
+from erk_guid.solvers import DEIS, Heun
 from erk_guid.studies.calibration.sweep import Task, fine_path, step_errors
 
 SIGMA_MAX = 5.0
@@ -47,9 +46,9 @@ class Kind:
 def kinds(w_stiff: float, w_con: float) -> list[Kind]:
     """Plain Heun, the published form with these settings, and the parameter-free form."""
     return [
-        Kind("plain", Guidance(), "#dc2626"),
-        Kind(f"ERK {w_stiff:g}/{w_con:g}", Guidance(w_stiff, w_con), "#d97706"),
-        Kind("ERK auto", Guidance.auto(), "#2563eb"),
+        Kind("plain", ERKGuidance(), "#dc2626"),
+        Kind(f"ERK {w_stiff:g}/{w_con:g}", ERKGuidance(w_stiff, w_con), "#d97706"),
+        Kind("ERK auto", ParameterFreeGuidance(), "#2563eb"),
     ]
 
 
@@ -85,7 +84,7 @@ def compute_toy(
 
     Args:
         steps: noise levels of the trajectories, from 5 to 0.002.
-        w_stiff, w_con: of the published guidance, see `Guidance`.
+        w_stiff, w_con: of the published guidance, see `ERKGuidance`.
         sigma: noise level of the map and of the lines.
         paths: trajectories that are kept.
         samples: trajectories that errors are averaged over, at least `paths`.
@@ -101,7 +100,7 @@ def compute_toy(
     arrays = _map(tree, sigma, grid, generator)
     arrays |= _lines(tree, sigma, arrays)
     task = Task(tree, start, None, sigmas, len(start))
-    exact = fine_path(task, SUBSTEPS, DEIS(order=4, mode="rhoab"))
+    exact = fine_path(task, SUBSTEPS, DEIS(order=4, deis_mode="rhoab"))
     arrays |= {"sigmas": sigmas, "exact": exact[:, :paths]}
     for k, kind in enumerate(compared):
         path = _path(tree, start, sigmas, kind.guidance)

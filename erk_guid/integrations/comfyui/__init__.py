@@ -1,4 +1,4 @@
-"""A node for ComfyUI: a sampler with ERK guidance, for "SamplerCustom" and its kin.
+"""A node for ComfyUI: a sampler with ERK guidance, for "SamplerCustom" and similar nodes.
 
 Install `erk-guid` into ComfyUI's Python, then copy or link this folder into its `custom_nodes`:
 
@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
-from erk_guid.guidance import AUTO, GATES, Guidance
+from erk_guid.guidance import FORMS, Gate, make_guidance
 from erk_guid.integrations.k_diffusion import sample_erk_dpm_2, sample_erk_heun, sample_modal
 
 SOLVERS = {"heun": sample_erk_heun, "dpm_2": sample_erk_dpm_2, "modal": sample_modal}
-FORMS = (AUTO, "published")
+FORM_NAMES = (*FORMS, "published")
+GATES: tuple[str, ...] = get_args(Gate)
 MODEL_TYPES = ("detect", "sigma", "flow")
 """What the model's x is: clean plus sigma noise, or (1 - t) clean + t noise."""
 
@@ -85,7 +86,7 @@ class ERKGuidSampler:
                 ),
             },
             "optional": {
-                "form": (list(FORMS), {"default": FORMS[0]}),
+                "form": (list(FORM_NAMES), {"default": FORM_NAMES[0]}),
                 "solver": (list(SOLVERS), {"default": "heun"}),
                 "gate": (
                     list(GATES),
@@ -109,7 +110,7 @@ class ERKGuidSampler:
         self,
         w_stiff: float,
         w_con: float,
-        form: str = FORMS[0],
+        form: str = FORM_NAMES[0],
         solver: str = "heun",
         gate: str = GATES[0],
         bound: float = 0.0,
@@ -119,10 +120,10 @@ class ERKGuidSampler:
         import comfy.samplers  # there when ComfyUI calls this, and nowhere else
 
         # Every widget has a value; those of the published form say nothing in the other.
-        guidance: dict[str, Any] = {"w_stiff": AUTO}
-        if form != AUTO:
+        guidance: dict[str, Any] = {"w_stiff": form}
+        if form == "published":
             guidance = {"w_stiff": w_stiff, "w_con": w_con, "bound": bound or None, "gate": gate}
-        Guidance.of(**guidance)  # complain at the node, not in mid-run
+        make_guidance(**guidance)  # complain at the node, not in mid-run
         options = {"solver": solver, "model_type": model_type, "guidance": guidance}
         return (comfy.samplers.KSAMPLER(sample_in_comfyui, options),)
 

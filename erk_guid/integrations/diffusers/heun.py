@@ -32,12 +32,11 @@ from diffusers import (
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from erk_guid.auto import Answer
-from erk_guid.flow import FlowAnswer
-from erk_guid.guidance import AUTO, GATES, Guidance, Pair, guide, norm
+from erk_guid.guidance import ERKGuidance, Gate, Guidance, make_guidance
 from erk_guid.integrations.diffusers.variance import Samples, UnitVariance, in_float32
-from erk_guid.quadrature import modal_weights
-from erk_guid.sampling import check_levels
+from erk_guid.integrations.flow import flow_process
+from erk_guid.processes import VE, Process, alpha_at, evaluation_in_sigma, sigmas_of
+from erk_guid.solvers import Evaluation, Heun, Pair, StepResult, check_levels
 
 __all__ = ["ERKGuidHeunScheduler", "FlowMatchERKGuidHeunScheduler"]
 
@@ -50,7 +49,8 @@ class _Step:
 
     x: Tensor
     f: Tensor
-    pair: Pair | None
+    companion: _Left | None
+    """What the step before left, if its sample came back unchanged."""
     x_low: Tensor
     """Euler's solution, before it is rounded to the pipeline's precision."""
     returned: Tensor
@@ -80,7 +80,7 @@ class _Guided(Samples, ABC):
     @property
     def guidance(self) -> Guidance:
         """The settings, from the config."""
-        return Guidance.of(*(getattr(self.config, name) for name in SETTINGS))
+        return make_guidance(**{name: getattr(self.config, name) for name in SETTINGS})
 
     def _forget(self) -> None:
         self._step = self._left = None
@@ -149,10 +149,8 @@ class _Guided(Samples, ABC):
         left, self._left, self._step = self._left, None, None
         if f is None or not 0 < sigma_next < sigma:
             return result  # the last step is Euler's: there is no second call
-        pair = None
-        if left is not None and torch.equal(sample, left.returned):
-            pair = Pair(x, left.x_low, f, left.f_low, float(sigma - sigma_next))
-        self._step = _Step(x, f, pair, result, result)
+        unchanged = left is not None and torch.equal(sample, left.returned)
+        self._step = _Step(x, f, left if unchanged else None, result, result)
         return result
 
     def _end(
@@ -171,16 +169,45 @@ class _Guided(Samples, ABC):
             return result
         f_low = self._drift(found, output, x_low, sigma_next)
         self._left = _Left(x_low, f_low, result)
-        if guidance.blends:
-            # The solution is built on x_low itself, which the pipeline has rounded; the denoised
-            # x is the same.
-            f_low = f_low - (x_low - step.x_low) / sigma_next
-            x_low = step.x_low
-            return self._answered(step, x_low, f_low, float(sigma), float(sigma_next))
-        if step.pair is not None:
-            spread = norm(result - x_low) if guidance.bound is not None else None
-            return guide(result, step.pair, guidance, spread)[0]
-        return result
+        return self._guided(guidance, step, x_low, f_low, result, float(sigma), float(sigma_next))
+
+    def _guided(
+        self,
+        guidance: Guidance,
+        step: _Step,
+        x_low: Tensor,
+        f_low: Tensor,
+        x_high: Tensor,
+        s: float,
+        t: float,
+    ) -> Tensor:
+        """Return what guidance makes of the whole step from noise level s to t."""
+        process = self._process(guidance)
+        sigma, sigma_next = sigmas_of(process, [s, t])
+
+        def written(x: Tensor, denoised: Tensor, level: float) -> Evaluation:
+            return evaluation_in_sigma(x, denoised, level, process)
+
+        first = written(step.x, step.x - s * step.f, sigma)
+        # The solution is built on step.x_low itself, which the pipeline has rounded to x_low; the
+        # denoised x is the same.
+        second = written(step.x_low, x_low - t * f_low, sigma_next)
+        pair = None
+        if step.companion is not None:
+            x, f = step.companion.x_low, step.companion.f_low
+            low = written(x, x - s * f, sigma)
+            pair = Pair(first.x, low.x, first.drift, low.drift, sigma - sigma_next)
+        alpha = alpha_at(process, sigma_next)
+        x_next = x_high / alpha
+        result = StepResult(
+            x_next, sigma, sigma_next, (first, second), 2, (0.5, 0.5), pair,
+            lambda: x_next - second.x,
+        )  # fmt: skip
+        return guidance(result).x * alpha
+
+    def _process(self, guidance: Guidance) -> Process:
+        """Return what the step is written in for guidance."""
+        return VE()
 
     def _note(self, returned: Tensor, begins: bool) -> None:
         """Remember what the pipeline was given, to tell whether it gives that back."""
@@ -196,10 +223,6 @@ class _Guided(Samples, ABC):
     def _drift(self, found: Any, output: Tensor, x_low: Tensor, sigma_next: Tensor) -> Tensor:
         """dx/dsigma at (x_low, sigma_next)."""
 
-    @abstractmethod
-    def _answered(self, step: _Step, x_low: Tensor, f_low: Tensor, s: float, t: float) -> Tensor:
-        """The parameter-free form of the step from noise level s to t."""
-
 
 class ERKGuidHeunScheduler(UnitVariance, _Guided, HeunDiscreteScheduler):  # type: ignore[metaclass]
     """diffusers' `HeunDiscreteScheduler` with ERK guidance.
@@ -208,8 +231,8 @@ class ERKGuidHeunScheduler(UnitVariance, _Guided, HeunDiscreteScheduler):  # typ
     of the network, guided or not.
 
     Args:
-        w_stiff, w_con, bound, gate: see `erk_guid.Guidance`; w_stiff may be "auto", the
-            parameter-free form. w_con has the unit 1/sigma, sigma being noise over signal.
+        w_stiff, w_con, bound, gate: see `erk_guid.ERKGuidance`; w_stiff may be "auto",
+            the parameter-free form. w_con has the unit 1/sigma, sigma being noise over signal.
         unit_variance: for pipelines that keep samples at unit variance, such as `DDPMPipeline`,
             `DDIMPipeline` and `DiTPipeline`; with these, diffusers' own Heun goes wrong.
 
@@ -232,13 +255,13 @@ class ERKGuidHeunScheduler(UnitVariance, _Guided, HeunDiscreteScheduler):  # typ
         clip_sample_range: float = 1.0,
         timestep_spacing: str = "linspace",
         steps_offset: int = 0,
-        w_stiff: float | str = AUTO,
-        w_con: float = 0.5,
+        w_stiff: float | str = "auto",
+        w_con: float = ERKGuidance.w_con,
         bound: float | None = None,
-        gate: str = GATES[0],
+        gate: Gate = ERKGuidance.gate,
         unit_variance: bool = False,
     ) -> None:
-        Guidance.of(w_stiff, w_con, bound, gate)  # complain now, not in mid-run
+        make_guidance(w_stiff, w_con=w_con, bound=bound, gate=gate)  # complain now, not in mid-run
         # By keyword: what is given by position, diffusers takes for a default.
         HeunDiscreteScheduler.__init__(
             self, num_train_timesteps=num_train_timesteps, beta_start=beta_start,
@@ -296,22 +319,17 @@ class ERKGuidHeunScheduler(UnitVariance, _Guided, HeunDiscreteScheduler):  # typ
     def _drift(self, found: Any, output: Tensor, x_low: Tensor, sigma_next: Tensor) -> Tensor:
         return (x_low - found.pred_original_sample) / sigma_next
 
-    def _answered(self, step: _Step, x_low: Tensor, f_low: Tensor, s: float, t: float) -> Tensor:
-        sigma, sigma_next = x_low.new_full((), s), x_low.new_full((), t)
-        quadrature = modal_weights((t, s), s, t)[0]
-        return Answer(x_low, step.f, f_low, sigma, sigma_next, quadrature, step.pair).solution()
-
 
 class FlowMatchERKGuidHeunScheduler(_Guided, FlowMatchHeunDiscreteScheduler):  # type: ignore[metaclass]
-    """diffusers' `FlowMatchHeunDiscreteScheduler` with ERK guidance, for SD3, FLUX and their kin.
+    """diffusers' `FlowMatchHeunDiscreteScheduler` with ERK guidance, for models like SD3 and FLUX.
 
     Unlike diffusers' it also takes lists of sigmas and resolution-dependent shifting, as
     `FlowMatchEulerDiscreteScheduler` does (those pipelines ask for them); the noise levels are
     then that scheduler's.
 
     Args:
-        w_stiff, w_con, bound, gate: see `erk_guid.Guidance`; w_stiff may be "auto", the
-            parameter-free form. In the published form stiffness has the unit 1/t, t from 1 down
+        w_stiff, w_con, bound, gate: see `erk_guid.ERKGuidance`; w_stiff may be "auto",
+            the parameter-free form. In the published form stiffness has the unit 1/t, t from 1 down
             to 0 being the share of noise.
 
     The other arguments are those of `FlowMatchEulerDiscreteScheduler`.
@@ -333,14 +351,14 @@ class FlowMatchERKGuidHeunScheduler(_Guided, FlowMatchHeunDiscreteScheduler):  #
         use_exponential_sigmas: bool = False,
         use_beta_sigmas: bool = False,
         time_shift_type: str = "exponential",
-        w_stiff: float | str = AUTO,
-        w_con: float = 0.5,
+        w_stiff: float | str = "auto",
+        w_con: float = ERKGuidance.w_con,
         bound: float | None = None,
-        gate: str = GATES[0],
+        gate: Gate = ERKGuidance.gate,
     ) -> None:
         if invert_sigmas:
             raise ValueError("invert_sigmas: a schedule that rises cannot be sampled by Heun")
-        Guidance.of(w_stiff, w_con, bound, gate)
+        make_guidance(w_stiff, w_con=w_con, bound=bound, gate=gate)
         FlowMatchHeunDiscreteScheduler.__init__(
             self, num_train_timesteps=num_train_timesteps, shift=shift
         )
@@ -389,5 +407,5 @@ class FlowMatchERKGuidHeunScheduler(_Guided, FlowMatchHeunDiscreteScheduler):  #
     def _drift(self, found: Any, output: Tensor, x_low: Tensor, sigma_next: Tensor) -> Tensor:
         return output  # the network gives the drift itself
 
-    def _answered(self, step: _Step, x_low: Tensor, f_low: Tensor, s: float, t: float) -> Tensor:
-        return FlowAnswer(step.x, x_low, step.f, f_low, s, t, step.pair).solution()
+    def _process(self, guidance: Guidance) -> Process:
+        return flow_process(Heun(), guidance)

@@ -2,7 +2,7 @@
 
 A pipeline asks for the next sample after each call. What it is given is the predicted point; the
 evaluation there, which the next call brings, corrects the step that led to it before the next is
-predicted (`erk_guid.multistep.Modal`). Where a sample comes in that is not the one returned last
+predicted (`erk_guid.solvers.Modal`). Where a sample comes in that is not the one returned last
 (in-painting and callbacks edit it), the solver begins anew from it.
 """
 
@@ -23,14 +23,16 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from erk_guid.integrations.diffusers.variance import Samples, UnitVariance, in_float32
-from erk_guid.multistep import MAX_ORDER, Modal, PredictorCorrectorStep
+from erk_guid.processes import VE, Process, RectifiedFlow, alpha_at, sigmas_of
+from erk_guid.solvers import Modal
+from erk_guid.solvers.multistep import PredictorCorrectorStep
 
 __all__ = ["FlowMatchModalScheduler", "ModalScheduler"]
 
 
 @dataclass
 class _Run:
-    """Where the solver is, in float32."""
+    """Where the solver is, in float32 and in sigma."""
 
     begin: int
     """Number of the noise level it began at."""
@@ -45,7 +47,8 @@ class _Run:
 class _Modal(Samples, ABC):
     """What both schedulers share, on top of one of diffusers' Euler schedulers."""
 
-    flow = False
+    process: Process = VE()
+    """What the pipeline's samples are; the solver runs in sigma."""
     _run: _Run | None = None
 
     def set_begin_index(self, begin_index: int = 0) -> None:
@@ -72,16 +75,17 @@ class _Modal(Samples, ABC):
         found = super().step(output, timestep, wide, return_dict=True)  # type: ignore[misc]
         index: int = self.step_index - 1  # type: ignore[attr-defined]
         denoised = self._denoised(found, output, wide, self.sigmas[index])
+        x = wide / self._alpha_at(index)
         run = self._run
         if run is None or index == run.begin or not torch.equal(sample, run.returned):
-            run = _Run(index, self._plan(index), wide, (denoised,), sample)
+            run = _Run(index, self._plan(index), x, (denoised,), sample)
         else:
             last = run.steps[index - run.begin - 1]
             if last.corrector is not None:
-                run.x, run.values = last.correct(run.x, wide, denoised, run.values)
+                run.x, run.values = last.correct(run.x, x, denoised, run.values)
         k = index - run.begin
         if k < len(run.steps):
-            result = run.steps[k].predict(run.x, run.values)
+            result = run.steps[k].predict(run.x, run.values) * self._alpha_at(index + 1)
         else:  # a step to 0 goes to the denoised x; some schedules end with one of no length
             result = wide if self.sigmas[index + 1] > 0 else denoised
         found.prev_sample = self._scaled(result).to(model_output.dtype)
@@ -90,8 +94,13 @@ class _Modal(Samples, ABC):
         return found if return_dict else tuple(found.values())
 
     def _plan(self, index: int) -> list[PredictorCorrectorStep]:
-        levels = list(dict.fromkeys(level for level in self.sigmas[index:].tolist() if level > 0))
-        return Modal(self.config.modal_order, self.flow).plan(levels) if len(levels) > 1 else []
+        sigmas = sigmas_of(self.process, self.sigmas[index:].tolist())
+        levels = list(dict.fromkeys(sigma for sigma in sigmas if sigma > 0))
+        return Modal(self.config.modal_order).steps(levels)
+
+    def _alpha_at(self, index: int) -> float:
+        """Return the share of clean data at a place of the schedule."""
+        return alpha_at(self.process, sigmas_of(self.process, [float(self.sigmas[index])])[0])
 
     @abstractmethod
     def _denoised(self, found: Any, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
@@ -131,7 +140,7 @@ class ModalScheduler(UnitVariance, _Modal, EulerDiscreteScheduler):  # type: ign
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
         final_sigmas_type: str = "zero",
-        modal_order: int = MAX_ORDER,
+        modal_order: int = Modal.order,
         unit_variance: bool = False,
     ) -> None:
         Modal(modal_order)  # complain now, not in mid-run
@@ -167,7 +176,7 @@ class ModalScheduler(UnitVariance, _Modal, EulerDiscreteScheduler):  # type: ign
 class FlowMatchModalScheduler(_Modal, FlowMatchEulerDiscreteScheduler):  # type: ignore[metaclass]
     """The modal solver over the times of diffusers' `FlowMatchEulerDiscreteScheduler`.
 
-    For SD3, FLUX and their kin. One call a step.
+    For SD3, FLUX and similar models. One call a step.
 
     Args:
         modal_order: evaluations combined, 1 to 4.
@@ -175,7 +184,7 @@ class FlowMatchModalScheduler(_Modal, FlowMatchEulerDiscreteScheduler):  # type:
     The other arguments are those of `FlowMatchEulerDiscreteScheduler`.
     """
 
-    flow = True
+    process = RectifiedFlow()
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -193,7 +202,7 @@ class FlowMatchModalScheduler(_Modal, FlowMatchEulerDiscreteScheduler):  # type:
         use_exponential_sigmas: bool = False,
         use_beta_sigmas: bool = False,
         time_shift_type: str = "exponential",
-        modal_order: int = MAX_ORDER,
+        modal_order: int = Modal.order,
     ) -> None:
         if invert_sigmas:
             raise ValueError("invert_sigmas: a schedule that rises cannot be sampled by this")

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from erk_guid.processes import UnitVariance as UnitVarianceProcess
+
 
 def in_float32(output: Tensor) -> Tensor:
     """A copy of the network's output in float32: it may be written over by the next call."""
@@ -72,11 +74,13 @@ class UnitVariance(Samples):
             return sample.float()
         # Such pipelines need not call it; it finds the index, and Euler's warns where it was not.
         self.scale_model_input(sample, timestep)
-        sigma: Tensor = self.sigmas[self.step_index]  # type: ignore[attr-defined]
-        return sample.float() * (1 + sigma**2).sqrt()
+        return sample.float() / self._alpha()
 
     def _scaled(self, x: Tensor) -> Tensor:
         if not self.unit_variance:
             return x
-        sigma: Tensor = self.sigmas[self.step_index]  # type: ignore[attr-defined]
-        return x / (1 + sigma**2).sqrt()
+        return x * self._alpha()
+
+    def _alpha(self) -> float:
+        """Return the share of clean data in the pipeline's sample, at the current index."""
+        return UnitVarianceProcess().alpha(float(self.sigmas[self.step_index]))  # type: ignore[attr-defined]

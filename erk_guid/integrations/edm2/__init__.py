@@ -10,6 +10,7 @@ The scripts in the root of the checkout offer the same names::
 
 from __future__ import annotations
 
+from erk_guid.edm2 import edm_sampler
 from erk_guid.integrations.edm2.generation import (
     StackedRandomGenerator,
     config_presets,
@@ -23,7 +24,6 @@ from erk_guid.integrations.edm2.statistics import (
     load_stats,
     save_stats,
 )
-from erk_guid.sampling import edm_sampler
 
 __all__ = [
     "StackedRandomGenerator",

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from erk_guid.common.pictures import save_png
+from erk_guid.edm2 import edm_sampler
 from erk_guid.generation.devices import choose_device
 from erk_guid.generation.images import Batch, generate
 from erk_guid.generation.jobs import image_path
 from erk_guid.generation.seeds import SeededNoise, seeds_in
-from erk_guid.models.checkpoints import PRESETS, Loaded, load
+from erk_guid.models.checkpoints import PRESETS, Checkpoint, load
 from erk_guid.models.checkpoints.trusted import EasyDict
 from erk_guid.models.encoders import (
     GENERATION_VAE_BATCH,
@@ -26,7 +27,6 @@ from erk_guid.models.encoders import (
     StabilityVAEEncoder,
     StandardRGBEncoder,
 )
-from erk_guid.sampling import edm_sampler
 
 config_presets: dict[str, EasyDict] = {
     name: EasyDict(
@@ -182,7 +182,7 @@ def generate_images(
 def _network(net: Any, device: torch.device, verbose: bool) -> tuple[Any, Encoder | None]:
     if isinstance(net, torch.nn.Module):
         return net.to(device), None
-    if isinstance(net, Loaded):
+    if isinstance(net, Checkpoint):
         return net.net.to(device), net.encoder
     if verbose and _place()[0] == 0:
         print(f"Loading network from {net} ...", file=sys.stderr)

@@ -28,7 +28,7 @@ UNCONDITIONAL = "uncond:"
 
 
 @dataclass(frozen=True)
-class Loaded:
+class Checkpoint:
     """A network and what is known about its file.
 
     Attributes:
@@ -67,7 +67,7 @@ def load(
     name_or_path_or_url: str | Path,
     device: torch.device | str | None = None,
     trust: bool = False,
-) -> Loaded:
+) -> Checkpoint:
     """Open a network: a preset's name, a `.pkl` or `.safetensors` file, or a URL of either.
 
     EDM2 networks in diffusers' layout open, too: a model's folder (``unet/config.json``, a VAE in
@@ -134,29 +134,29 @@ def locate(source: str) -> Path:
     raise ErkGuidError(f"{source!r} is no file, no URL and no preset{hint}")
 
 
-def _read(path: Path, source: str, trust: bool) -> Loaded:
+def _read(path: Path, source: str, trust: bool) -> Checkpoint:
     with open(path, "rb") as file:
         start = file.read(16)
     # By content, not by suffix: cached downloads and renamed files keep working. A safetensors
     # file begins with the length of its JSON header and a brace.
     if start[8:9] == b"{" or path.suffix == ".safetensors":
         if not has_header(path) and is_model(path):
-            return Loaded(*read_model(path), source, path, "diffusers")
+            return Checkpoint(*read_model(path), source, path, "diffusers")
         net, encoder, metadata = read_native(path)
-        return Loaded(net, encoder, source, path, "safetensors", metadata)
+        return Checkpoint(net, encoder, source, path, "safetensors", metadata)
     if start.lstrip()[:1] == b"<":
         raise CheckpointError("it is a web page, not a checkpoint; download the file itself")
     if start[:4] == b"PK\x03\x04":
         raise CheckpointError("it is a zip archive (perhaps a torch.save file), not a snapshot")
     if not trust:
         net, encoder = read_snapshot(path)
-        return Loaded(net, encoder, source, path, "pkl")
+        return Checkpoint(net, encoder, source, path, "pkl")
 
     print(f"Running the code inside {path}, as asked by --trust-pickle", file=sys.stderr)
     data = read_trusted(path)
     net = data["ema"].eval().requires_grad_(False)
     encoder = data.get("encoder") or StandardRGBEncoder()
-    return Loaded(net, _adapted(encoder), source, path, "pkl (trusted)")
+    return Checkpoint(net, _adapted(encoder), source, path, "pkl (trusted)")
 
 
 class _ForeignEncoder:
@@ -180,7 +180,7 @@ def _adapted(encoder: Any) -> Encoder:
     return ours if isinstance(encoder, tuple(ENCODERS.values())) else _ForeignEncoder(encoder)
 
 
-def convert(source: str | Path, dest: str | Path) -> Loaded:
+def convert(source: str | Path, dest: str | Path) -> Checkpoint:
     """Write the network behind `source` (anything `load` takes, unless trusted) as safetensors.
 
     The weights keep their dtypes, so both files compute the same, bit for bit.

@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
+
+
+@runtime_checkable
+class Network(Protocol):
+    """What images are generated with: any network with EDM's call and attributes.
+
+    Attributes:
+        img_resolution, img_channels: shape of x, [N, img_channels, img_resolution, img_resolution].
+        label_dim: number of classes, 0 for an unconditional network.
+    """
+
+    img_resolution: int
+    img_channels: int
+    label_dim: int
+
+    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, /) -> Tensor:
+        """Return D(x; sigma), like x; `class_labels` are one-hot rows [N, label_dim]."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Return the weights, which say where the network lies."""
+        ...
 
 
 class Unconditional(nn.Module):
@@ -16,14 +39,14 @@ class Unconditional(nn.Module):
 
     label_dim = 0
 
-    def __init__(self, net: Any) -> None:
+    def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
-        self.img_resolution: int = net.img_resolution
-        self.img_channels: int = net.img_channels
+        self.img_resolution = int(net.img_resolution)  # type: ignore[arg-type]
+        self.img_channels = int(net.img_channels)  # type: ignore[arg-type]
 
     def forward(
         self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None, **options: Any
     ) -> Any:
-        """As the network's own, with `class_labels` ignored."""
+        """Call the network without `class_labels`."""
         return self.net(x, sigma, None, **options)

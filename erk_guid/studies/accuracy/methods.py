@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,50 +12,84 @@ from torch import Tensor
 
 from erk_guid.common.errors import MissingExtraError
 from erk_guid.denoisers import Denoiser
-from erk_guid.guidance import Guidance
+from erk_guid.guidance import ERKGuidance, Guidance, ParameterFreeGuidance
 from erk_guid.sampling import sample
 from erk_guid.schedules import make_sigmas
+from erk_guid.solvers import (
+    DEIS,
+    DPM2,
+    IPNDM,
+    IPNDMV,
+    RES,
+    DPMpp,
+    Euler,
+    Heun,
+    Modal,
+    Solver,
+    UniPC,
+)
 
 SIGMA_DATA = 0.5
 """EDM schedulers scale by it on the way in and out; it cancels."""
 
 
-@dataclass(frozen=True)
-class Method:
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
     """One row of a table.
 
     Attributes:
         name: for the table.
-        solver, options, guidance: see `erk_guid.sample`.
         schedule: see `erk_guid.schedules.make_sigmas`.
         stages: evaluations an interval.
-        outside: class name of a diffusers scheduler to run instead, with `options` its settings.
     """
 
     name: str
-    solver: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
-    guidance: Guidance = field(default_factory=Guidance)
     schedule: str = "polynomial"
     stages: int = 1
-    outside: str | None = None
 
     def sigmas(self, evaluations: int, sigma_min: float, sigma_max: float) -> Tensor:
-        """Noise levels for a number of evaluations, without a 0 at the end, float64."""
+        """Return noise levels for a number of evaluations, without a 0 at the end, float64."""
         levels = evaluations // self.stages + 1
         return make_sigmas(self.schedule, levels, sigma_min, sigma_max, 7)[:-1]
 
+    @abstractmethod
     def run(self, denoiser: Denoiser, start: Tensor, sigmas: Tensor) -> Tensor:
-        """Where the method ends.
+        """Return the end points.
 
         Raises:
-            MissingExtraError: it is diffusers', which is not installed.
+            MissingExtraError: what runs it is not installed.
         """
-        if self.outside is None:
-            return sample(
-                denoiser, start, sigmas, solver=self.solver, guidance=self.guidance, **self.options
-            )
-        return _run_outside(self.outside, self.options, denoiser, start, sigmas)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OurMethod(Method):
+    """One of the package's solvers.
+
+    Attributes:
+        solver, guidance: see `erk_guid.sample`.
+    """
+
+    solver: Solver
+    guidance: Guidance | None = None
+
+    def run(self, denoiser: Denoiser, start: Tensor, sigmas: Tensor) -> Tensor:
+        return sample(denoiser, start, sigmas, solver=self.solver, guidance=self.guidance)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutsideMethod(Method):
+    """One of diffusers' schedulers.
+
+    Attributes:
+        scheduler: its class's name.
+        options: its settings.
+    """
+
+    scheduler: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, denoiser: Denoiser, start: Tensor, sigmas: Tensor) -> Tensor:
+        return _run_outside(self.scheduler, self.options, denoiser, start, sigmas)
 
 
 def _run_outside(
@@ -95,47 +130,53 @@ def _run_outside(
     return x * scale(levels[-1].to(x))
 
 
+def _ours(
+    name: str, solver: Solver, guidance: Guidance | None = None, schedule: str = "polynomial"
+) -> Method:
+    stages = 2 if solver.two_stages else 1
+    return OurMethod(name=name, solver=solver, guidance=guidance, schedule=schedule, stages=stages)
+
+
 def _outside(name: str, scheduler: str, stages: int = 1, **options: Any) -> Method:
-    return Method(f"diffusers {name}", outside=scheduler, options=options, stages=stages)
+    return OutsideMethod(
+        name=f"diffusers {name}", scheduler=scheduler, options=options, stages=stages
+    )
 
 
 def _methods() -> list[Method]:
-    auto = Guidance.auto()
+    auto = ParameterFreeGuidance()
+    erk, erk_deis = ERKGuidance(0.408, 0), ERKGuidance(0.4, 0)
     return [
-        Method("euler", "euler"),
-        Method("heun", "heun", stages=2),
-        Method("heun + ERK 0.5/0.5", "heun", guidance=Guidance(0.5, 0.5), stages=2),
-        Method("heun + ERK auto", "heun", guidance=auto, stages=2),
-        Method("dpm2", "dpm2", stages=2),
-        Method("dpm2 + ERK 0.408/0", "dpm2", guidance=Guidance(0.408, 0), stages=2),
-        Method(
-            "dpm2 + ERK 0.408/0 bound 0.2", "dpm2", guidance=Guidance(0.408, 0, bound=0.2), stages=2
-        ),
-        Method("dpm2 + ERK auto", "dpm2", guidance=auto, stages=2),
-        Method("deis tab 3", "deis", {"order": 3}),
-        Method("deis tab 3 + ERK 0.4/0", "deis", {"order": 3}, Guidance(0.4, 0)),
-        Method(
-            "deis tab 3 + ERK 0.4/0 bound 0.2", "deis", {"order": 3}, Guidance(0.4, 0, bound=0.2)
-        ),
-        Method("deis tab 4", "deis", {"order": 4}),
-        Method("deis log 3", "deis", {"order": 3, "deis_mode": "log"}),
-        Method("ipndm 4", "ipndm", {"order": 4}),
-        Method("ipndm_v 3", "ipndm_v", {"order": 3}),
-        Method("ipndm_v 4", "ipndm_v", {"order": 4}),
-        Method("dpmpp 2 data", "dpmpp", {"order": 2}),
-        Method("dpmpp 3 data", "dpmpp", {"order": 3}),
-        Method("dpmpp 3 noise", "dpmpp", {"order": 3, "predict_x0": False}),
-        Method("unipc 3 data", "unipc", {"order": 3}),
-        Method("unipc 3 noise", "unipc", {"order": 3, "predict_x0": False}),
-        Method("res 2", "res"),
-        Method("modal", "modal"),
-        Method("modal (logsnr)", "modal", schedule="logsnr"),
-        Method("deis tab 4 (logsnr)", "deis", {"order": 4}, schedule="logsnr"),
-        Method("deis log 3 (logsnr)", "deis", {"order": 3, "deis_mode": "log"}, schedule="logsnr"),
-        Method("ipndm_v 3 (logsnr)", "ipndm_v", {"order": 3}, schedule="logsnr"),
-        Method("dpmpp 3 data (logsnr)", "dpmpp", {"order": 3}, schedule="logsnr"),
-        Method("unipc 3 data (logsnr)", "unipc", {"order": 3}, schedule="logsnr"),
-        Method("res 2 (logsnr)", "res", schedule="logsnr"),
+        _ours("euler", Euler()),
+        _ours("heun", Heun()),
+        _ours("heun + ERK 0.5/0.5", Heun(), ERKGuidance(0.5, 0.5)),
+        _ours("heun + ERK auto", Heun(), auto),
+        _ours("dpm2", DPM2()),
+        _ours("dpm2 + ERK 0.408/0", DPM2(), erk),
+        _ours("dpm2 + ERK 0.408/0 bound 0.2", DPM2(), replace(erk, bound=0.2)),
+        _ours("dpm2 + ERK auto", DPM2(), auto),
+        _ours("deis tab 3", DEIS(3)),
+        _ours("deis tab 3 + ERK 0.4/0", DEIS(3), erk_deis),
+        _ours("deis tab 3 + ERK 0.4/0 bound 0.2", DEIS(3), replace(erk_deis, bound=0.2)),
+        _ours("deis tab 4", DEIS(4)),
+        _ours("deis log 3", DEIS(3, "log")),
+        _ours("ipndm 4", IPNDM(4)),
+        _ours("ipndm_v 3", IPNDMV(3)),
+        _ours("ipndm_v 4", IPNDMV(4)),
+        _ours("dpmpp 2 data", DPMpp(2)),
+        _ours("dpmpp 3 data", DPMpp(3)),
+        _ours("dpmpp 3 noise", DPMpp(3, predict_x0=False)),
+        _ours("unipc 3 data", UniPC(3)),
+        _ours("unipc 3 noise", UniPC(3, predict_x0=False)),
+        _ours("res 2", RES(2)),
+        _ours("modal", Modal()),
+        _ours("modal (logsnr)", Modal(), schedule="logsnr"),
+        _ours("deis tab 4 (logsnr)", DEIS(4), schedule="logsnr"),
+        _ours("deis log 3 (logsnr)", DEIS(3, "log"), schedule="logsnr"),
+        _ours("ipndm_v 3 (logsnr)", IPNDMV(3), schedule="logsnr"),
+        _ours("dpmpp 3 data (logsnr)", DPMpp(3), schedule="logsnr"),
+        _ours("unipc 3 data (logsnr)", UniPC(3), schedule="logsnr"),
+        _ours("res 2 (logsnr)", RES(2), schedule="logsnr"),
         _outside(
             "EDM Euler", "EDMEulerScheduler", sigma_data=SIGMA_DATA, prediction_type="epsilon"
         ),
@@ -168,7 +209,7 @@ def choose_methods(patterns: list[str], outside: bool = True) -> list[Method]:
         if not found:
             raise ValueError(f"no method begins with {pattern!r}; there are: {'; '.join(METHODS)}")
         chosen += [m for m in found if m not in chosen]
-    kept = [m for m in chosen if outside or m.outside is None]
+    kept = [m for m in chosen if outside or not isinstance(m, OutsideMethod)]
     if not kept:
         raise ValueError(f"{', '.join(patterns)}: only diffusers' own, and those are switched off")
     return kept

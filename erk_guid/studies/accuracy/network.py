@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from erk_guid.denoisers import combined
+from erk_guid.denoisers import guided_denoiser, in_batches
 from erk_guid.generation.images import check_networks, draw
 from erk_guid.generation.seeds import SeededNoise
+from erk_guid.models.networks import Network
 from erk_guid.studies.accuracy.problems import Problem, solve_finely
-from erk_guid.studies.calibration.sweep import in_batches
 
 
 def network_problem(
     name: str,
-    net: Any,
+    net: Network,
     seeds: Sequence[int],
     *,
-    gnet: Any = None,
+    gnet: Network | None = None,
     guidance: float = 1.0,
     class_idx: int | None = None,
     batch: int = 32,
@@ -46,7 +45,7 @@ def network_problem(
     noise, labels = draw(net, random, class_idx)
     start = sigma_max * noise.to(dtype)
     # All samples at a time to the samplers, `batch` of them to the network.
-    denoiser = in_batches(combined(net, gnet, guidance), labels, batch)
+    denoiser = in_batches(guided_denoiser(net, gnet, guidance), labels, batch)
     with tqdm(total=fine, desc="Fine solution", unit="evaluation") as bar:
 
         def counted(x: Tensor, sigma: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from erk_guid.denoisers import Denoiser
 from erk_guid.mixtures import GaussianMixture, tree_mixture
 from erk_guid.sampling import sample
 from erk_guid.schedules import make_sigmas
+from erk_guid.solvers import DEIS
 
 SIGMA_MIN = 0.002
 FINE_LEVELS = 1001
@@ -43,7 +44,7 @@ def solve_finely(
 ) -> Tensor:
     """The end points, by exact-weights DEIS of order 4: none of the methods' own programs."""
     sigmas = make_sigmas("polynomial", levels, sigma_min, sigma_max, 7)[:-1]
-    return sample(denoiser, start, sigmas, solver="deis", order=4, deis_mode="rhoab")
+    return sample(denoiser, start, sigmas, solver=DEIS(4, "rhoab"))
 
 
 def mixture_problem(

@@ -17,25 +17,24 @@ How evaluations of the network are saved:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
-from erk_guid.guidance import GATES, Guidance, norm
-from erk_guid.multistep import Modal
-from erk_guid.sampling import check_levels, plan_steps
-from erk_guid.solvers import Solver, check_guidance, make_solver
-from erk_guid.steps import Step
+from erk_guid.guidance import ERKGuidance, Guidance, ParameterFreeGuidance, settings_of
+from erk_guid.norms import norm
+from erk_guid.processes import InSigma, Process, in_sigma
+from erk_guid.sampling import as_solver
+from erk_guid.solvers import Modal, Solver, Step, check_levels
 from erk_guid.studies.calibration.sweep import (
-    ConditionalDenoiser,
     Task,
     distances,
     fine_path,
-    gauges,
+    readings,
     step_errors,
 )
 
@@ -74,6 +73,9 @@ REFERENCE_SUBSTEPS = 4
 REFERENCE_ERROR = 0.03
 """It is refined, twice at most, until its own error is below this multiple of plain's."""
 REFINEMENTS = 2
+
+PLAIN = ERKGuidance()
+"""The plain solver."""
 
 NOT_FINITE = "the plain solver does not end at finite values; look at the denoiser"
 
@@ -114,20 +116,20 @@ class Calibration:
     """What `calibrate` found.
 
     Attributes:
-        guidance: the recommendation: the setting with the least `score`, or `Guidance()`, no
+        guidance: the recommendation: the setting with the least `score`, or `PLAIN`, no
             guidance, if its error is not below the plain solver's by three standard errors.
         trials: all settings that were tried; those on all samples first, each by rising score.
         objective: "end" or "steps".
         reference_error: estimate of the fine solution's own error at the end, as a multiple of
             the plain solver's.
-        evaluations: of the denoiser, counted per sample.
+        nfe: calls of the denoiser, counted per sample.
     """
 
     guidance: Guidance
     trials: tuple[Trial, ...]
     objective: str
     reference_error: float
-    evaluations: int
+    nfe: int
 
     @property
     def chosen(self) -> Trial:
@@ -137,7 +139,7 @@ class Calibration:
     @property
     def plain(self) -> Trial:
         """The plain solver's trial."""
-        return self.trial(Guidance())
+        return self.trial(PLAIN)
 
     def trial(self, guidance: Guidance) -> Trial:
         """The trial of one of the settings.
@@ -163,8 +165,7 @@ class Calibration:
         ]
         for trial in shown:
             g, mark = trial.guidance, "**" if trial.guidance == self.guidance else ""
-            strength = "auto" if g.blends else f"{g.w_stiff:g}"
-            threshold = "" if g.blends or not g.active else f"{g.w_con:g}"
+            strength, threshold = written(g)
             spread = f" ± {trial.ratio_error:.3f}" if trial != self.plain else ""
             cells = (strength, threshold, f"{trial.error:.4g}", f"{trial.ratio:.3f}")
             marked = " | ".join(f"{mark}{cell}{mark}" if cell else "" for cell in cells)
@@ -173,16 +174,16 @@ class Calibration:
 
 
 def calibrate(
-    denoiser: ConditionalDenoiser,
+    denoiser: Callable[..., Tensor],
     x: Tensor,
     sigmas: Tensor,
     *,
     labels: Tensor | None = None,
-    solver: str | Solver | Step = "heun",
+    solver: str | Solver = "heun",
+    guidance: ERKGuidance = PLAIN,
+    process: Process | None = None,
     objective: str = OBJECTIVES[0],
     auto: bool = True,
-    bound: float | None = None,
-    gate: str = GATES[0],
     batch: int = 32,
 ) -> Calibration:
     """Look for the settings of guidance that keep nearest to the ODE's solution.
@@ -195,13 +196,14 @@ def calibrate(
         sigmas: the noise levels, as in `erk_guid.sample`. The step to a trailing 0 is not guided,
             and left out.
         labels: one row for each of x's, or None.
-        solver: "heun", "dpm2", "deis", or one with its options (`erk_guid.solvers`), such as
-            ``Heun(flow=True)`` for a flow-matching model.
+        solver: "heun", "dpm2", "deis", or one with its options (`erk_guid.solvers`).
+        guidance: gate and bound of all candidates; its w_stiff and w_con are not used.
+        process: what x is, as in `erk_guid.sample`; `sigmas` are then its times. Settings found so
+            are for sampling with that process: w_con is per unit of noise over signal.
         objective: "end": the distance of the end points. "steps": the errors of single steps
             from the exact solution, summed over the steps. The first also rewards a step that
             makes up for the errors of those before it.
         auto: whether the parameter-free form is among the candidates, where the solver has it.
-        bound, gate: see `Guidance`; the same for all candidates.
         batch: samples at a time.
 
     Returns:
@@ -222,31 +224,34 @@ def calibrate(
         raise ValueError(f"{len(labels)} labels for {len(x)} samples")
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
-    if isinstance(solver, str):
-        solver = make_solver(solver)
-    base = Guidance(w_stiff=1.0, w_con=0.0, bound=bound, gate=gate)
-    check_guidance(base, solver, type(solver).__name__)
-    levels = [level for level in check_levels(sigmas) if level > 0]
-    steps = plan_steps(solver, levels)
+    solver = as_solver(solver)
+    base = replace(guidance, w_stiff=1.0, w_con=0.0)
+    base.check(solver)
     counted = _Counted(denoiser)
-    task = Task(counted, x, labels, torch.tensor(levels, dtype=torch.float64), batch)
+    solved: Callable[..., Tensor] = counted
+    if process is not None:
+        problem = in_sigma(counted, x, sigmas, process)
+        x, sigmas, solved = problem.x, problem.sigmas, _Labelled(counted, problem)
+    levels = [level for level in check_levels(sigmas) if level > 0]
+    steps = solver.plan(levels)
+    task = Task(solved, x, labels, torch.tensor(levels, dtype=torch.float64), batch)
 
-    readings = gauges(task.rows(slice(SCREENED)), steps, gate)
-    if not len(readings):
+    read = readings(task.rows(slice(SCREENED)), steps, base)
+    if not len(read):
         raise ValueError(
             f"no step between {len(levels)} noise levels above 0 has a pair to guide with; Heun "
             "needs three levels"
         )
-    path, reference_error = _reference(task, steps, Modal(flow=getattr(solver, "flow", False)))
+    path, reference_error = _reference(task, steps, Modal())
     trials = _Trials(task, steps, path, objective)
-    others = [Guidance()]
-    if auto and getattr(solver, "blends", False):
-        others.append(Guidance.auto())
-    _search(trials, base, readings.median(dim=1).values.tolist(), others)
+    others: list[Guidance] = [PLAIN]
+    if auto and solver.two_stages:
+        others.append(ParameterFreeGuidance())
+    _search(trials, base, read.median(dim=1).values.tolist(), others)
 
     final = [trial.guidance for trial in trials.all_of()]
     single = step_errors(task, steps, final, path).sum(dim=1).mean(dim=1)
-    plain = float(single[final.index(Guidance())])
+    plain = float(single[final.index(PLAIN)])
     found = [
         trials.trial(setting, float(error) / plain if plain else math.nan)
         for setting, error in zip(final, single, strict=True)
@@ -255,22 +260,47 @@ def calibrate(
     certain = best.ratio + CERTAINTY * best.ratio_error < 1
     # Where the plain solver errs by no more than rounding does, there is nothing to judge by.
     rounding = ROUNDING * torch.finfo(x.dtype).eps * float(norm(x).mean())
-    certain = certain and trials.trial(Guidance()).error > rounding
+    certain = certain and trials.trial(PLAIN).error > rounding
     screened = [trials.trial(setting) for setting in trials.values if setting not in final]
     return Calibration(
-        guidance=best.guidance if certain else Guidance(),
+        guidance=best.guidance if certain else PLAIN,
         trials=(*found, *sorted(screened, key=lambda trial: trial.score)),
         objective=objective,
         reference_error=reference_error,
-        evaluations=counted.rows,
+        nfe=counted.rows,
     )
+
+
+def written(guidance: Guidance) -> tuple[str, str]:
+    """Return w_stiff and w_con as tables show them; empty where they have no part."""
+    shown = settings_of(guidance)
+    strength = shown["w_stiff"]
+    if isinstance(strength, str):
+        return strength, ""
+    return f"{strength:g}", f"{shown['w_con']:g}" if guidance.active else ""
+
+
+def is_published(guidance: Guidance) -> TypeGuard[ERKGuidance]:
+    """Return whether it is the published form, and corrects anything."""
+    return isinstance(guidance, ERKGuidance) and guidance.active
+
+
+@dataclass(frozen=True)
+class _Labelled:
+    """The denoiser of a problem that was written in sigma, with labels behind x and sigma."""
+
+    denoiser: Callable[..., Tensor]
+    problem: InSigma
+
+    def __call__(self, x: Tensor, sigma: Tensor, *labels: Tensor) -> Tensor:
+        return self.problem.with_denoiser(lambda x, t: self.denoiser(x, t, *labels))(x, sigma)
 
 
 @dataclass
 class _Counted:
     """The denoiser, and how many samples it was given."""
 
-    denoiser: ConditionalDenoiser
+    denoiser: Callable[..., Tensor]
     rows: int = 0
 
     def __call__(self, x: Tensor, *rest: Tensor) -> Tensor:
@@ -286,7 +316,7 @@ def _reference(task: Task, steps: Sequence[Step], solver: Solver) -> tuple[Tenso
     few = task.rows(slice(FEWEST))
     substeps = max(REFERENCE_SUBSTEPS, -(-REFERENCE_EVALUATIONS // len(steps)))
     coarse, finer = (fine_path(few, n, solver)[-1] for n in (substeps, 2 * substeps))
-    plain = float(distances(few, steps, [Guidance()], finer).values.mean())
+    plain = float(distances(few, steps, [PLAIN], finer).values.mean())
     if not math.isfinite(plain):
         raise ValueError(NOT_FINITE)
     for refinement in range(REFINEMENTS + 1):
@@ -334,7 +364,7 @@ class _Trials:
     def trial(self, setting: Guidance, step_ratio: float = math.nan) -> Trial:
         """What is known of a setting that was measured."""
         values = self.values[setting]
-        plain = self.values[Guidance()][: len(values)]
+        plain = self.values[PLAIN][: len(values)]
         mean = float(plain.mean())
         if mean == 0:  # nothing to be better than
             ratio = 1.0 if float(values.mean()) == 0 else math.inf
@@ -345,21 +375,18 @@ class _Trials:
         spread = float((values - ratio * plain).std()) / len(values) ** 0.5 / mean
         return Trial(setting, ratio * mean, ratio, spread, step_ratio, len(values))
 
-    def all_of(self, w_con: float | None = None) -> list[Trial]:
-        """The settings tried on all samples, by rising score; of one w_con if that is given."""
-        chosen = [
-            self.trial(setting)
-            for setting, values in self.values.items()
-            if len(values) == self.samples
-            and (
-                w_con is None or (setting.active and not setting.blends and setting.w_con == w_con)
-            )
-        ]
-        return sorted(chosen, key=lambda trial: trial.score)
+    def all_of(self) -> list[Trial]:
+        """Return the settings tried on all samples, by rising score."""
+        full = [k for k, values in self.values.items() if len(values) == self.samples]
+        return sorted(map(self.trial, full), key=lambda trial: trial.score)
+
+    def published(self) -> list[tuple[ERKGuidance, float]]:
+        """Return those of the published form, with their scores, by rising score."""
+        return [(t.guidance, t.score) for t in self.all_of() if is_published(t.guidance)]
 
 
 def _search(
-    trials: _Trials, base: Guidance, readings: list[float], others: Sequence[Guidance]
+    trials: _Trials, base: ERKGuidance, readings: list[float], others: Sequence[Guidance]
 ) -> None:
     """Try settings, so that the best is among those tried on all samples.
 
@@ -373,13 +400,13 @@ def _search(
     thresholds = _thresholds(readings)
     ladder = {w_con: list(LADDER) for w_con in thresholds}
 
-    def setting(w_stiff: float, w_con: float) -> Guidance:
+    def setting(w_stiff: float, w_con: float) -> ERKGuidance:
         return replace(base, w_stiff=w_stiff, w_con=w_con)
 
     # A coarse ladder at every threshold on few samples, longer where it ends on its best.
     for _ in range(EXTENSIONS + 1):
         rungs = [setting(w_stiff, w_con) for w_con in thresholds for w_stiff in ladder[w_con]]
-        trials.measure([Guidance(), *rungs], few)
+        trials.measure([PLAIN, *rungs], few)
         valleys = {
             w_con: _valley({w: trials.trial(setting(w, w_con)).score for w in ladder[w_con]}, RUNG)
             for w_con in thresholds
@@ -391,16 +418,16 @@ def _search(
 
     # What that says is best at each threshold, on more; and the best of those on all of them.
     first = [setting(_rounded(valleys[w_con].place), w_con) for w_con in thresholds]
-    trials.measure([Guidance(), *first], min(PROMISING, trials.samples))
+    trials.measure([PLAIN, *first], min(PROMISING, trials.samples))
     first = sorted(first, key=lambda s: trials.trial(s).score)[:FINALISTS]
     trials.measure([*others, *first], trials.samples)
-    if not math.isfinite(trials.trial(Guidance()).error):
+    if not math.isfinite(trials.trial(PLAIN).error):
         raise ValueError(NOT_FINITE)
 
     # Near the best: stronger and weaker, and the gate half open at one step more or one less.
-    ranked = [t for t in trials.all_of() if t.guidance in first]
-    close = [ranked[0].guidance]
-    close += [t.guidance for t in ranked[1:2] if t.score < ranked[0].score + CLOSE]
+    ranked = [(g, score) for g, score in trials.published() if g in first]
+    close = [ranked[0][0]]
+    close += [g for g, score in ranked[1:2] if score < ranked[0][1] + CLOSE]
     near = [
         setting(_rounded(g.w_stiff * factor), g.w_con)
         for g in close
@@ -414,9 +441,9 @@ def _search(
     near += [setting(top.w_stiff, _rounded(r)) for r in halves if r is not None]
     trials.measure(near, trials.samples)
     for _ in range(REFINED):
-        ranked = [t for t in trials.all_of() if t.guidance.active and not t.guidance.blends]
-        w_con = ranked[0].guidance.w_con
-        known = {t.guidance.w_stiff: t.score for t in trials.all_of(w_con)}
+        ranked = trials.published()
+        w_con = ranked[0][0].w_con
+        known = {g.w_stiff: score for g, score in ranked if g.w_con == w_con}
         place = _rounded(_valley(known, BRACKET).place)
         if place in known:
             break

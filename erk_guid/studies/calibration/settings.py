@@ -9,7 +9,7 @@ from typing import Any
 
 from erk_guid.common.errors import ErkGuidError, printable
 from erk_guid.common.files import write_bytes
-from erk_guid.guidance import AUTO, GATES, Guidance
+from erk_guid.guidance import Guidance, make_guidance, settings_of
 
 FORMAT = "erk_guid_settings"
 VERSION = 1
@@ -45,7 +45,7 @@ class Settings:
     Attributes:
         guidance: the settings.
         made_for: options of the command lines that they belong to: the solver and its options,
-            and the noise levels, under the names of `Recipe`'s fields.
+            and the noise levels, under the names of `GenerationConfig`'s fields.
         measured: how they were found, for the reader: network, seeds, errors. Not interpreted,
             but for `net` and `guidance`, which other values of are remarked on.
     """
@@ -56,13 +56,9 @@ class Settings:
 
     def write(self, path: str | Path) -> None:
         """Write the file, whole or not at all."""
-        g = self.guidance
         content = {
             FORMAT: VERSION,
-            "w_stiff": AUTO if g.blends else g.w_stiff,
-            "w_con": g.w_con,
-            "bound": g.bound,
-            "gate": g.gate,
+            **settings_of(self.guidance),
             "made_for": self.made_for,
             "measured": self.measured,
         }
@@ -105,10 +101,7 @@ def read_settings(path: str | Path) -> Settings:
             raise ErkGuidError(f"{path}: the noise levels of 'schedule' must be numbers")
         made_for["schedule"] = tuple(map(float, schedule))
     try:
-        guidance = Guidance.of(
-            content["w_stiff"], content["w_con"], content.get("bound"),
-            content.get("gate", GATES[0]),
-        )  # fmt: skip
+        guidance = make_guidance(**content)
     except ValueError as error:
         raise ErkGuidError(f"{path}: {printable(error)}") from error
     return Settings(guidance, made_for, measured)

@@ -1,8 +1,8 @@
-"""Many settings of guidance in one run: what they have in common is computed once.
+"""Sweep many settings of guidance in one run: compute once what they have in common.
 
-Two settings part at the first step that they correct differently. Before that, and for every
-image whose gate is shut in both, they walk the same path, and the denoiser need not be asked
-twice. `distances` walks all of them at once, as rows that split: the result is that of separate
+Two settings differ from the first step on that they correct differently. Before that, and for
+every image whose gate is shut in both, they walk the same path, and one call of the denoiser serves
+both. `distances` walks all of them at once, as rows that split. The result is that of separate
 runs of `erk_guid.sample`, for a fraction of the evaluations.
 """
 
@@ -11,35 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from erk_guid.auto import improve
-from erk_guid.denoisers import Denoiser
-from erk_guid.guidance import Guidance, gauge, guide, measure, norm
+from erk_guid.denoisers import Denoiser, in_batches
+from erk_guid.guidance import ERKGuidance, Guidance
+from erk_guid.norms import norm
 from erk_guid.sampling import StepInfo, sample
-from erk_guid.solvers import Solver
-from erk_guid.steps import Step, StepResult
-
-ConditionalDenoiser = Callable[..., Tensor]
-"""``denoiser(x, sigma)``, or ``denoiser(x, sigma, labels)`` where there are labels."""
-
-
-def in_batches(denoiser: ConditionalDenoiser, labels: Tensor | None, size: int) -> Denoiser:
-    """A denoiser for as many rows as there are labels, called with `size` of them at a time."""
-
-    @torch.no_grad()
-    def denoise(x: Tensor, sigma: Tensor, /) -> Tensor:
-        parts = []
-        for i in range(0, len(x), size):
-            part = slice(i, i + size)
-            given = () if labels is None else (labels[part],)
-            parts.append(denoiser(x[part], sigma, *given).to(x.dtype))
-        return torch.cat(parts)
-
-    return denoise
+from erk_guid.solvers import Memory, Solver, Step, StepResult
 
 
 @dataclass(frozen=True)
@@ -54,7 +35,7 @@ class Task:
         batch: rows at a time that the denoiser is called with.
     """
 
-    denoiser: ConditionalDenoiser
+    denoiser: Callable[..., Tensor]
     x: Tensor
     labels: Tensor | None
     sigmas: Tensor
@@ -76,13 +57,13 @@ class Distances(NamedTuple):
 
     values: Tensor
     """Euclidean, [settings, samples], float64 on the CPU; NaN or inf where a run overflowed."""
-    evaluations: int
-    """Of the denoiser, counted per sample."""
+    nfe: int
+    """Calls of the denoiser, counted per sample."""
 
 
 class _Rows(NamedTuple):
     x: Tensor
-    state: Any
+    memory: Memory | None
     owner: Tensor
     """Whose path it is, [R]."""
     walks: Tensor
@@ -98,18 +79,18 @@ def distances(
     Args:
         task: what to solve.
         steps: one for each interval between its noise levels.
-        settings: of guidance; `Guidance()` is the plain solver.
+        settings: of guidance; `ERKGuidance()` is the plain solver.
         ends: [N, ...], what the results are held against.
     """
     found = []
-    evaluations = 0
+    nfe = 0
     # A few samples at a time: their rows are as many as the settings, at most.
     for i in range(0, len(task.x), task.batch):
         part = slice(i, i + task.batch)
         values, spent = _walk(task.rows(part), steps, settings, ends[part])
         found.append(values)
-        evaluations += spent
-    return Distances(torch.cat(found, dim=1), evaluations)
+        nfe += spent
+    return Distances(torch.cat(found, dim=1), nfe)
 
 
 @torch.no_grad()
@@ -129,27 +110,29 @@ def step_errors(
     count = len(task.x)
     every = torch.arange(count, device=task.x.device)
     walks = torch.ones(count, len(settings), dtype=torch.bool, device=task.x.device)
-    denoiser, sigmas, state = task.on(every), task.sigmas.to(task.x), None
+    denoiser = task.on(every)
+    memory: Memory | None = None
     found = []
     for i, step in enumerate(steps):
-        result, state = step(denoiser, path[i], sigmas[i], sigmas[i + 1], state)
+        result, memory = step(denoiser, path[i], memory)
         rows = _split(_Rows(path[i], None, every, walks), result, None, settings)
         found.append(_apart(rows, path[i + 1]))
     return torch.stack(found, dim=1)
 
 
 @torch.no_grad()
-def gauges(task: Task, steps: Sequence[Step], gate: str) -> Tensor:
-    """What the gate reads in a plain run, [steps that have a pair, samples], on the CPU."""
+def readings(task: Task, steps: Sequence[Step], guidance: ERKGuidance) -> Tensor:
+    """Return what the gate reads in a plain run, [steps that have a pair, samples], on the CPU."""
     denoiser = task.on(torch.arange(len(task.x), device=task.x.device))
-    x, sigmas, state = task.x, task.sigmas.to(task.x), None
+    x = task.x
+    memory: Memory | None = None
     found = []
-    for i, step in enumerate(steps):
-        result, state = step(denoiser, x, sigmas[i], sigmas[i + 1], state)
+    for step in steps:
+        result, memory = step(denoiser, x, memory)
         x = result.x
         if result.pair is not None:
-            rho = measure(result.pair, Guidance()).stiffness
-            found.append(gauge(rho, result.pair.h, gate).cpu())
+            rho = ERKGuidance().measure(result.pair).stiffness
+            found.append(guidance.reading(rho, result.pair.h).cpu())
     return torch.stack(found) if found else torch.empty(0, len(task.x))
 
 
@@ -184,13 +167,12 @@ def _walk(
         task.x, None, torch.arange(count, device=device),
         torch.ones(count, len(settings), dtype=torch.bool, device=device),
     )  # fmt: skip
-    evaluations, sigmas = 0, task.sigmas.to(task.x)
-    for i, step in enumerate(steps):
-        denoiser = task.on(rows.owner)
-        result, state = step(denoiser, rows.x, sigmas[i], sigmas[i + 1], rows.state)
-        evaluations += result.evaluations * len(rows.x)
-        rows = _split(rows, result, state, settings)
-    return _apart(rows, ends), evaluations
+    nfe = 0
+    for step in steps:
+        result, memory = step(task.on(rows.owner), rows.x, rows.memory)
+        nfe += result.nfe * len(rows.x)
+        rows = _split(rows, result, memory, settings)
+    return _apart(rows, ends), nfe
 
 
 def _apart(rows: _Rows, ends: Tensor) -> Tensor:
@@ -202,53 +184,56 @@ def _apart(rows: _Rows, ends: Tensor) -> Tensor:
     return values
 
 
-def _split(rows: _Rows, result: StepResult, state: Any, settings: Sequence[Guidance]) -> _Rows:
-    """One row for each result that the settings walking a row come to."""
+def _split(
+    rows: _Rows, result: StepResult, memory: Memory | None, settings: Sequence[Guidance]
+) -> _Rows:
+    """Return one row for each result that the settings walking a row come to."""
     left = rows.walks.clone()
     branches: list[tuple[Tensor, Tensor]] = []  # x, which settings took it
     for alike in _alike(settings):
-        first = settings[alike[0]]
-        if first.blends and result.embedded is not None:
-            moved, _ = improve(result.x, result.embedded)
-            takes = torch.ones_like(left[:, alike])
-        elif first.active and not first.blends and result.pair is not None:
-            limit = result.spread() if first.bound is not None and result.spread else None
-            # All at once as if the gate were open; then each setting's own gate.
-            moved, measured = guide(result.x, result.pair, replace(first, w_con=0.0), limit)
-            reading = gauge(measured.stiffness, result.pair.h, first.gate)
-            thresholds = torch.tensor([settings[k].w_con for k in alike]).to(reading)
-            takes = reading[:, None] > thresholds
-        else:
+        guidance = settings[alike[0]]
+        guided = _opened(guidance)(result) if guidance.active else None
+        if guided is None or guided.size is None:
             continue
+        takes = torch.ones_like(left[:, alike])
+        if isinstance(guidance, ERKGuidance) and result.pair is not None:
+            assert guided.stiffness is not None
+            reading = guidance.reading(guided.stiffness, result.pair.h)
+            thresholds = torch.tensor([_threshold(settings[k]) for k in alike]).to(reading)
+            takes = reading[:, None] > thresholds
         walks = torch.zeros_like(left)
         walks[:, alike] = rows.walks[:, alike] & takes
         left &= ~walks
-        branches.append((moved, walks))
+        branches.append((guided.x, walks))
     branches.insert(0, (result.x, left))
     kept = [walks.any(dim=1).nonzero()[:, 0] for _, walks in branches]
     origin = torch.cat(kept)
     return _Rows(
         x=torch.cat([x[k] for (x, _), k in zip(branches, kept, strict=True)]),
-        state=_choose(state, origin),
+        memory=None if memory is None else _chosen(memory, origin),
         owner=rows.owner[origin],
         walks=torch.cat([walks[k] for (_, walks), k in zip(branches, kept, strict=True)]),
     )
 
 
 def _alike(settings: Sequence[Guidance]) -> list[list[int]]:
-    """Places of the settings that differ in w_con alone, together."""
+    """Return the places of the settings that differ in w_con alone, together."""
     groups: dict[Guidance, list[int]] = {}
     for k, setting in enumerate(settings):
-        alike = setting if setting.blends else replace(setting, w_con=0.0)
-        groups.setdefault(alike, []).append(k)
+        groups.setdefault(_opened(setting), []).append(k)
     return list(groups.values())
 
 
-def _choose(state: Any, rows: Tensor) -> Any:
-    """The rows of a step's state: tensors [R, ...] in (named) tuples, in any depth."""
-    if isinstance(state, Tensor):
-        return state[rows] if state.ndim else state
-    if isinstance(state, tuple):
-        parts = [_choose(part, rows) for part in state]
-        return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
-    return state
+def _opened(setting: Guidance) -> Guidance:
+    """Return the setting with its gate open: all that differ in w_con are computed at once."""
+    return replace(setting, w_con=0.0) if isinstance(setting, ERKGuidance) else setting
+
+
+def _threshold(setting: Guidance) -> float:
+    assert isinstance(setting, ERKGuidance)
+    return setting.w_con
+
+
+def _chosen(memory: Memory, rows: Tensor) -> Memory:
+    """Return some rows of what a step remembers."""
+    return Memory(memory.x[rows], tuple(value[rows] for value in memory.values))

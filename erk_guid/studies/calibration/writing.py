@@ -9,8 +9,8 @@ from pathlib import Path
 
 from erk_guid.common.files import write_bytes
 from erk_guid.common.plots import COLOURS, Curve, draw
-from erk_guid.guidance import AUTO
-from erk_guid.studies.calibration.search import Calibration, Trial
+from erk_guid.guidance import ERKGuidance, settings_of
+from erk_guid.studies.calibration.search import Calibration, Trial, is_published, written
 
 FILES = ("settings.json", "trials.csv", "calibration.md", "calibration.svg")
 """What the command leaves in its folder."""
@@ -48,14 +48,13 @@ def trials_csv(calibration: Calibration) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for trial in calibration.trials:
-        g = trial.guidance
+        shown = settings_of(trial.guidance)
         numbers = (trial.error, trial.ratio, trial.ratio_error, trial.step_ratio)
         writer.writerow(
             [
-                AUTO if g.blends else f"{g.w_stiff:g}",
-                "" if g.blends or not g.active else f"{g.w_con:g}",
-                "" if g.bound is None else f"{g.bound:g}",
-                g.gate,
+                *written(trial.guidance),
+                "" if shown["bound"] is None else f"{shown['bound']:g}",
+                shown["gate"],
                 *("" if math.isnan(number) else f"{number:.6g}" for number in numbers),
                 trial.samples,
             ]
@@ -72,17 +71,17 @@ def plot(calibration: Calibration, title: str) -> bytes:
     lines: dict[float, list[Trial]] = {}
     for trial in calibration.trials:
         g = trial.guidance
-        if g.active and not g.blends and trial.ratio <= WORST_DRAWN:
+        if is_published(g) and trial.ratio <= WORST_DRAWN:
             lines.setdefault(g.w_con, []).append(trial)
     long = [w_con for w_con, trials in lines.items() if len(trials) >= FEWEST_DRAWN]
     best = sorted(long, key=lambda w_con: min(t.ratio for t in lines[w_con]))
     curves = []
     for w_con in sorted(best[: len(COLOURS) - 2]):
-        points = sorted(lines[w_con], key=lambda trial: trial.guidance.w_stiff)
+        points = sorted(lines[w_con], key=strength_of)
         curves.append(
             Curve(
                 f"w_con {w_con:g}",
-                [t.guidance.w_stiff for t in points],
+                [strength_of(t) for t in points],
                 [t.ratio for t in points],
                 [t.ratio_error if t.samples == full else 0.0 for t in points],
             )
@@ -90,11 +89,19 @@ def plot(calibration: Calibration, title: str) -> bytes:
     strengths = [x for curve in curves for x in curve.x] or [TICKS[0], TICKS[-1]]
     ends = [min(strengths), max(strengths)]
     for trial in calibration.trials:
-        if trial.guidance.blends:
-            curves.append(Curve("auto", ends, [trial.ratio] * 2, [trial.ratio_error] * 2))
+        if not isinstance(trial.guidance, ERKGuidance):
+            curves.append(
+                Curve(written(trial.guidance)[0], ends, [trial.ratio] * 2, [trial.ratio_error] * 2)
+            )
     curves.append(Curve("no guidance", ends, [1.0, 1.0], [0.0, 0.0], plain=True))
     return draw(
         f"{title}\n(with error bars: on {full} images, without: on fewer)", curves, "w_stiff",
         f"error ({calibration.objective}) over plain's", log_x=True, wanted_by="the plot",
         x_ticks=TICKS,
     )  # fmt: skip
+
+
+def strength_of(trial: Trial) -> float:
+    """Return w_stiff of a trial of the published form."""
+    assert isinstance(trial.guidance, ERKGuidance)
+    return trial.guidance.w_stiff

@@ -8,7 +8,7 @@ from itertools import product
 from typing import Literal
 
 from erk_guid.common.errors import ErkGuidError
-from erk_guid.guidance import AUTO, PAPER_SETTINGS
+from erk_guid.guidance import FORMS, PAPER_SETTINGS
 
 Family = Literal["plain", "guid", "autog"]
 """Without model guidance, with classifier-free guidance, with autoguidance."""
@@ -59,7 +59,7 @@ class Row:
     @property
     def settled(self) -> bool:
         """Whether nothing is left to choose."""
-        return not self.guided or self.w_stiff == AUTO or None not in (self.w_stiff, self.w_con)
+        return not self.guided or self.w_stiff in FORMS or None not in (self.w_stiff, self.w_con)
 
     @property
     def group(self) -> tuple[str, int, str, str]:
@@ -198,7 +198,7 @@ def _digits() -> list[Row]:
         for w_stiff, w_con in settings:
             name = f"{steps:02d}-w{w_stiff:g}-c{w_con:g}"
             rows.append(Row(name, "digits", steps, "digits", w_stiff=w_stiff, w_con=w_con))
-        rows.append(Row(f"{steps:02d}-auto", "digits", steps, "digits", w_stiff=AUTO))
+        rows.append(Row(f"{steps:02d}-auto", "digits", steps, "digits", w_stiff="auto"))
     return rows
 
 
