@@ -20,19 +20,30 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from erk_guid.denoisers import Denoiser, LevelDenoiser
-from erk_guid.schedules import vp_sigma, vp_time
+from erk_guid.schedules import vp_time
 from erk_guid.solvers.base import Evaluation, check_levels
 
 LARGEST_SIGMA = 1e4
 """Stands for the infinite noise over signal with which some processes begin."""
+
+
+class Level(NamedTuple):
+    """A time of a process as solvers see it.
+
+    Attributes:
+        sigma: noise over signal, EDM's sigma.
+        alpha: share of clean data; x / alpha is clean data plus sigma noise.
+    """
+
+    sigma: float
+    alpha: float
 
 
 class Process(ABC):
@@ -55,8 +66,11 @@ class Process(ABC):
     def sigma(self, t: float) -> float:
         """Return the standard deviation of the noise at time t, 0 at t = 0."""
 
-    def noise_to_signal(self, t: float) -> float:
-        """Return sigma / alpha, which is EDM's sigma; infinity where there is only noise.
+    def level(self, t: float, largest: float = LARGEST_SIGMA) -> Level:
+        """Return noise over signal and share of clean data at time t.
+
+        Where there is only noise (t = 1 of `RectifiedFlow`) noise over signal is taken to be
+        `largest`, and x to be that much noise: x / alpha is ``largest / sigma(t)`` times x.
 
         Raises:
             ValueError: t is not among the times of the process.
@@ -66,17 +80,27 @@ class Process(ABC):
                 f"times of {type(self).__name__} run from {self.last:g} (noise) down to 0 (data), "
                 f"got {t:g}"
             )
-        alpha = self.alpha(min(t, self.last))
-        return self.sigma(min(t, self.last)) / alpha if alpha > 0 else math.inf
+        t = min(t, self.last)
+        sigma, alpha = self.sigma(t), self.alpha(t)
+        if sigma > largest * alpha:
+            return Level(largest, sigma / largest)
+        return Level(sigma / alpha, alpha)
+
+    def at(self, sigma: float) -> Level:
+        """Return the level at which noise over signal is `sigma`."""
+        return Level(sigma, self.alpha(self.time(sigma)))
 
     def time(self, sigma: float) -> float:
         """Return the time at which noise over signal is `sigma`; by bisection, to rounding."""
         low, high = 0.0, self.last if math.isfinite(self.last) else 1.0
-        while math.isinf(self.last) and self.noise_to_signal(high) < sigma:
+        while math.isinf(self.last) and self._below(high, sigma):
             low, high = high, 2 * high
         while low < (middle := (low + high) / 2) < high:
-            low, high = (middle, high) if self.noise_to_signal(middle) < sigma else (low, middle)
+            low, high = (middle, high) if self._below(middle, sigma) else (low, middle)
         return high
+
+    def _below(self, t: float, sigma: float) -> bool:
+        return self.sigma(t) < sigma * self.alpha(t)
 
 
 @dataclass(frozen=True)
@@ -130,10 +154,6 @@ class VP(Process):
     def sigma(self, t: float) -> float:
         return math.sqrt(-math.expm1(-(self.beta_d * t**2 / 2 + self.beta_min * t)))
 
-    def noise_to_signal(self, t: float) -> float:
-        super().noise_to_signal(t)  # raises where t is not one of its times
-        return vp_sigma(t, (self.beta_d, self.beta_min))
-
     def time(self, sigma: float) -> float:
         return vp_time(sigma, (self.beta_d, self.beta_min))
 
@@ -159,11 +179,16 @@ class _InSigma(LevelDenoiser):
     dtype: torch.dtype
     times: dict[float, float] = field(repr=False)
     """Noise level to the caller's own time, which the network should see unrounded."""
+    alphas: dict[float, float] = field(repr=False)
 
     def at(self, x: Tensor, sigma: float) -> Tensor:
         t = self.times[sigma] if sigma in self.times else self.process.time(sigma)
-        given = (x * alpha_at(self.process, sigma)).to(self.dtype)
+        given = (x * self.alpha(sigma)).to(self.dtype)
         return self.denoiser(given, given.new_full((), t))
+
+    def alpha(self, sigma: float) -> float:
+        """Return the share of clean data at noise level `sigma`."""
+        return self.alphas[sigma] if sigma in self.alphas else self.process.at(sigma).alpha
 
 
 @dataclass(frozen=True)
@@ -188,7 +213,7 @@ class InSigma:
 
     def restored(self, x: Tensor, sigma: float) -> Tensor:
         """Return x at noise level `sigma` as the process has it: multiplied by alpha."""
-        return x * alpha_at(self.process, sigma)
+        return x * self.denoiser.alpha(sigma)
 
 
 def in_sigma(denoiser: Denoiser, x: Tensor, times: Tensor, process: Process) -> InSigma:
@@ -197,8 +222,8 @@ def in_sigma(denoiser: Denoiser, x: Tensor, times: Tensor, process: Process) -> 
     Args:
         denoiser: called as ``denoiser(x, t)`` with x as the process has it; returns clean data.
         x: where to start, [N, ...], as the process has it.
-        times: falling strictly, [M >= 2]. From a first time without any signal (t = 1 of
-            `RectifiedFlow`) the noise level is taken to be `LARGEST_SIGMA`.
+        times: falling strictly, [M >= 2]. For a first time without any signal see
+            `Process.level`.
         process: the process.
 
     Half precision is widened to float32, because x / alpha would overflow; the denoiser still
@@ -208,36 +233,33 @@ def in_sigma(denoiser: Denoiser, x: Tensor, times: Tensor, process: Process) -> 
         ValueError: times that do not fall, or that the process does not have.
     """
     moments = check_levels(times)
-    sigmas = [process.noise_to_signal(t) for t in moments]
-    if sigmas[0] > LARGEST_SIGMA:
-        sigmas[0] = max(LARGEST_SIGMA, 2 * sigmas[1])
+    levels = [process.level(t) for t in moments]
+    if levels[1].sigma >= LARGEST_SIGMA / 2:
+        levels = [process.level(t, math.inf) for t in moments[1:]]
+        levels.insert(0, process.level(moments[0], 2 * levels[0].sigma))
+    sigmas = [level.sigma for level in levels]
     wide = torch.promote_types(x.dtype, torch.float32)
     return InSigma(
-        _InSigma(denoiser, process, x.dtype, dict(zip(sigmas, moments, strict=True))),
-        x.to(wide) / alpha_at(process, sigmas[0]),
+        _InSigma(
+            denoiser,
+            process,
+            x.dtype,
+            times=dict(zip(sigmas, moments, strict=True)),
+            alphas={level.sigma: level.alpha for level in levels},
+        ),
+        x.to(wide) / levels[0].alpha,
         torch.tensor(sigmas, dtype=torch.float64),
         process,
     )
 
 
-def alpha_at(process: Process, sigma: float) -> float:
-    """Return alpha where noise over signal is `sigma`."""
-    return process.alpha(process.time(sigma))
-
-
-def evaluation_in_sigma(x: Tensor, denoised: Tensor, sigma: float, process: Process) -> Evaluation:
+def evaluation_in_sigma(x: Tensor, denoised: Tensor, level: Level) -> Evaluation:
     """Return an evaluation in sigma from x as the process has it.
 
     Args:
-        x: [N, ...], at noise over signal `sigma`.
+        x: [N, ...].
         denoised: D there, like x.
-        sigma: noise over signal.
-        process: the process.
+        level: where that is.
     """
-    scaled = x / alpha_at(process, sigma)
-    return Evaluation(scaled, sigma, denoised, (scaled - denoised) / sigma)
-
-
-def sigmas_of(process: Process, times: Sequence[float]) -> list[float]:
-    """Return noise over signal at each time, `LARGEST_SIGMA` in place of infinity."""
-    return [min(process.noise_to_signal(t), LARGEST_SIGMA) for t in times]
+    scaled = x / level.alpha
+    return Evaluation(scaled, level.sigma, denoised, (scaled - denoised) / level.sigma)

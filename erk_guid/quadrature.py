@@ -61,8 +61,12 @@ well (docs/accuracy.md)."""
 
 
 ALL_NOISE = 100.0
-"""Above this noise level every mode that data has is small against the noise, and the denoiser does
-not answer a displacement. EDM's noise levels end below it; flow matching begins above."""
+"""Above this noise level every mode that data has is small against the noise. EDM's noise levels
+end below it, flow matching begins above. Data are taken to be scaled to about 1, as EDM's are."""
+
+MOSTLY_NOISE = 10.0
+"""Above this noise level a denoiser hardly answers a displacement: by a hundredth of it, for data
+of size 1."""
 
 PRIOR_RESPONSE = 0.5
 """Response of a denoiser that was not measured: the mean over modes of all sizes."""
@@ -70,7 +74,7 @@ PRIOR_RESPONSE = 0.5
 
 def prior_response(sigma: float) -> float:
     """Return how a denoiser answers a displacement at `sigma`, where that was not measured."""
-    return 0.0 if sigma > ALL_NOISE else PRIOR_RESPONSE
+    return 0.0 if sigma > MOSTLY_NOISE else PRIOR_RESPONSE
 
 
 def modal_weights(nodes: Sequence[float], sigma: float, sigma_next: float) -> list[float]:

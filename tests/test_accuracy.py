@@ -15,7 +15,7 @@ from erk_guid.cli import main
 from erk_guid.mixtures import tree_mixture
 from erk_guid.studies.accuracy import METHODS, make_problem, measure
 from erk_guid.studies.accuracy.measuring import Error, Table
-from erk_guid.studies.accuracy.methods import choose_methods
+from erk_guid.studies.accuracy.methods import OutsideMethod, choose_methods
 from erk_guid.studies.accuracy.problems import solve_finely
 
 
@@ -79,7 +79,7 @@ def test_tables() -> None:
         choose_methods(["rk4"])
     assert [m.name for m in choose_methods(["modal"])] == ["modal", "modal (logsnr)"]
     assert not any("," in name for name in METHODS)  # the command's list is split there
-    assert not any(m.outside for m in choose_methods([], outside=False))
+    assert not any(isinstance(m, OutsideMethod) for m in choose_methods([], outside=False))
 
 
 def test_the_command_on_a_network(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@
 ``model(x, sigma, **extra_args)`` returns the denoised x for sigma [N]; `x` comes in already scaled
 by ``sigmas[0]``; a trailing 0 is reached by an Euler step. The lists of noise levels may begin or
 end anywhere. Flow-matching models work too where, as in ComfyUI, the wrapped model returns the
-denoised x: say ``flow=True``. What supposes Gaussian modes (the parameter-free form and the modal
-solver) then goes through `erk_guid.RectifiedFlow`; the rest is integrated in t, as ComfyUI does
-(`erk_guid.integrations.flow`).
+denoised x: say ``flow=True``. What supposes Gaussian modes (Heun's parameter-free form and the
+modal solver) then goes through `erk_guid.RectifiedFlow`; the rest is integrated in t, as ComfyUI
+does (`erk_guid.integrations.flow`).
 """
 
 from __future__ import annotations

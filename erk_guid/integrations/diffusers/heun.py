@@ -35,8 +35,8 @@ from torch import Tensor
 from erk_guid.guidance import ERKGuidance, Gate, Guidance, make_guidance
 from erk_guid.integrations.diffusers.variance import Samples, UnitVariance, in_float32
 from erk_guid.integrations.flow import flow_process
-from erk_guid.processes import VE, Process, alpha_at, evaluation_in_sigma, sigmas_of
-from erk_guid.solvers import Evaluation, Heun, Pair, StepResult, check_levels
+from erk_guid.processes import VE, Process, evaluation_in_sigma
+from erk_guid.solvers import Heun, Pair, StepResult, check_levels
 
 __all__ = ["ERKGuidHeunScheduler", "FlowMatchERKGuidHeunScheduler"]
 
@@ -183,27 +183,22 @@ class _Guided(Samples, ABC):
     ) -> Tensor:
         """Return what guidance makes of the whole step from noise level s to t."""
         process = self._process(guidance)
-        sigma, sigma_next = sigmas_of(process, [s, t])
-
-        def written(x: Tensor, denoised: Tensor, level: float) -> Evaluation:
-            return evaluation_in_sigma(x, denoised, level, process)
-
-        first = written(step.x, step.x - s * step.f, sigma)
+        begin, end = process.level(s), process.level(t)
+        first = evaluation_in_sigma(step.x, step.x - s * step.f, begin)
         # The solution is built on step.x_low itself, which the pipeline has rounded to x_low; the
         # denoised x is the same.
-        second = written(step.x_low, x_low - t * f_low, sigma_next)
+        second = evaluation_in_sigma(step.x_low, x_low - t * f_low, end)
         pair = None
         if step.companion is not None:
             x, f = step.companion.x_low, step.companion.f_low
-            low = written(x, x - s * f, sigma)
-            pair = Pair(first.x, low.x, first.drift, low.drift, sigma - sigma_next)
-        alpha = alpha_at(process, sigma_next)
-        x_next = x_high / alpha
+            low = evaluation_in_sigma(x, x - s * f, begin)
+            pair = Pair(first.x, low.x, first.drift, low.drift, begin.sigma - end.sigma)
+        x_next = x_high / end.alpha
         result = StepResult(
-            x_next, sigma, sigma_next, (first, second), 2, (0.5, 0.5), pair,
+            x_next, begin.sigma, end.sigma, (first, second), 2, (0.5, 0.5), pair,
             lambda: x_next - second.x,
         )  # fmt: skip
-        return guidance(result).x * alpha
+        return guidance(result).x * end.alpha
 
     def _process(self, guidance: Guidance) -> Process:
         """Return what the step is written in for guidance."""

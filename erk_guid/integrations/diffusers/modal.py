@@ -23,7 +23,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from erk_guid.integrations.diffusers.variance import Samples, UnitVariance, in_float32
-from erk_guid.processes import VE, Process, RectifiedFlow, alpha_at, sigmas_of
+from erk_guid.processes import VE, Level, Process, RectifiedFlow
 from erk_guid.solvers import Modal
 from erk_guid.solvers.multistep import PredictorCorrectorStep
 
@@ -75,7 +75,7 @@ class _Modal(Samples, ABC):
         found = super().step(output, timestep, wide, return_dict=True)  # type: ignore[misc]
         index: int = self.step_index - 1  # type: ignore[attr-defined]
         denoised = self._denoised(found, output, wide, self.sigmas[index])
-        x = wide / self._alpha_at(index)
+        x = wide / self._level(index).alpha
         run = self._run
         if run is None or index == run.begin or not torch.equal(sample, run.returned):
             run = _Run(index, self._plan(index), x, (denoised,), sample)
@@ -85,7 +85,7 @@ class _Modal(Samples, ABC):
                 run.x, run.values = last.correct(run.x, x, denoised, run.values)
         k = index - run.begin
         if k < len(run.steps):
-            result = run.steps[k].predict(run.x, run.values) * self._alpha_at(index + 1)
+            result = run.steps[k].predict(run.x, run.values) * self._level(index + 1).alpha
         else:  # a step to 0 goes to the denoised x; some schedules end with one of no length
             result = wide if self.sigmas[index + 1] > 0 else denoised
         found.prev_sample = self._scaled(result).to(model_output.dtype)
@@ -94,13 +94,13 @@ class _Modal(Samples, ABC):
         return found if return_dict else tuple(found.values())
 
     def _plan(self, index: int) -> list[PredictorCorrectorStep]:
-        sigmas = sigmas_of(self.process, self.sigmas[index:].tolist())
+        sigmas = (self._level(k).sigma for k in range(index, len(self.sigmas)))
         levels = list(dict.fromkeys(sigma for sigma in sigmas if sigma > 0))
         return Modal(self.config.modal_order).steps(levels)
 
-    def _alpha_at(self, index: int) -> float:
-        """Return the share of clean data at a place of the schedule."""
-        return alpha_at(self.process, sigmas_of(self.process, [float(self.sigmas[index])])[0])
+    def _level(self, index: int) -> Level:
+        """Return a place of the schedule as the solver sees it."""
+        return self.process.level(float(self.sigmas[index]))
 
     @abstractmethod
     def _denoised(self, found: Any, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:

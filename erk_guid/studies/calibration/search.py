@@ -233,6 +233,8 @@ def calibrate(
         problem = in_sigma(counted, x, sigmas, process)
         x, sigmas, solved = problem.x, problem.sigmas, _Labelled(counted, problem)
     levels = [level for level in check_levels(sigmas) if level > 0]
+    if len(levels) < 2:
+        raise ValueError("there is 1 noise level above 0: no step between two of them to guide")
     steps = solver.plan(levels)
     task = Task(solved, x, labels, torch.tensor(levels, dtype=torch.float64), batch)
 
