@@ -23,8 +23,9 @@ ROOT = Path(__file__).parents[1]
 
 MODULES = {
     "erk_guid": "What most programs need; `import erk_guid` asks for torch alone.",
-    "erk_guid.steps": "Single steps, for loops of one's own.",
-    "erk_guid.solvers": "The solvers with their options, for `sample(solver=...)`.",
+    "erk_guid.solvers": "The solvers with their options, and what a loop of one's own needs.",
+    "erk_guid.guidance": "Guidance: the paper's form, the parameter-free form, their protocol.",
+    "erk_guid.processes": "What x is: processes, and the way to sigma and back.",
     "erk_guid.schedules": "Noise levels.",
     "erk_guid.churn": "Noise added before steps.",
     "erk_guid.models.flops": "What one evaluation of a network costs.",
@@ -66,7 +67,8 @@ def reference() -> str:
 
 def _names(module: Any) -> list[str]:
     if module.exports:
-        return sorted((str(name) for name in module.exports), key=str.lower)
+        names = (str(name) for name in module.exports)
+        return sorted((n for n in names if f"{module.path}.{n}" not in MODULES), key=str.lower)
     return [
         name
         for name, member in module.members.items()
