@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Precision, recall and inception score of a folder of images. See --help."""
 
-from erk_guid.cli.quality import quality_command
+from erk_guid.cli.precision_recall import precision_recall_command
 
 if __name__ == "__main__":
-    quality_command()
+    precision_recall_command()

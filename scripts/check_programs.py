@@ -458,7 +458,7 @@ def inside_edm2_statistics(out: Path) -> None:
         np.savez(out / "read.npz", **_flat(found))
         program.save_stats(found, str(out / "written.pkl"), verbose=False)
     from erk_guid.metrics import read_reference
-    from erk_guid.metrics.references import edm2_layout
+    from erk_guid.metrics.statistics.references import edm2_layout
 
     np.savez(
         out / "written.npz", **_flat(edm2_layout(read_reference(out / "written.pkl").statistics))

@@ -21,16 +21,19 @@ from torch_fidelity.utils import DEFAULT_FEATURE_EXTRACTOR
 from torchvision.models import VGG16_Weights
 
 from erk_guid.common.errors import ErkGuidError
-from erk_guid.metrics import detectors
+from erk_guid.metrics.comparison import MANIFOLD_DETECTOR, SPLITS
 from erk_guid.metrics.detectors import (
     Classifier,
     Detector,
-    dinov2_input,
+    base,
+    describe,
     load_detector,
     register_detector,
+    weights,
 )
-from erk_guid.metrics.neighbours import NEIGHBOURS
-from erk_guid.metrics.quality import MANIFOLD_DETECTOR, RNG_SEED, SPLITS
+from erk_guid.metrics.detectors.dinov2 import dinov2_input
+from erk_guid.metrics.scores.inception import RNG_SEED
+from erk_guid.metrics.scores.neighbours import NEIGHBOURS
 
 
 def image(height: int, width: int, channels: int = 3, seed: int = 0) -> torch.Tensor:
@@ -148,7 +151,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def offline(*args: Any, **kwargs: Any) -> None:
         raise ErkGuidError("no network")
 
-    monkeypatch.setattr(detectors, "download", offline)
+    monkeypatch.setattr(weights, "download", offline)
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setattr(torch.hub, "urlopen", offline)
     return tmp_path / "hub"
@@ -172,7 +175,7 @@ def test_dinov2_through_the_hub(hub: Path) -> None:
     assert not isinstance(detector, Classifier)
     assert torch.allclose(detector(images), net(dinov2_input(images)))
     assert detector.feature_dim == 1024
-    about = detectors.describe(detector)
+    about = describe(detector)
     assert "antialias" in about["preprocessing"]
     assert len(about["weights"]["sha256"]) == 64
 
@@ -285,7 +288,7 @@ def test_fid_is_torch_fidelitys_extractor(inception_weights: Path) -> None:
 
 
 def test_registering_a_detector(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(detectors, "_FACTORIES", dict(detectors._FACTORIES))
+    monkeypatch.setattr(base, "_FACTORIES", dict(base._FACTORIES))
 
     class Mean:
         name, feature_dim = "mean", 2
@@ -320,10 +323,10 @@ def test_the_digit_detector() -> None:
 def test_importing_metrics_needs_neither_torch_fidelity_nor_torchvision() -> None:
     code = (
         "import sys; sys.modules['torch_fidelity'] = sys.modules['torchvision'] = None\n"
-        "import erk_guid.metrics as m\n"
+        "import erk_guid.metrics as m; from erk_guid.common.errors import ErkGuidError\n"
         "m.load_detector('fd_digits')\n"
         "try: m.load_detector('fid', weights=__file__ if '__file__' in dir() else sys.executable)\n"
-        "except m.detectors.MissingExtraError as e: print(e)"
+        "except ErkGuidError as e: print(e)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "pip install 'erk-guid[metrics]'" in done.stdout, done.stderr

@@ -17,9 +17,9 @@ from erk_guid.metrics import (
     bootstrap_distances,
     frechet_distance,
     inception_score,
-    neighbours,
     precision_recall,
 )
+from erk_guid.metrics.scores import neighbours
 from erk_guid.metrics.statistics import Statistics
 
 
@@ -213,7 +213,7 @@ TILES = (
     PEAK
     + """
 import sys, torch
-from erk_guid.metrics import neighbours
+from erk_guid.metrics.scores import neighbours
 torch.manual_seed(0)
 n = int(sys.argv[1])
 real, generated = torch.randn(n, 2048), torch.randn(n, 2048)

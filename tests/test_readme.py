@@ -10,7 +10,7 @@ import torch
 
 from erk_guid.cli.generate import generate_command
 from erk_guid.cli.metrics import metrics_command
-from erk_guid.cli.quality import quality_command
+from erk_guid.cli.precision_recall import precision_recall_command
 from erk_guid.cli.reproduce import reproduce_command
 from erk_guid.models.checkpoints import PRESETS
 
@@ -37,7 +37,7 @@ def test_the_options_and_presets_named_exist() -> None:
     groups = {
         r"generate_images\.py": [generate_command],
         r"calculate_metrics\.py": list(metrics_command.commands.values()),
-        r"calculate_precision_recall_is\.py": [quality_command],
+        r"calculate_precision_recall_is\.py": [precision_recall_command],
         r"reproduce\.sh": [reproduce_command],
     }
     for script, commands in groups.items():

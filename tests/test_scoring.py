@@ -20,7 +20,7 @@ from PIL import Image
 
 import erk_guid
 from erk_guid.cli.metrics import metrics_command
-from erk_guid.cli.quality import quality_command
+from erk_guid.cli.precision_recall import precision_recall_command
 from erk_guid.common.files import sha256_of
 from erk_guid.metrics import (
     Statistics,
@@ -30,8 +30,8 @@ from erk_guid.metrics import (
     read_reference,
     write_reference,
 )
-from erk_guid.metrics.jobs import subset
-from erk_guid.metrics.references import locate_reference
+from erk_guid.metrics.scoring import subset
+from erk_guid.metrics.statistics.references import locate_reference
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,7 +41,7 @@ def run(*args: Any) -> Result:
 
 
 def prc(*args: Any) -> Result:
-    return CliRunner().invoke(quality_command, list(map(str, args)))
+    return CliRunner().invoke(precision_recall_command, list(map(str, args)))
 
 
 @pytest.fixture(scope="module")
@@ -615,9 +615,9 @@ register_detector("{name}", lambda device, weights: Mean())
 def test_a_detector_of_ones_own(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from erk_guid.metrics import detectors
+    from erk_guid.metrics.detectors import base
 
-    monkeypatch.setattr(detectors, "_FACTORIES", dict(detectors._FACTORIES))
+    monkeypatch.setattr(base, "_FACTORIES", dict(base._FACTORIES))
     (tmp_path / "plugin.py").write_text(PLUGIN.format(name="corner"))
     dest = tmp_path / "r.npz"
     done = run("ref", "--data", folder, "--dest", dest, "--plugin", tmp_path / "plugin.py",

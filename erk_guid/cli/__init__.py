@@ -13,8 +13,8 @@ from erk_guid.cli.flops import flops_command
 from erk_guid.cli.generate import generate_command
 from erk_guid.cli.metrics import metrics_command
 from erk_guid.cli.plot_trace import plot_trace_command
+from erk_guid.cli.precision_recall import precision_recall_command
 from erk_guid.cli.presets import presets_command
-from erk_guid.cli.quality import quality_command
 from erk_guid.cli.reproduce import reproduce_command
 from erk_guid.cli.toy import toy_command
 
@@ -27,7 +27,7 @@ def main() -> None:
 
 main.add_command(generate_command, "generate")
 main.add_command(metrics_command, "metrics")
-main.add_command(quality_command, "precision-recall")
+main.add_command(precision_recall_command, "precision-recall")
 main.add_command(reproduce_command, "reproduce")
 main.add_command(accuracy_command, "accuracy")
 main.add_command(calibrate_command, "calibrate")

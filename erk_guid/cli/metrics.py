@@ -12,7 +12,7 @@ from erk_guid.cli.common import Names, load_plugins, name_and_path, reporting_er
 from erk_guid.cli.sampler import config_fields, sampler_options
 from erk_guid.generation.config import GenerationConfig
 from erk_guid.generation.process_groups import launched_rank
-from erk_guid.metrics.jobs import Scoring, calc, gen, make_reference
+from erk_guid.metrics.scoring import Scoring, calc, gen, make_reference
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -22,7 +22,9 @@ METRICS = click.option(
     type=Names(),
     default=",".join(Scoring.metrics),
     show_default=True,
-    help="Metrics, each the name of a detector: fid, fd_dinov2, fd_digits, or of a plugin.",
+    help="Metrics: a detector's name is the Frechet distance of its features (fid, fd_dinov2, "
+    "fd_digits, a plugin's); kid, pr and is are other scores, with the detector behind a colon: "
+    "kid:fd_dinov2.",
 )
 REF = click.option(
     "--ref",

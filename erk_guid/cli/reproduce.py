@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from erk_guid.cli.common import Names, SeedList, load_plugins, name_and_path, reporting_errors
-from erk_guid.metrics.quality import REAL
+from erk_guid.metrics.comparison import REAL
 from erk_guid.studies.reproduce.report import write_report
 from erk_guid.studies.reproduce.runner import RESULTS, Reproduction, commands, run
 from erk_guid.studies.reproduce.tables import PAPER_NUM, PAPER_TABLES, TABLES, choose_rows

@@ -1,4 +1,4 @@
-"""Scoring: Frechet distances, precision and recall, inception score, and their detectors.
+"""Scores of images: detectors, statistics of their features, and what compares them.
 
 >>> import numpy as np
 >>> from erk_guid.metrics import frechet_distance, precision_recall
@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from erk_guid.metrics.bootstrap import bootstrap_distances
+from erk_guid.metrics.comparison import Comparison, compare
 from erk_guid.metrics.detectors import (
     Classifier,
     Detector,
@@ -20,32 +20,58 @@ from erk_guid.metrics.detectors import (
     load_detector,
     register_detector,
 )
-from erk_guid.metrics.frechet import frechet_distance
-from erk_guid.metrics.jobs import Scoring, calc, gen, make_reference
-from erk_guid.metrics.neighbours import precision_recall
-from erk_guid.metrics.quality import Quality, inception_score, quality
-from erk_guid.metrics.references import Reference, read_reference, write_reference
-from erk_guid.metrics.statistics import Moments, Statistics
+from erk_guid.metrics.scores import (
+    FrechetDistance,
+    InceptionScore,
+    KernelDistance,
+    Observed,
+    PrecisionRecall,
+    Score,
+    bootstrap_distances,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    register_score,
+    score_names,
+)
+from erk_guid.metrics.scoring import Scoring, calc, gen, make_reference
+from erk_guid.metrics.statistics import (
+    Moments,
+    Reference,
+    Statistics,
+    read_reference,
+    write_reference,
+)
 
 __all__ = [
     "Classifier",
+    "Comparison",
     "Detector",
+    "FrechetDistance",
+    "InceptionScore",
+    "KernelDistance",
     "Moments",
-    "Quality",
+    "Observed",
+    "PrecisionRecall",
     "Reference",
+    "Score",
     "Scoring",
     "Statistics",
     "bootstrap_distances",
     "calc",
+    "compare",
     "detector_names",
     "frechet_distance",
     "gen",
     "inception_score",
+    "kernel_distance",
     "load_detector",
     "make_reference",
     "precision_recall",
-    "quality",
     "read_reference",
     "register_detector",
+    "register_score",
+    "score_names",
     "write_reference",
 ]

@@ -21,12 +21,16 @@ from erk_guid.common.datasets import open_images
 from erk_guid.common.errors import ErkGuidError
 from erk_guid.generation.devices import choose_device
 from erk_guid.generation.process_groups import FAILED, ProcessGroup, current_group
-from erk_guid.metrics.collecting import blocks, reporting_memory, run_detector
-from erk_guid.metrics.detectors import load_detector
-from erk_guid.metrics.frechet import frechet_distance
-from erk_guid.metrics.jobs import choose
-from erk_guid.metrics.references import COUNT_KEY, edm2_layout, read_reference, write_reference
-from erk_guid.metrics.statistics import Moments, Statistics
+from erk_guid.metrics.detectors import load_detector, run_detector
+from erk_guid.metrics.scores import frechet_distance
+from erk_guid.metrics.scoring import choose
+from erk_guid.metrics.statistics import Moments, Statistics, blocks, reporting_memory
+from erk_guid.metrics.statistics.references import (
+    COUNT_KEY,
+    edm2_layout,
+    read_reference,
+    write_reference,
+)
 from erk_guid.models.checkpoints.trusted import EasyDict
 
 METRICS = ("fid", "fd_dinov2")

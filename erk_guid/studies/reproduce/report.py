@@ -22,9 +22,9 @@ from erk_guid.common.errors import ErkGuidError
 from erk_guid.common.files import write_bytes
 from erk_guid.common.pictures import is_whole_png
 from erk_guid.common.plots import Curve, draw
-from erk_guid.metrics.bootstrap import bootstrap_distances
-from erk_guid.metrics.neighbours import NEIGHBOURS, precision_recall
-from erk_guid.metrics.references import Reference, read_reference
+from erk_guid.metrics.scores import bootstrap_distances
+from erk_guid.metrics.scores.neighbours import NEIGHBOURS, precision_recall
+from erk_guid.metrics.statistics.references import Reference, read_reference
 from erk_guid.studies.reproduce.runner import (
     RESAMPLES,
     Plan,

@@ -29,9 +29,9 @@ from erk_guid.common.files import sha256_of, user_path, write_bytes
 from erk_guid.common.pictures import save_picture, tile
 from erk_guid.generation.devices import choose_device
 from erk_guid.generation.jobs import image_path
+from erk_guid.metrics.comparison import MANIFOLD_DETECTOR, REAL, SCORE_DETECTOR, SPLITS
 from erk_guid.metrics.detectors import check_detector_name
-from erk_guid.metrics.quality import MANIFOLD_DETECTOR, REAL, SCORE_DETECTOR, SPLITS
-from erk_guid.metrics.references import SHIPPED
+from erk_guid.metrics.statistics.references import SHIPPED
 from erk_guid.models.checkpoints.presets import PRESETS
 from erk_guid.models.encoders import PIXELS
 from erk_guid.studies.reproduce.tables import FIRST_SEED, PAPER_BATCH, PAPER_NUM, Row
@@ -202,7 +202,7 @@ def plan(job: Reproduction, row: Row) -> Plan:
     )  # fmt: skip
     made.generate.extend(_generate_command(job, made, model, seeds))
     made.score.extend(_score_command(job, made, metrics, ref))
-    made.quality.extend(_quality_command(job, made))
+    made.quality.extend(_precision_recall_command(job, made))
     return made
 
 
@@ -269,7 +269,7 @@ def _score_command(job: Reproduction, one: Plan, metrics: list[str], ref: str) -
     return command
 
 
-def _quality_command(job: Reproduction, one: Plan) -> list[str]:
+def _precision_recall_command(job: Reproduction, one: Plan) -> list[str]:
     """Precision, recall and inception score, as the published script has them for every row."""
     if job.skip_quality:
         return []

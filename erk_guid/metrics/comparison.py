@@ -11,71 +11,43 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from erk_guid.common.datasets import ImageSource, holds_images, open_images
-from erk_guid.common.errors import ErkGuidError, MissingExtraError
+from erk_guid.common.errors import ErkGuidError
 from erk_guid.common.files import sha256_of, user_path
 from erk_guid.generation.devices import choose_device
 from erk_guid.generation.process_groups import ProcessGroup
-from erk_guid.metrics.collecting import Collected, blocks, collect
 from erk_guid.metrics.detectors import Detector, check_detector_name, describe, load_detector
-from erk_guid.metrics.jobs import (
+from erk_guid.metrics.scores import InceptionScore, Observed, PrecisionRecall
+from erk_guid.metrics.scoring import (
     check_weights_are_used,
     names_of,
     read_blocks,
     tell_ignored,
     versions,
 )
-from erk_guid.metrics.neighbours import NEIGHBOURS, precision_recall
-from erk_guid.metrics.references import SHIPPED, locate_reference, read_reference
+from erk_guid.metrics.statistics import Collected, blocks, collect
+from erk_guid.metrics.statistics.references import SHIPPED, locate_reference, read_reference
 
 METRICS = ("precision", "recall", "is")
 REAL = "ILSVRC2012_img_val_resize_centercrop"
 """The folder of real images that the published program expects."""
 
-SPLITS = 10
-RNG_SEED = 2020
-"""Of the inception score, both torch-fidelity's own."""
-
-MANIFOLD_DETECTOR, SCORE_DETECTOR = "vgg16", "fid"
+MANIFOLD_DETECTOR, SCORE_DETECTOR = PrecisionRecall.detector, InceptionScore.detector
 """Whose features torch-fidelity takes for precision and recall, and for the inception score."""
 
-
-def inception_score(
-    logits: Any, splits: int = SPLITS, rng_seed: int = RNG_SEED
-) -> tuple[float, float]:
-    """Inception score (Salimans et al. 2016) by torch-fidelity: (mean, deviation over splits).
-
-    Args:
-        logits: a classifier's, [n, classes], array or tensor.
-        splits: parts of the shuffled set that are scored on their own.
-        rng_seed: of the shuffling.
-
-    Raises:
-        ValueError: fewer images than splits.
-        MissingExtraError: torch-fidelity is not installed.
-    """
-    rows = logits.detach() if isinstance(logits, torch.Tensor) else torch.from_numpy(logits)
-    if len(rows) < splits:
-        raise ValueError(f"{splits} splits need at least as many images, got {len(rows)}")
-    try:
-        from torch_fidelity.metric_isc import isc_features_to_metric
-    except ImportError as error:
-        raise MissingExtraError("torch-fidelity", "metrics", "the inception score") from error
-    found = isc_features_to_metric(rows, splits, True, rng_seed)
-    return found["inception_score_mean"], found["inception_score_std"]
+SPLITS = InceptionScore.splits
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quality:
+class Comparison:
     """What to compute. Field names are those of calculate_precision_recall_is.py."""
 
     generated: Path
     real: str = REAL
     metrics: Sequence[str] = METRICS
     detector: str | None = None
-    k: int = NEIGHBOURS
+    k: int = PrecisionRecall.k
     batch: int = 500
     workers: int = 2
     device: str | None = None
@@ -103,8 +75,8 @@ def _count(side: _Set, detector: str) -> int:
     return len(side.features.get(detector, ()))
 
 
-def quality(job: Quality) -> dict[str, Any]:
-    """Precision and recall of the generated images against the real ones, inception score.
+def compare(job: Comparison) -> dict[str, Any]:
+    """Compute precision and recall against the real images, and the inception score.
 
     Returns:
         `precision`, `recall`, `inception_score_mean`, `inception_score_std` as far as asked
@@ -144,23 +116,17 @@ def quality(job: Quality) -> dict[str, Any]:
         }  # fmt: skip
         if real is not None:
             theirs = _collect(job, real, detectors[manifold], device, features=True, logits=False)
-            a, b = theirs.features[manifold], made[manifold].features[manifold]
-            with tqdm(total=2 * (len(a) + len(b)), desc="neighbours", unit="row") as bar:
-                found = precision_recall(
-                    real=a, generated=b, k=job.k, device=_distance_device(device),
-                    progress=bar.update,
-                )  # fmt: skip
-            result |= {
-                name: value
-                for name, value in zip(("precision", "recall"), found, strict=True)
-                if name in job.metrics
-            }
+            a, b = (one.features[manifold] for one in (theirs, made[manifold]))
+            found = PrecisionRecall(job.k)(Observed(features=b), Observed(features=a), device)
+            result |= {name: value for name, value in found.items() if name in job.metrics}
             result["k"] = job.k
             result["num_real"], result["real"] = len(a), real.record()
         if scores:
-            mean, deviation = inception_score(made[classifier].logits[classifier])
-            result["inception_score_mean"], result["inception_score_std"] = mean, deviation
-            result["splits"], result["rng_seed"] = SPLITS, RNG_SEED
+            score = InceptionScore()
+            logits = Observed(logits=made[classifier].logits[classifier])
+            found = score(logits, Observed(), device)
+            result |= {f"inception_score_{name}": value for name, value in found.items()}
+            result["splits"], result["rng_seed"] = score.splits, score.rng_seed
     except ValueError as error:
         raise ErkGuidError(str(error)) from error
     return {
@@ -196,7 +162,7 @@ def _open(source: str, detector: str, shipped: bool = False) -> _Set:
     return _Set(source, open_images(path))
 
 
-def _check_counts(job: Quality, generated: _Set, real: _Set | None, manifold: str) -> None:
+def _check_counts(job: Comparison, generated: _Set, real: _Set | None, manifold: str) -> None:
     for side in (generated, real):
         if side is not None and real is not None and _count(side, manifold) <= job.k:
             raise ErkGuidError(
@@ -211,7 +177,7 @@ def _check_counts(job: Quality, generated: _Set, real: _Set | None, manifold: st
 
 
 def _collect(
-    job: Quality,
+    job: Comparison,
     side: _Set,
     detector: Detector,
     device: torch.device,
@@ -231,17 +197,13 @@ def _collect(
     return collect(
         read_blocks(side.images, parts, job.workers), [detector], device,
         total=len(side.images), description=Path(side.path).name,
-        statistics=False, keep_features=features, keep_logits=logits,
+        statistics=False, keep_features=features,
+        keep_logits=[detector.name] if logits else [],
     )  # fmt: skip
 
 
-def _distance_device(device: torch.device) -> torch.device:
-    # On mps torch.cdist and kthvalue are not complete in all versions.
-    return torch.device("cpu") if device.type == "mps" else device
-
-
 def warn_unequal(result: Mapping[str, Any]) -> None:
-    """Precision and recall depend on both numbers of images: say so if they differ much."""
+    """Say so if the numbers of images differ much: precision and recall depend on both."""
     if "num_real" in result and result["num_real"] > 2 * result["num_generated"]:
         print(
             f"Note: {result['num_real']} real images against {result['num_generated']} generated "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from erk_guid.common.errors import ErkGuidError
 from erk_guid.generation.process_groups import ProcessGroup
-from erk_guid.metrics.detectors import Classifier, Detector, DetectorError
-from erk_guid.metrics.statistics import Moments, Statistics
+from erk_guid.metrics.detectors import Detector, run_detector
+from erk_guid.metrics.statistics.moments import Moments, Statistics
 
 Block = tuple[Sequence[int], Tensor]
 """Places in the whole set, and their images, uint8 [n, C, H, W]."""
@@ -63,7 +63,7 @@ def collect(
     description: str = "images",
     statistics: bool = True,
     keep_features: bool = False,
-    keep_logits: bool = False,
+    keep_logits: Collection[str] = (),
 ) -> Collected:
     """Feed this process's blocks to all detectors, and put the processes' results together.
 
@@ -71,7 +71,8 @@ def collect(
         total: images of this process, for the progress bar that rank 0 shows.
         statistics: compute means and covariances.
         keep_features: also return every image's features.
-        keep_logits: also return every image's logits; the detectors must be classifiers.
+        keep_logits: detectors whose logits for every image are returned, too; they must be
+            classifiers.
 
     Raises:
         ErkGuidError: a detector cannot use the images, or the device ran out of memory.
@@ -90,7 +91,9 @@ def collect(
                     moved = images.to(device)
                 for detector in detectors:
                     with reporting_memory(device, len(images)):
-                        features, classes = run_detector(detector, moved, keep_logits)
+                        features, classes = run_detector(
+                            detector, moved, detector.name in keep_logits
+                        )
                     if statistics:
                         moments[detector.name].add(features)
                     if keep_features:
@@ -114,33 +117,6 @@ def reporting_memory(device: torch.device, batch: int) -> Iterator[None]:
         raise ErkGuidError(
             f"{device} ran out of memory with batches of {batch} images; choose a smaller --batch"
         ) from error
-
-
-def run_detector(
-    detector: Detector, images: Tensor, with_logits: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Features, and logits if asked for.
-
-    Raises:
-        DetectorError: not as many as promised, not finite, or no logits to be had.
-    """
-    logits = None
-    if with_logits:
-        if not isinstance(detector, Classifier):
-            raise DetectorError(
-                f"{detector.name} does not classify, so it gives no inception score"
-            )
-        features, logits = detector.features_and_logits(images)
-    else:
-        features = detector(images)
-    if tuple(features.shape) != (len(images), detector.feature_dim):
-        raise DetectorError(
-            f"{detector.name} promised [{len(images)}, {detector.feature_dim}] features and "
-            f"returned {list(features.shape)}"
-        )
-    if not features.isfinite().all():
-        raise DetectorError(f"{detector.name} returned features that are not finite")
-    return features, logits
 
 
 def _in_order(kept: _Kept, group: ProcessGroup) -> dict[str, np.ndarray]:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from erk_guid.metrics.frechet import frechet_distance
-from erk_guid.metrics.statistics import Statistics
+from erk_guid.metrics.scores.frechet import frechet_distance
+from erk_guid.metrics.statistics.moments import Statistics
 
 ROWS = 4096
 

@@ -21,7 +21,7 @@ import numpy as np
 from erk_guid.common.errors import ErkGuidError
 from erk_guid.common.files import check_writable, replacing, sha256_of, user_path
 from erk_guid.common.npz import read_npz
-from erk_guid.metrics.statistics import Statistics
+from erk_guid.metrics.statistics.moments import Statistics
 from erk_guid.models.checkpoints.download import download, is_url
 from erk_guid.models.checkpoints.safe_pickle import UnsafePickleError, array_of, read_pickle
 

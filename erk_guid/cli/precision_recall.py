@@ -9,16 +9,16 @@ import click
 
 from erk_guid.cli.common import Names, reporting_errors
 from erk_guid.cli.metrics import DEVICE, JSON, PLUGIN, WEIGHTS, WORKERS, options
-from erk_guid.metrics.detectors import detector_names
-from erk_guid.metrics.jobs import write_json
-from erk_guid.metrics.quality import (
+from erk_guid.metrics.comparison import (
     MANIFOLD_DETECTOR,
     METRICS,
     SCORE_DETECTOR,
-    Quality,
-    quality,
+    Comparison,
+    compare,
     warn_unequal,
 )
+from erk_guid.metrics.detectors import detector_names
+from erk_guid.metrics.scoring import write_json
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -26,7 +26,7 @@ from erk_guid.metrics.quality import (
 @click.option(
     "--real",
     metavar="DIR",
-    default=Quality.real,
+    default=Comparison.real,
     show_default=True,
     help="Real images: a folder, zip or .npz, an .npz of features, or 'digits' (shipped).",
 )
@@ -34,7 +34,7 @@ from erk_guid.metrics.quality import (
     "--metrics",
     metavar="LIST",
     type=Names(METRICS),
-    default=",".join(Quality.metrics),
+    default=",".join(Comparison.metrics),
     show_default=True,
     help="What to compute.",
 )
@@ -48,7 +48,7 @@ from erk_guid.metrics.quality import (
     "--k",
     metavar="INT",
     type=click.IntRange(min=1),
-    default=Quality.k,
+    default=Comparison.k,
     show_default=True,
     help="Which nearest neighbour's distance is a point's radius.",
 )
@@ -56,13 +56,13 @@ from erk_guid.metrics.quality import (
     "--batch",
     metavar="INT",
     type=click.IntRange(min=1),
-    default=Quality.batch,
+    default=Comparison.batch,
     show_default=True,
     help="Images at a time.",
 )
 @options(WORKERS, DEVICE, WEIGHTS, PLUGIN, JSON)
 @reporting_errors
-def quality_command(json_path: Path | None, **fields: Any) -> None:
+def precision_recall_command(json_path: Path | None, **fields: Any) -> None:
     """Precision, recall and inception score of the images in GEN_DIR.
 
     GEN_DIR is a folder (searched recursively), a zip or an .npz. Values are those of
@@ -76,7 +76,7 @@ def quality_command(json_path: Path | None, **fields: Any) -> None:
       # The shipped model's digits, offline
       python calculate_precision_recall_is.py out --real=digits --detector=fd_digits
     """
-    result = quality(Quality(**fields))
+    result = compare(Comparison(**fields))
     if json_path is not None:
         write_json(json_path, result)
     for name in ("precision", "recall"):

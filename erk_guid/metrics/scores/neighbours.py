@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
+
+from erk_guid.metrics.scores.base import Observed, Score, register_score, required
 
 NEIGHBOURS = 3
 """The k that torch-fidelity and most papers use."""
@@ -18,13 +22,13 @@ TILE = 1 << 25
 
 def precision_recall(
     *,
-    real: Any,
-    generated: Any,
+    real: np.ndarray | Tensor,
+    generated: np.ndarray | Tensor,
     k: int = NEIGHBOURS,
     device: torch.device | str | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> tuple[float, float]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019).
+    """Compute improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991).
 
     A point is in a set's manifold if it is no farther from one of the set's points than that
     point's k-th nearest neighbour in the set. Precision is the share of the generated points
@@ -59,7 +63,7 @@ def precision_recall(
     return precision, recall
 
 
-def _features(value: Any, name: str, k: int) -> Tensor:
+def _features(value: np.ndarray | Tensor, name: str, k: int) -> Tensor:
     features = value.detach() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
     if features.ndim != 2 or not features.dtype.is_floating_point:
         raise ValueError(
@@ -100,3 +104,31 @@ def _share_inside(
         inside += int((torch.cdist(tile, centres) <= radii).any(dim=1).sum())
         done(len(tile))
     return inside / len(points)
+
+
+@dataclass(frozen=True)
+class PrecisionRecall(Score):
+    """`precision_recall` as a score."""
+
+    k: int = NEIGHBOURS
+
+    detector = "vgg16"
+    needs = ("features",)
+    needs_of_reference = ("features",)
+
+    def __call__(
+        self, generated: Observed, reference: Observed, device: torch.device
+    ) -> dict[str, float]:
+        real = required(reference.features, "features of real images")
+        made = required(generated.features, "features")
+        # On mps torch.cdist and kthvalue are not complete in all versions.
+        where = torch.device("cpu") if device.type == "mps" else device
+        rows = 2 * (len(real) + len(made))
+        with tqdm(total=rows, desc="neighbours", unit="row", file=sys.stderr) as bar:
+            precision, recall = precision_recall(
+                real=real, generated=made, k=self.k, device=where, progress=bar.update
+            )
+        return {"precision": precision, "recall": recall}
+
+
+register_score("pr", PrecisionRecall())

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
+from erk_guid.metrics.scores.base import Observed, Score, register_score
 
-def frechet_distance(mu1: Any, sigma1: Any, mu2: Any, sigma2: Any) -> float:
-    """``|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2))`` (Heusel et al. 2017).
+
+def frechet_distance(
+    mu1: ArrayLike | Tensor,
+    sigma1: ArrayLike | Tensor,
+    mu2: ArrayLike | Tensor,
+    sigma2: ArrayLike | Tensor,
+) -> float:
+    """Compute the Frechet distance of two Gaussians (Heusel et al. 2017, arXiv 1706.08500).
+
+    ``|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2))``.
 
     The trace of the matrix root is the sum of the roots of the eigenvalues of ``L^T sigma2 L``
     with ``sigma1 = L L^T``: a symmetric problem, so nothing becomes complex, and many times
@@ -45,7 +55,7 @@ def frechet_distance(mu1: Any, sigma1: Any, mu2: Any, sigma2: Any) -> float:
     return max(float(distance), 0.0)
 
 
-def _float64(value: Any) -> Tensor:
+def _float64(value: ArrayLike | Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach().to("cpu", torch.float64)
     return torch.from_numpy(np.array(value, dtype=np.float64))
@@ -87,3 +97,23 @@ def _range_factor(sigma: Tensor) -> Tensor:
 
 
 _EPS = torch.finfo(torch.float64).eps
+
+
+@dataclass(frozen=True)
+class FrechetDistance(Score):
+    """`frechet_distance` as a score: FID with Inception's features, FD-DINOv2 with DINOv2's."""
+
+    detector = "fid"
+    needs = ("statistics",)
+    needs_of_reference = ("statistics",)
+
+    def __call__(
+        self, generated: Observed, reference: Observed, device: torch.device
+    ) -> dict[str, float]:
+        made, real = generated.statistics, reference.statistics
+        if made is None or real is None:
+            raise ValueError("a Frechet distance needs statistics of both sets")
+        return {"distance": frechet_distance(made.mu, made.sigma, real.mu, real.sigma)}
+
+
+register_score("frechet", FrechetDistance())

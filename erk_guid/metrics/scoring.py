@@ -1,4 +1,4 @@
-"""Scoring jobs: images or a model against reference statistics, and making such statistics."""
+"""Scoring: images or a model against a reference, and making such references."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,16 +23,20 @@ from erk_guid.generation.config import GenerationConfig
 from erk_guid.generation.devices import choose_device
 from erk_guid.generation.images import generate
 from erk_guid.generation.process_groups import ProcessGroup, process_group
-from erk_guid.metrics.bootstrap import bootstrap_distances
-from erk_guid.metrics.collecting import Block, Collected, blocks, collect, reporting_memory
-from erk_guid.metrics.detectors import Detector, check_detector_name, describe, load_detector
-from erk_guid.metrics.frechet import frechet_distance
-from erk_guid.metrics.references import (
+from erk_guid.metrics.choice import Metric, metrics_of
+from erk_guid.metrics.detectors import Detector, describe, load_detector
+from erk_guid.metrics.scores import bootstrap_distances
+from erk_guid.metrics.statistics import (
+    Collected,
     Reference,
-    check_destination,
+    blocks,
+    collect,
     read_reference,
+    reporting_memory,
     write_reference,
 )
+from erk_guid.metrics.statistics.collecting import Block
+from erk_guid.metrics.statistics.references import check_destination
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,37 @@ class Scoring:
     features: Path | None = None
     bootstrap: int = 0
 
+    @property
+    def chosen(self) -> list[Metric]:
+        """The metrics by their names.
+
+        Raises:
+            ErkGuidError: there is no such metric.
+        """
+        return metrics_of(self.metrics)
+
+    @property
+    def detectors(self) -> list[str]:
+        """Names of the detectors that the metrics need, each once."""
+        return list(dict.fromkeys(metric.detector for metric in self.chosen))
+
+    def collect(
+        self,
+        source: Iterable[Block],
+        detectors: Sequence[Detector],
+        device: torch.device,
+        group: ProcessGroup,
+        total: int,
+    ) -> Collected:
+        """Return what the detectors say of the images, as far as it is needed."""
+        chosen = self.chosen
+        keeps = self.features is not None or self.bootstrap > 0
+        return collect(
+            source, detectors, device, group=group, total=total,
+            keep_features=keeps or any(metric.needs("features") for metric in chosen),
+            keep_logits={metric.detector for metric in chosen if metric.needs("logits")},
+        )  # fmt: skip
+
     def check(self) -> None:
         """Find out before hours of work what cannot end well.
 
@@ -57,9 +92,7 @@ class Scoring:
             ErkGuidError: an unknown metric, weights for a metric that is not asked for, or a
                 file that cannot be written.
         """
-        for name in self.metrics:
-            check_detector_name(name)
-        check_weights_are_used(self.detector_weights, self.metrics)
+        check_weights_are_used(self.detector_weights, self.detectors)
         if self.bootstrap == 1:
             raise ErkGuidError("--bootstrap 1: a standard error needs at least 2 resamples")
         if self.features is not None:
@@ -77,7 +110,7 @@ class Scoring:
         def load() -> list[Detector]:
             return [
                 load_detector(name, device, self.detector_weights.get(name))
-                for name in dict.fromkeys(self.metrics)
+                for name in self.detectors
             ]
 
         first: list[Detector] = []
@@ -110,12 +143,11 @@ def calc(images: Path, ref: str, scoring: Scoring) -> dict[str, Any]:
         source = open_images(images)
         chosen = choose(source, scoring.num, scoring.seed)
         detectors = scoring.open_detectors(device, group)
-        group.agree(lambda: _check_reference(reference, detectors))
+        group.agree(lambda: _check_reference(scoring, reference, detectors))
         parts = blocks(chosen, scoring.batch, group)
-        collected = collect(
-            read_blocks(source, parts, scoring.workers), detectors, device,
-            group=group, total=sum(map(len, parts)), keep_features=_keeps(scoring),
-        )  # fmt: skip
+        images_read = read_blocks(source, parts, scoring.workers)
+        total = sum(map(len, parts))
+        collected = scoring.collect(images_read, detectors, device, group, total)
         about = {"path": str(images), "available": len(source), "names": names_of(source, chosen)}
         return _finish(scoring, collected, reference, detectors, device, group, about)
 
@@ -137,7 +169,7 @@ def gen(config: GenerationConfig, ref: str, scoring: Scoring) -> dict[str, Any]:
         reference = group.agree(look)
         models = config.open(device, group)
         detectors = scoring.open_detectors(device, group)
-        group.agree(lambda: _check_reference(reference, detectors))
+        group.agree(lambda: _check_reference(scoring, reference, detectors))
         parts = blocks(range(scoring.num), config.batch, group)
 
         def source() -> Iterator[Block]:
@@ -151,10 +183,7 @@ def gen(config: GenerationConfig, ref: str, scoring: Scoring) -> dict[str, Any]:
                     images = torch.cat([batch.images for batch in batches])
                 yield part, images
 
-        collected = collect(
-            source(), detectors, device,
-            group=group, total=sum(map(len, parts)), keep_features=_keeps(scoring),
-        )  # fmt: skip
+        collected = scoring.collect(source(), detectors, device, group, sum(map(len, parts)))
         about = {"recipe": {"net": config.net, "gnet": config.gnet, **models.record()}}
         return _finish(scoring, collected, reference, detectors, device, group, about)
 
@@ -223,7 +252,8 @@ def make_reference(
 
 
 def refuse_overwriting(outputs: Sequence[Path | None], inputs: Sequence[str]) -> None:
-    """
+    """Refuse to write over an input.
+
     Raises:
         ErkGuidError: an output file is one of the inputs.
     """
@@ -233,15 +263,16 @@ def refuse_overwriting(outputs: Sequence[Path | None], inputs: Sequence[str]) ->
                 raise ErkGuidError(f"{output} is an input; write to another file")
 
 
-def check_weights_are_used(weights: Mapping[str, str], metrics: Sequence[str]) -> None:
-    """
+def check_weights_are_used(weights: Mapping[str, str], detectors: Sequence[str]) -> None:
+    """Refuse weights that nothing would use.
+
     Raises:
         ErkGuidError: weights for a detector that is not asked for.
     """
     for name in weights:
-        if name not in metrics:
+        if name not in detectors:
             raise ErkGuidError(
-                f"--detector-weights {name}=...: {name} is not among {', '.join(metrics)}"
+                f"--detector-weights {name}=...: {name} is not among {', '.join(detectors)}"
             )
 
 
@@ -293,18 +324,10 @@ def read_blocks(
         yield part, torch.from_numpy(images)
 
 
-def _check_reference(reference: Reference, detectors: Sequence[Detector]) -> None:
-    for detector in detectors:
-        size = len(reference.of(detector.name).mu)
-        if size != detector.feature_dim:
-            raise ErkGuidError(
-                f"{reference.source}: its statistics for {detector.name} are of {size} features, "
-                f"the detector has {detector.feature_dim}; they were made with another one"
-            )
-
-
-def _keeps(scoring: Scoring) -> bool:
-    return scoring.features is not None or scoring.bootstrap > 0
+def _check_reference(scoring: Scoring, reference: Reference, detectors: Sequence[Detector]) -> None:
+    by_name = {detector.name: detector for detector in detectors}
+    for metric in scoring.chosen:
+        metric.check(reference, by_name[metric.detector])
 
 
 def names_of(source: ImageSource, chosen: Sequence[int]) -> dict[str, str]:
@@ -323,20 +346,21 @@ def _finish(
     group: ProcessGroup,
     images: dict[str, Any],
 ) -> dict[str, Any]:
-    """Distances on rank 0, which has them written."""
+    """Compute the scores on rank 0, and write them."""
     if group.rank != 0:
         return {}
-    scores, errors = {}, {}
-    for name, found in collected.statistics.items():
-        wanted = reference.of(name)
+    scores: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    chosen = scoring.chosen
+    for metric in chosen:
         try:
-            scores[name] = frechet_distance(found.mu, found.sigma, wanted.mu, wanted.sigma)
+            scores |= metric.compute(collected, reference, device)
         except ValueError as error:
-            raise ErkGuidError(f"{reference.source}, {name}: {error}") from error
-        if scoring.bootstrap:
-            rows = collected.features[name]
+            raise ErkGuidError(f"{reference.source}, {metric.name}: {error}") from error
+        if scoring.bootstrap and metric.score_name == "frechet":
+            rows, wanted = collected.features[metric.detector], reference.of(metric.detector)
             scattered = bootstrap_distances([rows], wanted, scoring.bootstrap, scoring.seed)
-            errors[name] = float(scattered[:, 0].std(ddof=1))
+            errors[metric.name] = float(scattered[:, 0].std(ddof=1))
     result = {
         "scores": scores,
         **({"standard_errors": errors, "resamples": scoring.bootstrap} if errors else {}),
@@ -345,6 +369,7 @@ def _finish(
         "images": images,
         "reference": reference.record(),
         "detectors": [describe(d) for d in detectors],
+        "metrics": {metric.name: metric.record() for metric in chosen},
         "batch": scoring.batch,
         "device": str(device),
         "processes": group.world_size,
@@ -361,7 +386,8 @@ def _finish(
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
-    """
+    """Write a result as JSON, whole or not at all.
+
     Raises:
         ErkGuidError: it cannot be written.
     """

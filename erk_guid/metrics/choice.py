@@ -1,0 +1,120 @@
+"""Metrics as users name them: a score and the detector whose features it compares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from erk_guid.common.errors import ErkGuidError
+from erk_guid.metrics.detectors import Detector, check_detector_name, detector_names
+from erk_guid.metrics.scores import Need, Observed, Score, score_names, score_of
+from erk_guid.metrics.statistics import Collected, Reference
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score over the features of a detector.
+
+    Attributes:
+        name: as the user wrote it.
+        score_name, score: what is computed.
+        detector: the name of the detector.
+    """
+
+    name: str
+    score_name: str
+    score: Score
+    detector: str
+
+    def needs(self, what: Need) -> bool:
+        """Return whether it needs that of the generated images."""
+        return what in self.score.needs
+
+    def compute(
+        self, collected: Collected, reference: Reference | None, device: torch.device
+    ) -> dict[str, float]:
+        """Return its values: under its own name, or NAME/VALUE where there are several.
+
+        Raises:
+            ErkGuidError: the reference lacks something.
+            ValueError: see `Score`.
+        """
+        generated = Observed(
+            collected.statistics.get(self.detector),
+            collected.features.get(self.detector),
+            collected.logits.get(self.detector),
+        )
+        real = Observed() if reference is None else self.of(reference)
+        values = self.score(generated, real, device)
+        if len(values) == 1:
+            return {self.name: next(iter(values.values()))}
+        return {f"{self.name}/{key}": value for key, value in values.items()}
+
+    def of(self, reference: Reference) -> Observed:
+        """Return what the score needs of the real images.
+
+        Raises:
+            ErkGuidError: the reference has it not.
+        """
+        needs = self.score.needs_of_reference
+        statistics = reference.of(self.detector) if "statistics" in needs else None
+        features = None
+        if "features" in needs:
+            if self.detector not in reference.features:
+                raise ErkGuidError(
+                    f"{self.name} compares single images, and {reference.source} holds no features "
+                    f"of {self.detector}; make a reference with 'ref --keep-features'"
+                )
+            features = reference.features[self.detector].astype(np.float32)
+        return Observed(statistics, features)
+
+    def check(self, reference: Reference, detector: Detector) -> None:
+        """Refuse a reference that lacks something, or was made with another detector.
+
+        Raises:
+            ErkGuidError: naming what does not fit.
+        """
+        real = self.of(reference)
+        for what, size in (
+            ("statistics", real.statistics and len(real.statistics.mu)),
+            ("features", None if real.features is None else real.features.shape[1]),
+        ):
+            if size is not None and size != detector.feature_dim:
+                raise ErkGuidError(
+                    f"{reference.source}: its {what} for {detector.name} are of {size} features, "
+                    f"the detector has {detector.feature_dim}; they were made with another one"
+                )
+
+    def record(self) -> dict[str, Any]:
+        """Return what the values depend on besides the features, in JSON's types."""
+        return {"score": self.score_name, "detector": self.detector, **asdict(self.score)}  # type: ignore[call-overload]
+
+
+def metrics_of(names: Sequence[str]) -> list[Metric]:
+    """Return metrics from their names, each once.
+
+    A detector's name alone is the Frechet distance of its features, as in EDM2 (``fid``,
+    ``fd_dinov2``). ``SCORE:DETECTOR`` is another score of them (``kid:fd_digits``), and a score's
+    name alone that of its usual detector (``kid``).
+
+    Raises:
+        ErkGuidError: there is no such score or detector.
+    """
+    return [_metric(name) for name in dict.fromkeys(names)]
+
+
+def _metric(name: str) -> Metric:
+    score, colon, detector = name.partition(":")
+    if colon:
+        found = score_of(score)
+        check_detector_name(detector)
+        return Metric(name, score, found, detector)
+    if name not in detector_names() and name in score_names():
+        found = score_of(name)
+        return Metric(name, name, found, found.detector)
+    check_detector_name(name)
+    return Metric(name, "frechet", score_of("frechet"), name)

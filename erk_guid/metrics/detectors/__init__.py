@@ -1,0 +1,30 @@
+"""Feature detectors: what turns images into the features that are compared.
+
+A detector is anything with a `name`, a `feature_dim` and a call on uint8 images. Register one of
+your own with `register_detector`.
+"""
+
+from erk_guid.metrics.detectors import digits, dinov2, torch_fidelity  # noqa: F401 (they register)
+from erk_guid.metrics.detectors.base import (
+    Classifier,
+    Detector,
+    DetectorError,
+    check_detector_name,
+    describe,
+    detector_names,
+    load_detector,
+    register_detector,
+    run_detector,
+)
+
+__all__ = [
+    "Classifier",
+    "Detector",
+    "DetectorError",
+    "check_detector_name",
+    "describe",
+    "detector_names",
+    "load_detector",
+    "register_detector",
+    "run_detector",
+]

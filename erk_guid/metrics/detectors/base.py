@@ -1,0 +1,144 @@
+"""Feature detectors: what turns images into the features that are compared.
+
+A detector is anything with a `name`, a `feature_dim` and a call on uint8 images; register one
+of your own with `register_detector`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from erk_guid.common.errors import ErkGuidError
+from erk_guid.common.files import user_path
+
+
+class DetectorError(ErkGuidError):
+    """A detector that cannot be had, or images that it cannot use."""
+
+
+@runtime_checkable
+class Detector(Protocol):
+    """Images to features."""
+
+    name: str
+    feature_dim: int
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 [N, C, H, W], C of 1 (grey) or 3, on the detector's device, to [N, feature_dim]."""
+        ...
+
+
+@runtime_checkable
+class Classifier(Detector, Protocol):
+    """A detector that also classifies, as the inception score needs."""
+
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 [N, C, H, W] to features [N, feature_dim] and logits [N, classes]."""
+        ...
+
+
+Factory = Callable[[torch.device, "Path | None"], Detector]
+"""Makes a detector on a device; the path is the user's file of weights, None for the usual."""
+
+_FACTORIES: dict[str, Factory] = {}
+
+
+def register_detector(name: str, factory: Factory) -> None:
+    """Make a detector known by `name` to the command lines and `load_detector`.
+
+    Args:
+        name: letters, digits, '_' and '-'; it also names the metric.
+        factory: ``factory(device, weights)`` returns the detector; `weights` is the path that
+            the user gave by `--detector-weights`, or None.
+
+    Raises:
+        ValueError: the name is taken or has other characters.
+        TypeError: the factory cannot be called.
+    """
+    if not callable(factory):
+        raise TypeError(f"the factory of {name!r} must be callable, got {factory!r}")
+    if not name.replace("_", "").replace("-", "").isalnum():
+        raise ValueError(f"a detector's name has letters, digits, '_' and '-' only, got {name!r}")
+    if name in _FACTORIES:
+        raise ValueError(f"there is a detector {name!r} already")
+    _FACTORIES[name] = factory
+
+
+def detector_names() -> list[str]:
+    """Names that `load_detector` knows."""
+    return sorted(_FACTORIES)
+
+
+def check_detector_name(name: str) -> None:
+    """
+    Raises:
+        DetectorError: there is no detector of that name; the message lists those that are.
+    """
+    if name not in _FACTORIES:
+        raise DetectorError(f"unknown metric {name!r}; there are {', '.join(detector_names())}")
+
+
+def load_detector(
+    name: str, device: torch.device | str = "cpu", weights: Path | str | None = None
+) -> Detector:
+    """A detector, ready to be called on `device`.
+
+    Args:
+        weights: a local file of weights, in place of the cached or downloaded one.
+
+    Raises:
+        DetectorError: no such detector, or its weights cannot be had; the message says which
+            file to put where.
+    """
+    check_detector_name(name)
+    path = user_path(weights) if weights is not None else None
+    if path is not None and not path.is_file():
+        raise DetectorError(f"--detector-weights {name}={weights}: there is no such file")
+    return _FACTORIES[name](torch.device(device), path)
+
+
+def describe(detector: Detector) -> dict[str, Any]:
+    """What a score depends on besides the images, in JSON's types."""
+    return {
+        "name": detector.name,
+        "feature_dim": detector.feature_dim,
+        "preprocessing": getattr(detector, "preprocessing", "the detector's own"),
+        "weights": getattr(detector, "weights", "the detector's own"),
+    }
+
+
+def run_detector(
+    detector: Detector, images: Tensor, with_logits: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Features, and logits if asked for.
+
+    Raises:
+        DetectorError: not as many as promised, not finite, or no logits to be had.
+    """
+    logits = None
+    if with_logits:
+        if not isinstance(detector, Classifier):
+            raise DetectorError(
+                f"{detector.name} does not classify, so it gives no inception score"
+            )
+        features, logits = detector.features_and_logits(images)
+    else:
+        features = detector(images)
+    if tuple(features.shape) != (len(images), detector.feature_dim):
+        raise DetectorError(
+            f"{detector.name} promised [{len(images)}, {detector.feature_dim}] features and "
+            f"returned {list(features.shape)}"
+        )
+    if not features.isfinite().all():
+        raise DetectorError(f"{detector.name} returned features that are not finite")
+    return features, logits
+
+
+def in_colour(images: Tensor) -> Tensor:
+    """Return grey images [N, 1, H, W] as [N, 3, H, W]; others unchanged."""
+    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images

@@ -1,0 +1,74 @@
+"""DINOv2 ViT-L/14 through torch.hub: ``fd_dinov2``."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from erk_guid.metrics.detectors.base import DetectorError, in_colour, register_detector
+from erk_guid.metrics.detectors.weights import check_weights, fetch_weights, first_line, identify
+
+DINO_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
+DINO_REPOSITORY = "facebookresearch/dinov2:main"
+DINO_SIZE = 224
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def dinov2_input(images: Tensor) -> Tensor:
+    """What DINOv2 is fed for FD-DINOv2: uint8 [N, 1 or 3, H, W] to float32 [N, 3, 224, 224].
+
+    Bicubic with antialiasing to 224x224 in floating point, without rounding or clipping, then
+    / 255 and ImageNet's mean and deviation: as the reference statistics of EDM2 were made.
+    """
+    x = torch.nn.functional.interpolate(
+        in_colour(images).to(torch.float32), (DINO_SIZE, DINO_SIZE), mode="bicubic", antialias=True
+    )
+    mean = x.new_tensor(IMAGENET_MEAN).view(3, 1, 1)
+    std = x.new_tensor(IMAGENET_STD).view(3, 1, 1)
+    return (x / 255 - mean) / std
+
+
+class _DINOv2:
+    """DINOv2 ViT-L/14 through torch.hub (Oquab et al. 2023)."""
+
+    name = "fd_dinov2"
+    feature_dim = 1024
+    preprocessing = "bicubic with antialias to 224x224 unrounded, ImageNet mean and deviation"
+
+    def __init__(self, device: torch.device, weights: Path | None) -> None:
+        path = weights or fetch_weights(self.name, DINO_URL)
+        state = check_weights(self.name, path)
+        self.weights = identify(path)
+        where = Path(torch.hub.get_dir()) / "facebookresearch_dinov2_main"
+        try:
+            with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+                warnings.filterwarnings("ignore", message="xFormers")
+                net = torch.hub.load(
+                    DINO_REPOSITORY, "dinov2_vitl14", pretrained=False, trust_repo=True,
+                    skip_validation=True, verbose=False,
+                )  # fmt: skip
+        except Exception as error:  # the hub runs the repository's code: anything may happen
+            raise DetectorError(
+                f"{self.name} needs DINOv2's code, which could not be loaded "
+                f"({first_line(error)}). Put a checkout of https://github.com/"
+                f"facebookresearch/dinov2 at {where}"
+            ) from error
+        try:
+            net.load_state_dict(state)
+        except RuntimeError as error:
+            raise DetectorError(
+                f"{path} does not hold the weights of DINOv2 ViT-L/14: {first_line(error)}"
+            ) from error
+        self._net = net.to(device).eval().requires_grad_(False)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        features: Tensor = self._net(dinov2_input(images))
+        return features
+
+
+register_detector("fd_dinov2", _DINOv2)

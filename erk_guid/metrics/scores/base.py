@@ -1,0 +1,110 @@
+"""What every score has, and their names."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+
+from erk_guid.common.errors import ErkGuidError
+from erk_guid.metrics.statistics.moments import Statistics
+
+Need = Literal["statistics", "features", "logits"]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What one detector says of a set of images, as far as scores need it.
+
+    Attributes:
+        statistics: mean and covariance of the features.
+        features: float32 [N, d].
+        logits: float32 [N, classes].
+    """
+
+    statistics: Statistics | None = None
+    features: np.ndarray | None = None
+    logits: np.ndarray | None = None
+
+
+class Score(ABC):
+    """Compares generated images with real ones, by what one detector says of both.
+
+    Subclasses are frozen dataclasses. Their fields are what their values depend on besides.
+
+    Attributes:
+        detector: the detector that is used where none is named.
+        needs: what must be known of the generated images.
+        needs_of_reference: what must be known of the real ones.
+    """
+
+    detector: ClassVar[str]
+    needs: ClassVar[tuple[Need, ...]]
+    needs_of_reference: ClassVar[tuple[Need, ...]] = ()
+
+    @abstractmethod
+    def __call__(
+        self, generated: Observed, reference: Observed, device: torch.device
+    ) -> dict[str, float]:
+        """Return one or several values by name.
+
+        Args:
+            generated, reference: at least what is needed of them.
+            device: where to compute what is too much for the CPU.
+
+        Raises:
+            ValueError: too few images, or features that do not go together.
+        """
+
+
+_SCORES: dict[str, Score] = {}
+
+
+def register_score(name: str, score: Score) -> None:
+    """Make a score known to the command lines, as ``NAME`` or ``NAME:DETECTOR``.
+
+    Args:
+        name: letters, digits, '_' and '-'.
+        score: the score with its settings.
+
+    Raises:
+        ValueError: the name is taken or has other characters.
+        TypeError: `score` is not a `Score`.
+    """
+    if not isinstance(score, Score):
+        raise TypeError(f"{score!r} is not an erk_guid.metrics.Score; make one: MyScore()")
+    if not name.replace("_", "").replace("-", "").isalnum():
+        raise ValueError(f"a score's name has letters, digits, '_' and '-' only, got {name!r}")
+    if name in _SCORES:
+        raise ValueError(f"there is a score {name!r} already")
+    _SCORES[name] = score
+
+
+def score_names() -> list[str]:
+    """Return the names that `score_of` knows."""
+    return sorted(_SCORES)
+
+
+def score_of(name: str) -> Score:
+    """Return the score of that name.
+
+    Raises:
+        ErkGuidError: there is none; the message lists those that are.
+    """
+    if name not in _SCORES:
+        raise ErkGuidError(f"unknown score {name!r}; there are {', '.join(score_names())}")
+    return _SCORES[name]
+
+
+def required(value: np.ndarray | None, what: str) -> np.ndarray:
+    """Return `value`; a score that declares its needs always has them.
+
+    Raises:
+        ValueError: it is None.
+    """
+    if value is None:
+        raise ValueError(f"this score needs {what}")
+    return value

@@ -1,0 +1,66 @@
+"""Inception score: how sure a classifier is of each image, and how varied the classes are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from erk_guid.common.errors import MissingExtraError
+from erk_guid.metrics.scores.base import Observed, Score, register_score, required
+
+SPLITS = 10
+RNG_SEED = 2020
+"""Both torch-fidelity's own."""
+
+
+def inception_score(
+    logits: np.ndarray | Tensor, splits: int = SPLITS, rng_seed: int = RNG_SEED
+) -> tuple[float, float]:
+    """Compute the inception score (Salimans et al. 2016) by torch-fidelity.
+
+    Args:
+        logits: a classifier's, [n, classes], array or tensor.
+        splits: parts of the shuffled set that are scored on their own.
+        rng_seed: of the shuffling.
+
+    Returns:
+        (mean, deviation over splits).
+
+    Raises:
+        ValueError: fewer images than splits.
+        MissingExtraError: torch-fidelity is not installed.
+    """
+    rows = logits.detach() if isinstance(logits, Tensor) else torch.from_numpy(logits)
+    if len(rows) < splits:
+        raise ValueError(f"{splits} splits need at least as many images, got {len(rows)}")
+    try:
+        from torch_fidelity.metric_isc import isc_features_to_metric
+    except ImportError as error:
+        raise MissingExtraError("torch-fidelity", "metrics", "the inception score") from error
+    found = isc_features_to_metric(rows, splits, True, rng_seed)
+    return found["inception_score_mean"], found["inception_score_std"]
+
+
+@dataclass(frozen=True)
+class InceptionScore(Score):
+    """`inception_score` as a score: mean and deviation over the splits. Needs no reference."""
+
+    splits: int = SPLITS
+    rng_seed: int = RNG_SEED
+
+    detector = "fid"
+    needs = ("logits",)
+    needs_of_reference = ()
+
+    def __call__(
+        self, generated: Observed, reference: Observed, device: torch.device
+    ) -> dict[str, float]:
+        logits = required(generated.logits, "logits")
+        mean, deviation = inception_score(logits, self.splits, self.rng_seed)
+        return {"mean": mean, "std": deviation}
+
+
+register_score("is", InceptionScore())
