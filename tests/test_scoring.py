@@ -30,6 +30,7 @@ from erk_guid.metrics import (
     read_reference,
     write_reference,
 )
+from erk_guid.metrics.scores import base as scores_base
 from erk_guid.metrics.scoring import subset
 from erk_guid.metrics.statistics.references import locate_reference
 
@@ -281,6 +282,77 @@ def test_torch_fidelity_itself_finds_the_same(
     assert 0 < ours["precision"] < 1
     assert f"precision: {theirs['precision']:.3f}" in done.output
     assert "rng_seed 2020" in done.output
+
+
+KID_PLUGIN = """
+from erk_guid.metrics import KernelDistance, register_score
+
+register_score("kid50", KernelDistance(subsets=20, subset_size=50))
+"""
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_torch_fidelitys_kernel_distance_is_the_same(
+    digits: np.ndarray, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Through both programs' whole pipelines; and all four scores of one run over the images.
+    monkeypatch.setattr(scores_base, "_SCORES", dict(scores_base._SCORES))
+    real = save(tmp_path / "real", 255 - digits)
+    (tmp_path / "plugin.py").write_text(KID_PLUGIN)
+    ref, out = tmp_path / "ref.npz", tmp_path / "s.json"
+    made = run("ref", "--data", real, "--dest", ref, "--metrics", "fd_digits", "--device", "cpu",
+               "--keep-features", 10_000)  # fmt: skip
+    assert made.exit_code == 0, made.output
+    metrics = "fd_digits,kid50:fd_digits,pr:fd_digits,is:fd_digits"
+    done = run("calc", "--images", folder, "--ref", ref, "--num", len(digits), "--device", "cpu",
+               "--metrics", metrics, "--plugin", tmp_path / "plugin.py", "--json", out)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    theirs = torch_fidelity.calculate_metrics(
+        input1=str(folder), input2=str(real), samples_find_deep=True, cuda=False, cache=False,
+        kid=True, prc=True, isc=True, kid_subsets=20, kid_subset_size=50,
+        feature_extractor=fidelity.register(), verbose=False,
+    )  # fmt: skip
+    found = json.loads(out.read_text())
+    for ours, name, tolerance in (
+        # The reference keeps features as float16.
+        ("kid50:fd_digits/mean", "kernel_inception_distance_mean", 1e-3),
+        ("kid50:fd_digits/std", "kernel_inception_distance_std", 1e-2),
+        ("pr:fd_digits/precision", "precision", 0.02),
+        ("pr:fd_digits/recall", "recall", 0.02),
+        ("is:fd_digits/mean", "inception_score_mean", 1e-6),
+    ):
+        assert found["scores"][ours] == pytest.approx(theirs[name], rel=tolerance), ours
+        assert ours in done.output
+    assert found["metrics"]["kid50:fd_digits"] == {
+        "score": "kid50", "detector": "fd_digits", "subsets": 20, "subset_size": 50,
+        "rng_seed": 2020,
+    }  # fmt: skip
+    assert found["scores"]["fd_digits"] > 0
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("kid:fd_digits", "subsets of 1000 images need at least as many"),
+        ("kidd:fd_digits", "unknown score 'kidd'; there are frechet, is, kid, pr"),
+        ("kid:digits", "unknown metric 'digits'"),
+        ("kid:", "unknown metric ''"),
+    ],
+)
+def test_metrics_that_cannot_be_had(folder: Path, metric: str, message: str) -> None:
+    done = run("calc", "--images", folder, "--ref", "digits", "--num", 60, "--device", "cpu",
+               "--metrics", metric)  # fmt: skip
+    assert done.exit_code == 1
+    assert message in done.output
+
+
+def test_a_reference_without_features_has_no_kernel_distance(folder: Path, tmp_path: Path) -> None:
+    ref = tmp_path / "r.npz"
+    run("ref", "--data", folder, "--dest", ref, "--metrics", "fd_digits", "--device", "cpu")
+    done = run("calc", "--images", folder, "--ref", ref, "--num", 60, "--device", "cpu",
+               "--metrics", "kid:fd_digits")  # fmt: skip
+    assert done.exit_code == 1
+    assert "make a reference with 'ref --keep-features'" in done.output
 
 
 def test_the_published_call_names_the_folder_it_misses(folder: Path) -> None:

@@ -52,7 +52,7 @@ def kernel_distance(
         if len(rows) < subset_size:
             raise ValueError(
                 f"subsets of {subset_size} images need at least as many {name} ones, got "
-                f"{len(rows)}"
+                f"{len(rows)}; take more images, or register a KernelDistance(subset_size=...)"
             )
     try:
         from torch_fidelity.metric_kid import kid_features_to_metric
