@@ -91,16 +91,19 @@ class Process(ABC):
         return Level(sigma, self.alpha(self.time(sigma)))
 
     def time(self, sigma: float) -> float:
-        """Return the time at which noise over signal is `sigma`; by bisection, to rounding."""
-        low, high = 0.0, self.last if math.isfinite(self.last) else 1.0
-        while math.isinf(self.last) and self._below(high, sigma):
-            low, high = high, 2 * high
-        while low < (middle := (low + high) / 2) < high:
-            low, high = (middle, high) if self._below(middle, sigma) else (low, middle)
-        return high
+        """Return the time at which noise over signal is `sigma`; by root finding, to rounding."""
+        from scipy.optimize import brentq  # here, so that the rest needs torch alone
 
-    def _below(self, t: float, sigma: float) -> bool:
-        return self.sigma(t) < sigma * self.alpha(t)
+        if sigma == 0:
+            return 0.0
+
+        def excess(t: float) -> float:
+            return self.sigma(t) - sigma * self.alpha(t)
+
+        high = self.last if math.isfinite(self.last) else 1.0
+        while math.isinf(self.last) and excess(high) < 0:
+            high *= 2
+        return float(brentq(excess, 0.0, high, xtol=1e-300, rtol=1e-15))
 
 
 @dataclass(frozen=True)

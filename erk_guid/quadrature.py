@@ -44,14 +44,11 @@ def lagrange_integrals(
 
 @cache
 def _gauss_legendre(points: int) -> list[tuple[float, float]]:
-    """Places in [0, 1] and weights, exact for polynomials of degree below 2 * points.
+    """Return places in [0, 1] and weights, exact for polynomials of degree below 2 * points."""
+    from scipy.special import roots_legendre  # here, so that the rest needs torch alone
 
-    Golub and Welsch 1969: eigenvalues of the Jacobi matrix of the Legendre polynomials.
-    """
-    k = torch.arange(1, points, dtype=torch.float64)
-    off = k / (4 * k**2 - 1).sqrt()
-    places, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
-    return list(zip(((places + 1) / 2).tolist(), vectors[0].square().tolist(), strict=True))
+    places, weights = roots_legendre(points)
+    return list(zip(((places + 1) / 2).tolist(), (weights / 2).tolist(), strict=True))
 
 
 MODE_DENSITY = 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -31,24 +32,21 @@ class Refuse(importlib.abc.MetaPathFinder):
         if name.split(".")[0] in {blocked!r}:
             raise ModuleNotFoundError(f"not installed: {{name}}")
 sys.meta_path.insert(0, Refuse())
-import time
-begun = time.perf_counter()
 import erk_guid
-seconds = time.perf_counter() - begun
 sigmas = erk_guid.karras_sigmas(4)
 x = erk_guid.sample(lambda x, s: x / (1 + s * s), torch.ones(2, 3) * 80, sigmas,
                     guidance=erk_guid.ERKGuidance(0.5, 0.1))
 assert torch.isfinite(x).all()
-print(seconds, sorted({{m.split(".")[0] for m in set(sys.modules) - before}} - {{"erk_guid"}}))
+print(sorted({{m.split(".")[0] for m in set(sys.modules) - before}} - {{"erk_guid"}}))
 """
 
 
-def test_importing_needs_torch_alone_and_is_quick() -> None:
+def test_importing_needs_torch_alone() -> None:
     code = IMPORT_ALONE.format(blocked=set(BLOCKED))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # Not a benchmark: an import of scipy or diffusers takes longer than this on any machine.
-    assert float(done.stdout.split()[0]) < 1
+    # What is new besides our own modules is the standard library's.
+    assert not set(ast.literal_eval(done.stdout)) & set(BLOCKED)
 
 
 def test_public_names() -> None:

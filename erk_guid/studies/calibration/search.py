@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import NamedTuple, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -476,11 +477,10 @@ def _valley(known: dict[float, float], factor: float) -> _Valley:
     )
     if not math.isfinite(y0 + y2):
         return _Valley(places[k], score, True)
-    left, right = (x1 - x0) * (y1 - y2), (x1 - x2) * (y1 - y0)
-    if left == right:  # level
+    curvature, slope, _ = np.polyfit([x0, x1, x2], [y0, y1, y2], 2)
+    if not curvature > 1e-12 * abs(y1):  # level
         return _Valley(places[k], score, True)
-    vertex = x1 - ((x1 - x0) * left - (x1 - x2) * right) / (2 * (left - right))
-    return _Valley(math.exp(vertex), score, True)
+    return _Valley(math.exp(-slope / (2 * curvature)), score, True)
 
 
 def _thresholds(readings: Sequence[float]) -> list[float]:
