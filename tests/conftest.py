@@ -15,6 +15,13 @@ from erk_guid.mixtures import tree_mixture
 from erk_guid.models.networks.edm2 import Precond
 
 DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Seed every test, so that a draw without a generator of its own is the same each time."""
+    torch.manual_seed(0)
 
 
 def golden(name: str) -> dict[str, Any]:
@@ -64,6 +71,12 @@ def cond() -> Precond:
 @pytest.fixture(scope="session")
 def guide() -> Precond:
     return network_of("edm2_net_guide")
+
+
+@pytest.fixture(scope="session")
+def golden_solvers() -> dict[str, Any]:
+    """What the diff-sampler toolbox's own programs gave."""
+    return golden("diff_sampler_solvers")
 
 
 class Counting:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import golden
-from test_k_diffusion import published
+from integrations.test_k_diffusion import published
 from torch import Tensor
 
 import erk_guid

@@ -6,13 +6,11 @@ import ast
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import erk_guid
-
-ROOT = Path(__file__).parents[1]
 
 # fmt: off
 BLOCKED = [

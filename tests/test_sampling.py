@@ -1,28 +1,22 @@
-"""The loop, its steps, and EDM2's front to it."""
+"""The loop."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from conftest import Counting, golden, relative
+from conftest import Counting
+from support.problems import gaussian, reusing
 from torch import Tensor
 
 import erk_guid
 from erk_guid import ERKGuidance
 from erk_guid.models.networks.edm2 import Precond
 from erk_guid.solvers import SOLVERS, EulerStep, Heun, HeunStep, make_solver
-
-
-def gaussian(x: Tensor, sigma: Tensor) -> Tensor:
-    """The exact denoiser of normal data with standard deviation 0.5."""
-    return x * 0.25 / (0.25 + sigma**2)
 
 
 def nonlinear(x: Tensor, sigma: Tensor) -> Tensor:
@@ -81,20 +75,6 @@ def test_without_guidance_bitwise_plain_heun(
 
     ours = erk_guid.sample(denoiser, x, sigmas, guidance=guidance)
     assert torch.equal(ours, plain_heun(denoiser, x, sigmas))
-
-
-@pytest.mark.parametrize("case", range(8))
-@pytest.mark.parametrize("precision", ["f64", "f32"])
-def test_golden_sampler(cond: Precond, guide: Precond, case: int, precision: str) -> None:
-    # Catches: the order of guidance and step, the pair of the wrong step, a gated last step,
-    # model guidance that blends the wrong way, a wrong default.
-    data = golden("edm2_sampler")
-    expected = data[f"case{case}_{precision}"]
-    ours = erk_guid.edm_sampler(
-        cond, data["noise"], data["labels"], guide, dtype=expected.dtype, **data["cases"][case]
-    )
-    assert ours.dtype == expected.dtype
-    assert relative(ours, expected) < 1e-4
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 5])
@@ -228,32 +208,6 @@ def test_half_precision_runs_in_its_own_dtype(dtype: torch.dtype) -> None:
     assert torch.isfinite(end).all()
 
 
-def test_model_guidance_leads_away_from_the_guide() -> None:
-    calls: list[str] = []
-
-    def main(x: Tensor, sigma: Tensor) -> Tensor:
-        calls.append("main")
-        return x * 0 + 3
-
-    def guide(x: Tensor, sigma: Tensor) -> Tensor:
-        calls.append("guide")
-        return x * 0 + 1
-
-    x, sigma = torch.zeros(1, 2), torch.tensor(1.0)
-    assert erk_guid.ModelGuidance(main, guide, 1.5)(x, sigma).tolist() == [[4.0, 4.0]]
-    calls.clear()
-    assert erk_guid.ModelGuidance(main, guide, 1)(x, sigma).tolist() == [[3.0, 3.0]]
-    assert calls == ["main"]
-
-
-def test_guidance_one_does_not_run_the_guiding_network(cond: Precond) -> None:
-    def forbidden(*args: Any) -> Tensor:
-        raise AssertionError("the guiding network was run")
-
-    noise = torch.randn(1, 3, 16, 16)
-    erk_guid.edm_sampler(cond, noise, None, forbidden, num_steps=2, guidance=1)
-
-
 def test_a_number_as_guidance_names_the_wrapper() -> None:
     with pytest.raises(TypeError, match="ModelGuidance"):
         erk_guid.sample(gaussian, torch.zeros(1, 2), erk_guid.karras_sigmas(2), guidance=1.5)  # type: ignore[arg-type]
@@ -290,19 +244,6 @@ def test_other_errors_name_what_is_wrong() -> None:
         HeunStep(1.0, 0.0)
 
 
-def reusing(denoiser: Any) -> Any:
-    """The denoiser, but returning one and the same tensor each time, as CUDA graphs do."""
-    kept: list[Tensor] = []
-
-    def denoise(x: Tensor, sigma: Tensor, *more: Any) -> Tensor:
-        found = denoiser(x, sigma, *more)
-        if not kept:
-            kept.append(found.clone())
-        return kept[0].copy_(found)
-
-    return denoise
-
-
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
 def test_a_denoiser_may_return_the_same_tensor_each_time(solver: str) -> None:
     # Catches: a history of references to the output (dpmpp 37 %, unipc 35 % off).
@@ -317,20 +258,6 @@ def test_a_denoiser_may_return_the_same_tensor_each_time(solver: str) -> None:
     ]  # fmt: skip
     assert torch.equal(*found)
     assert torch.equal(torch.stack(told[False]), torch.stack(told[True]))
-
-
-def test_a_network_that_guides_itself_may_return_the_same_tensor_each_time() -> None:
-    # Catches: the main output overwritten by the guiding one, where both are one network.
-    x, sigmas = 80 * torch.randn(3, 4, dtype=torch.float64), erk_guid.karras_sigmas(5)
-
-    def network(x: Tensor, sigma: Tensor, label: float = 0.0) -> Tensor:
-        return gaussian(x, sigma) + label
-
-    def run(net: Any) -> Tensor:
-        guided = erk_guid.ModelGuidance(lambda x, s: net(x, s, 0.3), net, 2.0)
-        return erk_guid.sample(guided, x, sigmas)
-
-    assert torch.equal(run(network), run(reusing(network)))
 
 
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
@@ -368,105 +295,3 @@ def test_what_is_no_solver_is_named() -> None:
     ):
         with pytest.raises(TypeError, match=message):
             erk_guid.sample(gaussian, x, sigmas, solver=solver)  # type: ignore[arg-type]
-
-
-def test_edm_sampler_refuses_what_the_method_does_not_support() -> None:
-    noise = torch.zeros(1, 3, 4, 4)
-    with pytest.raises(ValueError, match="S_churn must be 0 with ERK guidance, got 40"):
-        erk_guid.edm_sampler(gaussian, noise, S_churn=40, w_stiff=0.5)
-    auto = erk_guid.ParameterFreeGuidance()
-    with pytest.raises(ValueError, match="S_churn must be 0 with ERK guidance, got 40"):
-        erk_guid.edm_sampler(gaussian, noise, S_churn=40, erk=auto)
-    with pytest.raises(ValueError, match="both say how to guide"):
-        erk_guid.edm_sampler(gaussian, noise, w_stiff=0.5, erk=auto)
-    # The published function would call None; its script guides by the main network itself.
-    with pytest.raises(ValueError, match="guidance of 2 needs a guiding network"):
-        erk_guid.edm_sampler(gaussian, noise, guidance=2)
-
-
-def test_a_sign_of_w_changes_nothing_in_edm_sampler() -> None:
-    # As in the published function, where w_stiff is squared and rho never lies below 0.
-    noise = torch.randn(3, 4)
-    options: dict[str, Any] = {"num_steps": 6}
-
-    def net(x: Tensor, sigma: Tensor, labels: None) -> Tensor:
-        return gaussian(x, sigma)
-
-    plain = erk_guid.edm_sampler(net, noise, **options)
-    found = erk_guid.edm_sampler(net, noise, w_stiff=-0.5, w_con=-1, **options)
-    assert torch.equal(found, erk_guid.edm_sampler(net, noise, w_stiff=0.5, w_con=0, **options))
-    assert torch.equal(found, erk_guid.edm_sampler(net, noise, w_stiff=0.5, **options))
-    assert not torch.equal(found, plain)
-    # Noise levels of one's own may come as a list, an array or a tensor.
-    levels = [40.0, 3.0, 0.1]
-    ends = [
-        erk_guid.edm_sampler(net, noise, schedule=given)
-        for given in (levels, np.array(levels), torch.tensor(levels))
-    ]
-    assert torch.allclose(ends[0], ends[1])
-    assert torch.allclose(ends[0], ends[2])
-
-
-def test_edm_samplers_signature_is_edm2s() -> None:
-    # A promise to everyone who passes it as sampler_fn; the order counts, too.
-    parameters = inspect.signature(erk_guid.edm_sampler).parameters.values()
-    positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert [(p.name, p.default) for p in positional] == [
-        ("net", inspect.Parameter.empty),
-        ("noise", inspect.Parameter.empty),
-        ("labels", None),
-        ("gnet", None),
-        ("num_steps", 32),
-        ("sigma_min", 0.002),
-        ("sigma_max", 80),
-        ("rho", 7),
-        ("guidance", 1),
-        ("S_churn", 0),
-        ("S_min", 0),
-        ("S_max", float("inf")),
-        ("S_noise", 1),
-        ("dtype", torch.float32),
-        ("randn_like", torch.randn_like),
-        ("w_stiff", 0.0),
-        # The published function's; its command line, and ours, have 0.5.
-        ("w_con", 0.0),
-    ]
-
-
-def test_karras_sigmas() -> None:
-    sigmas = erk_guid.karras_sigmas(32)
-    assert sigmas.dtype == torch.float64
-    assert len(sigmas) == 33
-    assert (sigmas[0], sigmas[-2], sigmas[-1]) == (80, 0.002, 0)
-    k = 13
-    by_hand = (80 ** (1 / 7) + k / 31 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
-    assert float(sigmas[k]) == pytest.approx(by_hand, rel=1e-13)
-    assert erk_guid.karras_sigmas(1).tolist() == [80, 0]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_steps": 0}, "num_steps must be a whole number of at least 1, got 0"),
-        ({"num_steps": 2.5}, "got 2.5"),
-        ({"num_steps": 4, "sigma_min": 0}, "sigma_min must be a positive, finite number, got 0"),
-        ({"num_steps": 4, "sigma_max": float("inf")}, "sigma_max must be a positive, finite"),
-        ({"num_steps": 4, "rho": -1}, "rho must be a positive, finite number, got -1"),
-        ({"num_steps": 4, "sigma_min": 90}, "sigma_min 90 must be below sigma_max 80"),
-    ],
-)
-def test_karras_sigmas_names_bad_values(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        erk_guid.karras_sigmas(**arguments)
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_as_on_the_cpu(cond: Precond) -> None:
-    import copy
-
-    noise = torch.randn(2, 3, 16, 16)
-    on_cpu = erk_guid.edm_sampler(cond, noise, num_steps=6, w_stiff=0.5, w_con=0.1)
-    net = copy.deepcopy(cond).cuda()
-    net.use_fp16 = False
-    on_gpu = erk_guid.edm_sampler(net, noise.cuda(), num_steps=6, w_stiff=0.5, w_con=0.1)
-    assert relative(on_gpu.cpu(), on_cpu) < 1e-3

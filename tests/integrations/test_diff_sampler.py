@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import golden
-from test_solvers import Mixture
+from support.problems import Mixture
 
 import erk_guid
 from erk_guid.integrations import diff_sampler

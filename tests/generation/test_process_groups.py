@@ -17,10 +17,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import DATA
+from conftest import DATA, ROOT
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "generate_images.py"
 NET = str(DATA / "edm2_cond.pkl")
 

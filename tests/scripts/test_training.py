@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import erk_guid
 from erk_guid.common.datasets import DatasetError, ImageSet, load_image_set
 from erk_guid.models.networks.digits import load_digit_classifier
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = ROOT / "scripts"
 
 
 def run(script: str, *args: Any) -> subprocess.CompletedProcess[str]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "check_programs.py"
 
 

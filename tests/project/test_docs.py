@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from pathlib import Path
+
+from conftest import ROOT
 
 import erk_guid
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = ROOT / "docs"
 
 
 def test_links_between_pages_lead_somewhere() -> None:

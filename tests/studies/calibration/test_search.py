@@ -1,20 +1,15 @@
-"""The search for settings, and the file they are kept in."""
+"""The search for settings."""
 
 from __future__ import annotations
 
-import csv
-import json
 import math
-import re
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from conftest import DATA
+from support.tree import SIGMAS, TREE, starts
 from torch import Tensor
 
 import erk_guid
@@ -27,26 +22,11 @@ from erk_guid import (
     karras_sigmas,
     sample,
 )
-from erk_guid.cli import main
-from erk_guid.cli.calibrate import _network_options
-from erk_guid.cli.common import SeedList, compact
-from erk_guid.common.errors import ErkGuidError
 from erk_guid.generation.images import draw
 from erk_guid.generation.seeds import SeededNoise
-from erk_guid.mixtures import tree_mixture
 from erk_guid.solvers import DEIS, Heun, Modal
 from erk_guid.studies.accuracy.problems import high_dimensional_mixture, solve_finely
 from erk_guid.studies.calibration import search
-from erk_guid.studies.calibration.settings import Settings, read_settings
-
-TREE = tree_mixture()
-SIGMAS = karras_sigmas(7, sigma_max=5.0)
-
-
-def starts(count: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(count, 2, dtype=torch.float64, generator=generator)
-    return TREE.sample(count, generator) + 5.0 * noise
 
 
 class Judge:
@@ -60,9 +40,6 @@ class Judge:
     def __call__(self, guidance: Guidance, solver: str = "heun") -> Tensor:
         found = sample(TREE, self.x, SIGMAS[:-1], solver=solver, guidance=guidance)
         return (found - self.end).norm(dim=1)
-
-
-# --- the search -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("solver", ["heun", "dpm2", "deis"])
@@ -327,184 +304,3 @@ def test_the_shipped_model_against_an_exhaustive_grid(steps: int) -> None:
     tie = float(apart.std()) / len(seeds) ** 0.5
     assert float(apart.mean()) <= max(0.03 * float(best.mean()), tie)
     assert float(torch.cat(ours).mean()) < float(plain.mean())
-
-
-# --- the file ---------------------------------------------------------------------------------
-
-MADE_FOR = {"solver": "heun", "num_steps": 5, "schedule": "polynomial"}
-
-
-@pytest.mark.parametrize(
-    "guidance",
-    [
-        ERKGuidance(),
-        ERKGuidance(0.87, 0.35),
-        ERKGuidance(0.5, 0.6, bound=0.2, gate="step"),
-        ParameterFreeGuidance(),
-    ],
-)
-def test_settings_come_back(guidance: Guidance, tmp_path: Path) -> None:
-    settings = Settings(guidance, MADE_FOR, {"net": "digits"})
-    settings.write(tmp_path / "s.json")
-    assert read_settings(tmp_path / "s.json") == settings
-
-
-GOOD = {"erk_guid_settings": 1, "w_stiff": 0.5, "w_con": 0.5}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "not JSON"),
-        ("[" * 100_000, "not JSON"),
-        ("\x00\xff", "not JSON"),
-        ("[1]", "no file of settings"),
-        ('{"w_stiff": 1}', "no file of settings"),
-        (json.dumps({**GOOD, "erk_guid_settings": 2}), "another version"),
-        (json.dumps({**GOOD, "w_stif": 1}), "unknown entry 'w_stif'"),
-        (json.dumps({"erk_guid_settings": 1, "w_con": 0.5}), "does not say w_stiff"),
-        (json.dumps({**GOOD, "w_stiff": "strong"}), "a number or 'auto'"),
-        (json.dumps({**GOOD, "w_stiff": True}), "w_stiff cannot be True"),
-        (json.dumps({**GOOD, "w_stiff": [1]}), r"w_stiff cannot be \[1\]"),
-        (json.dumps({**GOOD, "w_con": float("nan")}), "w_con must be a finite number"),
-        (json.dumps({**GOOD, "w_con": -1}), "must not be negative"),
-        (json.dumps({**GOOD, "gate": "wide"}), "gate must be"),
-        (json.dumps({**GOOD, "made_for": 3}), "hold names and values"),
-        (json.dumps({**GOOD, "made_for": {"net": "x"}}), "unknown entry 'net'"),
-        (json.dumps({**GOOD, "made_for": {"num_steps": 2.5}}), "num_steps cannot be 2.5"),
-        (json.dumps({**GOOD, "made_for": {"schedule": [1, "x"]}}), "must be numbers"),
-        (json.dumps({**GOOD, "made_for": {"schedule": []}}), "must be numbers"),
-        (json.dumps({**GOOD, "w_stiff": 10**400}), "w_stiff cannot be 1"),
-        (json.dumps({**GOOD, "measured": "x" * 2_000_000}), "too large"),
-    ],
-)  # fmt: skip
-def test_files_that_are_none(text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "s.json").write_text(text, encoding="latin-1")
-    with pytest.raises(ErkGuidError, match=message) as caught:
-        read_settings(tmp_path / "s.json")
-    assert "s.json" in str(caught.value)
-
-
-# --- the command lines ------------------------------------------------------------------------
-
-
-def run(*args: Any) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in args])
-
-
-def images(folder: Path) -> list[bytes]:
-    return [path.read_bytes() for path in sorted(folder.glob("*.png"))]
-
-
-def test_settings_stand_for_the_options(tmp_path: Path) -> None:
-    Settings(ERKGuidance(0.6, 0.3), MADE_FOR, {"net": "elsewhere"}).write(tmp_path / "s.json")
-    common = ("generate", "--net=digits", "--seeds=0-1")
-    done = run(*common, f"--outdir={tmp_path / 'a'}", f"--settings={tmp_path / 's.json'}")
-    assert done.exit_code == 0, done.output
-    assert "w_stiff 0.6, w_con 0.3, solver heun, steps 5" in done.output
-    assert "measured with the network elsewhere, this is digits" in done.output
-    record = json.loads((tmp_path / "a" / "run.json").read_text())
-    assert "0.6" in json.dumps(record)
-    run(*common, f"--outdir={tmp_path / 'b'}", "--steps=5", "--w_stiff=0.6", "--w_con=0.3")
-    run(*common, f"--outdir={tmp_path / 'c'}", "--steps=5")
-    assert images(tmp_path / "a") == images(tmp_path / "b")
-    assert len(images(tmp_path / "c")) == 2
-    again = run(*common, f"--outdir={tmp_path / 'a'}", "--resume", "--steps=5", "--w_stiff=0.6",
-                "--w_con=0.3")  # fmt: skip
-    assert again.exit_code == 0, again.output
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("--w_stiff=0.5", "--w_stiff and --settings both"),
-        ("--w_con=0.5", "--w_con and --settings both"),
-        ("--bound=0.5", "--bound and --settings both"),
-        ("--gate=step", "--gate and --settings both"),
-        ("--steps=8", "--steps 8: .*s.json was made for --steps 5"),
-        ("--solver=dpm2", "--solver dpm2: .*s.json was made for --solver heun"),
-        ("--schedule=logsnr", "--schedule logsnr: .* was made for --schedule polynomial"),
-    ],
-)
-def test_settings_and_options_that_contradict_them(
-    option: str, message: str, tmp_path: Path
-) -> None:
-    Settings(ERKGuidance(0.6, 0.3), MADE_FOR).write(tmp_path / "s.json")
-    done = run("generate", "--net=digits", f"--outdir={tmp_path / 'a'}", option,
-               f"--settings={tmp_path / 's.json'}")  # fmt: skip
-    assert done.exit_code == 2
-    assert re.search(message, done.output), done.output
-    assert not (tmp_path / "a").exists()
-
-
-def test_settings_that_are_not_there(tmp_path: Path) -> None:
-    done = run("generate", "--net=digits", f"--outdir={tmp_path}", "--settings=/no/such.json")
-    assert done.exit_code == 1
-    assert "cannot read /no/such.json" in done.output
-
-
-@pytest.mark.slow
-def test_calibrating_and_using_it(tmp_path: Path) -> None:
-    done = run("calibrate", "--net=digits", "--steps=4", "--seeds=50000-50007", "--no-auto",
-               "--solver=dpm2", "--r=0.6", "--sigma_max=60",
-               f"--outdir={tmp_path / 'cal'}")  # fmt: skip
-    assert done.exit_code == 0, done.output
-    settings = read_settings(tmp_path / "cal" / "settings.json")
-    assert settings.made_for == {
-        "solver": "dpm2", "order": None, "r": 0.6, "deis_mode": None, "num_steps": 4,
-        "sigma_min": 0.002, "sigma_max": 60, "rho": 7, "schedule": "polynomial",
-    }  # fmt: skip
-    assert settings.measured["seeds"] == "50000-50007"
-    with open(tmp_path / "cal" / "trials.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert {row["samples"] for row in rows} == {"8"}
-    assert float(rows[0]["ratio"]) == pytest.approx(settings.measured["ratio"], rel=1e-5)
-    assert b"w_con" in (tmp_path / "cal" / "calibration.svg").read_bytes()
-    assert "Recommended" in (tmp_path / "cal" / "calibration.md").read_text()
-    done = run("generate", "--net=digits", f"--outdir={tmp_path / 'out'}", "--seeds=0",
-               f"--settings={tmp_path / 'cal' / 'settings.json'}")  # fmt: skip
-    assert done.exit_code == 0, done.output
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--net=digits", "--solver=modal"], "no embedded pair"),
-        (["--net=digits", "--steps=2"], "Heun needs three"),
-        (["--net=digits", "--seeds=1-2"], "at least 4 samples"),
-        (["--net=digits", "--bound=-1"], "bound must not be negative"),
-        ([], "name a network"),
-    ],
-)
-def test_what_the_command_refuses(options: list[str], message: str, tmp_path: Path) -> None:
-    done = run("calibrate", *options, f"--outdir={tmp_path}")
-    assert done.exit_code in (1, 2)
-    assert message in done.output, done.output
-    assert "Traceback" not in done.output
-    assert not list(tmp_path.iterdir())
-
-
-def test_seeds_in_short() -> None:
-    seeds = [1, 2, 3, 7, 9, 10, 4]
-    assert compact(seeds) == "1-3,7,9-10,4"
-    assert SeedList().convert(compact(seeds), None, None) == seeds
-    assert compact([]) == ""
-
-
-def test_deis_with_options_is_a_solver_too() -> None:
-    found = calibrate(TREE, starts(12, 0), SIGMAS, solver=DEIS(order=3, deis_mode="rhoab"))
-    assert found.chosen.ratio <= 1
-    assert isinstance(found.guidance, ERKGuidance)
-
-
-def test_the_line_that_uses_it_names_the_same_denoiser() -> None:
-    given: dict[str, Any] = {"preset": "digits", "net": None, "gnet": "digits", "guidance": 2.0}
-    recipe: Any = SimpleNamespace(net="digits", gnet="digits", guidance=2.0, class_idx=3)
-    line = _network_options(recipe, given)
-    assert line == "--preset=digits --gnet=digits --guidance=2.0 --class=3"
-    recipe.class_idx = None
-    assert _network_options(recipe, {**given, "preset": None}) == (
-        "--net=digits --gnet=digits --guidance=2"
-    )
-    alone = {**given, "gnet": None, "guidance": None}
-    assert _network_options(recipe, alone) == "--preset=digits"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import DATA, golden
+from conftest import DATA, ROOT, golden
 from PIL import Image
 
 import erk_guid
@@ -21,8 +21,6 @@ from erk_guid.common.errors import ErkGuidError
 from erk_guid.metrics import load_detector
 from erk_guid.models.flops import count
 from erk_guid.models.networks.edm2 import Precond
-
-ROOT = Path(__file__).parents[1]
 
 
 def script(name: str) -> Any:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import ROOT
 
 from erk_guid.cli.generate import generate_command
 from erk_guid.cli.metrics import metrics_command
@@ -14,7 +14,6 @@ from erk_guid.cli.precision_recall import precision_recall_command
 from erk_guid.cli.reproduce import reproduce_command
 from erk_guid.models.checkpoints import PRESETS
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
@@ -65,4 +64,4 @@ def test_nothing_is_left_to_be_filled_in() -> None:
 
 def test_pictures_and_links_are_there() -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (Path(__file__).parents[1] / target).exists(), target
+        assert (ROOT / target).exists(), target

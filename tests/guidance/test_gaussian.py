@@ -1,4 +1,4 @@
-"""The parameter-free form and the modal weights: Gaussian modes, bounds, the oracle."""
+"""The parameter-free form: Gaussian modes, bounds, the oracle."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from conftest import oracle
 from PIL import Image
-from test_solvers import BEGIN, END, carried, denoise
+from support.problems import BEGIN, END, carried, denoise
 
 import erk_guid
 from erk_guid.cli.generate import generate_command
@@ -23,11 +23,10 @@ from erk_guid.guidance import (
     Guidance,
     ParameterFreeGuidance,
     make_guidance,
-    settings_of,
 )
 from erk_guid.guidance.gaussian import LARGEST_RESPONSE, blend_weight, response_in_step
 from erk_guid.mixtures import tree_mixture
-from erk_guid.quadrature import MODE_DENSITY, lagrange_integrals, modal_weights
+from erk_guid.quadrature import modal_weights
 from erk_guid.schedules import logsnr_sigmas
 from erk_guid.solvers import Evaluation, Pair, StepResult, make_solver
 
@@ -214,39 +213,6 @@ def test_gradients_pass() -> None:
         assert x.grad.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("nodes", "sigma", "sigma_next"),
-    [([5.0, 8, 12, 20], 5.0, 2.0), ([2.0, 5, 8], 5.0, 2.0), ([0.02, 0.5], 0.5, 0.02)],
-)
-def test_modal_weights_are_the_least_squares_of_the_modes(
-    nodes: list[float], sigma: float, sigma_next: float
-) -> None:
-    # Naively, with NumPy: every mode's exact step, the constraint on the sum put in by weight.
-    s = np.exp(np.linspace(math.log(1e-3), math.log(1e3), 4001)) * sigma
-    r, share = sigma_next / sigma, (s / sigma) ** (-MODE_DENSITY / 2)
-    wanted = np.sqrt(s**2 + sigma_next**2) - r * np.sqrt(s**2 + sigma**2)
-    values = np.stack([s**2 / np.sqrt(s**2 + node**2) for node in nodes], axis=1)
-    rows = np.concatenate([values * share[:, None], np.full((1, len(nodes)), 1e8)])
-    right = np.concatenate([wanted * share, [1e8 * (1 - r)]])
-    expected = np.linalg.lstsq(rows, right, rcond=None)[0]
-    found = modal_weights(nodes, sigma, sigma_next)
-    assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    assert sum(found) == pytest.approx(1 - r, rel=1e-12)
-    again = modal_weights([7 * node for node in nodes], 7 * sigma, 7 * sigma_next)
-    assert again == pytest.approx(found, rel=1e-9)
-
-
-def test_modal_weights_of_fine_steps_are_those_of_polynomials() -> None:
-    # The limit of any good family, to be reached without loss of digits.
-    for h, near in ((1e-2, 0.05), (1e-3, 5e-3), (1e-4, 5e-4)):
-        levels = [math.exp(-h * i) for i in range(5)]
-        nodes, sigma, sigma_next = levels[3::-1], levels[3], levels[4]
-        found = modal_weights(nodes, sigma, sigma_next)
-        unit = lagrange_integrals(nodes, sigma, sigma_next, lambda q: -1 / q**2)
-        expected = [sigma_next * weight for weight in unit]
-        assert found == pytest.approx(expected, rel=near)
-
-
 @pytest.mark.parametrize("solver", ["heun", "dpm2"])
 def test_the_order_stays_two(solver: str) -> None:
     x0 = torch.linspace(-4, 4, 9, dtype=torch.float64)[:, None]
@@ -264,6 +230,8 @@ TABLE_ONE = {  # steps: w_stiff / w_con of 0.408 / 0, 0.5 / 0.5, 1 / 0.5, 2 / 0.
     6: (0.57, 0.67, 3.5, 3.0), 8: (0.52, 0.48, 2.9, 9.4), 12: (0.52, 0.37, 3.4, 14),
     16: (0.70, 0.59, 5.9, 24), 32: (0.79, 0.67, 5.9, 29),
 }  # fmt: skip
+
+
 TABLE_TWO = {  # noise levels: 0.5 / 0.5, the blend; not to 0
     "tree5": {4: (0.80, 0.37), 6: (0.66, 0.26), 8: (0.42, 0.21), 11: (0.56, 0.20),
               16: (0.59, 0.25), 32: (0.72, 0.20)},
@@ -413,19 +381,6 @@ def test_a_pair_that_says_nothing_leaves_the_prior(sigma: float) -> None:
         for pair in (None, Pair(x, x, f, f, 0.1 * sigma))
     )
     torch.testing.assert_close(empty, without, rtol=1e-14, atol=0)
-
-
-def test_settings_as_users_write_them() -> None:
-    for name, value in (("w_con", 0.1), ("bound", 0.2), ("gate", "step")):
-        with pytest.raises(ValueError, match=f"{name} .* has no part in w_stiff 'auto'"):
-            make_guidance("auto", **{name: value})
-    for given in ((0.5, {"w_con": 0.2, "bound": 0.1, "gate": "step"}), (0.5, {}), ("auto", {})):
-        guidance = make_guidance(given[0], **given[1])
-        assert make_guidance(**settings_of(guidance)) == guidance
-    assert make_guidance("auto", w_con=0.5, gate="stiffness") == make_guidance("auto") == AUTO
-    assert make_guidance(0.5) == ERKGuidance(0.5)
-    with pytest.raises(ValueError, match="no word stands for"):
-        settings_of(object())  # type: ignore[arg-type]
 
 
 def test_a_step_that_is_not_of_two_stages_is_left_alone() -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch_fidelity
 from click.testing import CliRunner, Result
-from conftest import DATA
+from conftest import DATA, ROOT
 from PIL import Image
 
 import erk_guid
@@ -33,8 +33,6 @@ from erk_guid.metrics import (
 from erk_guid.metrics.scores import base as scores_base
 from erk_guid.metrics.scoring import subset
 from erk_guid.metrics.statistics.references import locate_reference
-
-ROOT = Path(__file__).parents[1]
 
 
 def run(*args: Any) -> Result:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from conftest import DATA
+from conftest import DATA, ROOT
 from PIL import Image
 
 from erk_guid.cli import main
@@ -26,7 +26,6 @@ from erk_guid.studies.reproduce import TABLES, Reproduction, choose_rows, plan, 
 from erk_guid.studies.reproduce.report import Findings
 from erk_guid.studies.reproduce.runner import _mend, read_results, result_of
 
-ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "reproduce.sh"
 
 

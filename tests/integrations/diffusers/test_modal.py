@@ -9,8 +9,8 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
-from test_diffusers import Network, noise
-from test_diffusers import run as any_run
+from integrations.diffusers.test_heun import Network, noise
+from integrations.diffusers.test_heun import run as any_run
 
 import erk_guid
 from erk_guid.integrations.diffusers import (

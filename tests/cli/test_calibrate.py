@@ -1,0 +1,147 @@
+"""erk-guid calibrate, and --settings."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from studies.calibration.test_settings import MADE_FOR
+from support.tree import SIGMAS, TREE, starts
+
+from erk_guid import (
+    ERKGuidance,
+    calibrate,
+)
+from erk_guid.cli import main
+from erk_guid.cli.calibrate import _network_options
+from erk_guid.cli.common import SeedList, compact
+from erk_guid.solvers import DEIS
+from erk_guid.studies.calibration.settings import Settings, read_settings
+
+
+def run(*args: Any) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in args])
+
+
+def images(folder: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(folder.glob("*.png"))]
+
+
+def test_settings_stand_for_the_options(tmp_path: Path) -> None:
+    Settings(ERKGuidance(0.6, 0.3), MADE_FOR, {"net": "elsewhere"}).write(tmp_path / "s.json")
+    common = ("generate", "--net=digits", "--seeds=0-1")
+    done = run(*common, f"--outdir={tmp_path / 'a'}", f"--settings={tmp_path / 's.json'}")
+    assert done.exit_code == 0, done.output
+    assert "w_stiff 0.6, w_con 0.3, solver heun, steps 5" in done.output
+    assert "measured with the network elsewhere, this is digits" in done.output
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert "0.6" in json.dumps(record)
+    run(*common, f"--outdir={tmp_path / 'b'}", "--steps=5", "--w_stiff=0.6", "--w_con=0.3")
+    run(*common, f"--outdir={tmp_path / 'c'}", "--steps=5")
+    assert images(tmp_path / "a") == images(tmp_path / "b")
+    assert len(images(tmp_path / "c")) == 2
+    again = run(*common, f"--outdir={tmp_path / 'a'}", "--resume", "--steps=5", "--w_stiff=0.6",
+                "--w_con=0.3")  # fmt: skip
+    assert again.exit_code == 0, again.output
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--w_stiff=0.5", "--w_stiff and --settings both"),
+        ("--w_con=0.5", "--w_con and --settings both"),
+        ("--bound=0.5", "--bound and --settings both"),
+        ("--gate=step", "--gate and --settings both"),
+        ("--steps=8", "--steps 8: .*s.json was made for --steps 5"),
+        ("--solver=dpm2", "--solver dpm2: .*s.json was made for --solver heun"),
+        ("--schedule=logsnr", "--schedule logsnr: .* was made for --schedule polynomial"),
+    ],
+)
+def test_settings_and_options_that_contradict_them(
+    option: str, message: str, tmp_path: Path
+) -> None:
+    Settings(ERKGuidance(0.6, 0.3), MADE_FOR).write(tmp_path / "s.json")
+    done = run("generate", "--net=digits", f"--outdir={tmp_path / 'a'}", option,
+               f"--settings={tmp_path / 's.json'}")  # fmt: skip
+    assert done.exit_code == 2
+    assert re.search(message, done.output), done.output
+    assert not (tmp_path / "a").exists()
+
+
+def test_settings_that_are_not_there(tmp_path: Path) -> None:
+    done = run("generate", "--net=digits", f"--outdir={tmp_path}", "--settings=/no/such.json")
+    assert done.exit_code == 1
+    assert "cannot read /no/such.json" in done.output
+
+
+@pytest.mark.slow
+def test_calibrating_and_using_it(tmp_path: Path) -> None:
+    done = run("calibrate", "--net=digits", "--steps=4", "--seeds=50000-50007", "--no-auto",
+               "--solver=dpm2", "--r=0.6", "--sigma_max=60",
+               f"--outdir={tmp_path / 'cal'}")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    settings = read_settings(tmp_path / "cal" / "settings.json")
+    assert settings.made_for == {
+        "solver": "dpm2", "order": None, "r": 0.6, "deis_mode": None, "num_steps": 4,
+        "sigma_min": 0.002, "sigma_max": 60, "rho": 7, "schedule": "polynomial",
+    }  # fmt: skip
+    assert settings.measured["seeds"] == "50000-50007"
+    with open(tmp_path / "cal" / "trials.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["samples"] for row in rows} == {"8"}
+    assert float(rows[0]["ratio"]) == pytest.approx(settings.measured["ratio"], rel=1e-5)
+    assert b"w_con" in (tmp_path / "cal" / "calibration.svg").read_bytes()
+    assert "Recommended" in (tmp_path / "cal" / "calibration.md").read_text()
+    done = run("generate", "--net=digits", f"--outdir={tmp_path / 'out'}", "--seeds=0",
+               f"--settings={tmp_path / 'cal' / 'settings.json'}")  # fmt: skip
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--net=digits", "--solver=modal"], "no embedded pair"),
+        (["--net=digits", "--steps=2"], "Heun needs three"),
+        (["--net=digits", "--seeds=1-2"], "at least 4 samples"),
+        (["--net=digits", "--bound=-1"], "bound must not be negative"),
+        ([], "name a network"),
+    ],
+)
+def test_what_the_command_refuses(options: list[str], message: str, tmp_path: Path) -> None:
+    done = run("calibrate", *options, f"--outdir={tmp_path}")
+    assert done.exit_code in (1, 2)
+    assert message in done.output, done.output
+    assert "Traceback" not in done.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_seeds_in_short() -> None:
+    seeds = [1, 2, 3, 7, 9, 10, 4]
+    assert compact(seeds) == "1-3,7,9-10,4"
+    assert SeedList().convert(compact(seeds), None, None) == seeds
+    assert compact([]) == ""
+
+
+def test_deis_with_options_is_a_solver_too() -> None:
+    found = calibrate(TREE, starts(12, 0), SIGMAS, solver=DEIS(order=3, deis_mode="rhoab"))
+    assert found.chosen.ratio <= 1
+    assert isinstance(found.guidance, ERKGuidance)
+
+
+def test_the_line_that_uses_it_names_the_same_denoiser() -> None:
+    given: dict[str, Any] = {"preset": "digits", "net": None, "gnet": "digits", "guidance": 2.0}
+    recipe: Any = SimpleNamespace(net="digits", gnet="digits", guidance=2.0, class_idx=3)
+    line = _network_options(recipe, given)
+    assert line == "--preset=digits --gnet=digits --guidance=2.0 --class=3"
+    recipe.class_idx = None
+    assert _network_options(recipe, {**given, "preset": None}) == (
+        "--net=digits --gnet=digits --guidance=2"
+    )
+    alone = {**given, "gnet": None, "guidance": None}
+    assert _network_options(recipe, alone) == "--preset=digits"
