@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Error against evaluations of every solver, on exact problems and on the shipped model.
+"""Measure every solver's error against evaluations, on exact problems and the shipped model.
 
-The tables of docs/accuracy.md. One problem at a time is `erk-guid accuracy --problem tree5`, or
-`erk-guid accuracy --net YOURS`.
+These are the tables of docs/accuracy.md. For one problem at a time, run
+`erk-guid accuracy --problem tree5` or `erk-guid accuracy --net YOURS`.
 
     python benchmarks/accuracy.py --outdir output/accuracy
 """

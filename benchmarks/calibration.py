@@ -1,11 +1,10 @@
-"""An exhaustive grid of settings on the shipped model, for `calibrate` to be held against.
+"""Measure an exhaustive grid of settings on the shipped model, to check `calibrate` against.
 
     python benchmarks/calibration.py --out=tests/data/calibration.npz
 
 Twelve values of w_stiff by eight of w_con, at 6, 8 and 12 steps, on images that `calibrate` does
 not search on, against a fine solution by DEIS. Takes about 45 minutes on one core. All settings
-are walked at once (`erk_guid.studies.calibration.sweep`), which is tested to be what separate
-runs give.
+run at once (`erk_guid.studies.calibration.sweep`); a test checks that separate runs give the same.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the network they time, and timing in turn."""
+"""Shared by the benchmarks: the network they time, and timing in turn."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from erk_guid.models.networks.edm2 import Precond
 
 
 def edm2_xs(device: str = "cpu") -> Precond:
-    """EDM2-XS with random weights: 128 channels, 64x64x4 latents, 1000 classes."""
+    """Return EDM2-XS with random weights: 128 channels, 64x64x4 latents, 1000 classes."""
     torch.manual_seed(0)
     net = Precond(64, 4, 1000, model_channels=128)
     with torch.no_grad():
-        # As initialized, the gains are 0 and much of the network would be multiplied away.
+        # The initial gains are 0, which would multiply much of the network away.
         for name, parameter in net.named_parameters():
             if name.endswith("_gain"):
                 parameter.fill_(0.5)
@@ -27,7 +27,7 @@ def edm2_xs(device: str = "cpu") -> Precond:
 def in_turn(
     a: Callable[[], object], b: Callable[[], object], rounds: int
 ) -> tuple[list[float], list[float]]:
-    """Seconds of a and b, measured A B A B ... after one warm-up of each."""
+    """Measure the seconds of a and b, in turn (A B A B ...), after one warm-up of each."""
     a(), b()
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
@@ -41,7 +41,7 @@ def in_turn(
 
 
 def report_ratio(names: tuple[str, str], times: tuple[list[float], list[float]]) -> None:
-    """Medians of both, and the median of the ratios A / B taken pair by pair."""
+    """Print the medians of both, and the median of the ratios A / B taken pair by pair."""
     for name, values in zip(names, times, strict=True):
         print(f"  {name:<44} median {statistics.median(values):8.3f} s")
     ratios = sorted(a / b for a, b in zip(*times, strict=True))
@@ -52,7 +52,7 @@ def report_ratio(names: tuple[str, str], times: tuple[list[float], list[float]])
 
 
 def machine() -> str:
-    """One line about where this ran."""
+    """Return one line about where this ran."""
     return (
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
         f"{platform.machine()} {platform.system()}, CUDA {torch.cuda.is_available()}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How often the shipped classifier finds in an image the class it was made for.
+"""Measure how often the shipped classifier finds the class that an image was made for.
 
 The classifier is right on 98.95 % of held-out digits, which bounds what can be reached.
 

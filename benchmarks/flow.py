@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Solvers on a flow-matching model: the shipped network, posed as one.
+"""Compare solvers on a flow-matching model, made from the shipped network.
 
 x = (1 - t) clean + t noise, so that D(x; t) is the network's D(x / (1 - t); t / (1 - t)), with
 1 - t held at 1 / 80 where the network's noise levels end. The times are evenly spaced from t = 1
-and shifted, as SD3 and FLUX do; the last step, to t = 0, is Euler's. Mean distance to a fine
-solution, as a multiple of plain Heun's at the same number of evaluations.
+and shifted, as SD3 and FLUX do. The last step, to t = 0, is Euler's. The table shows the mean
+distance to a fine solution, as a multiple of plain Heun's at the same number of evaluations.
 
     python benchmarks/flow.py
 """
@@ -23,7 +23,7 @@ from erk_guid.solvers import DPM2, Euler, Heun, Modal, Solver
 
 
 def shifted(steps: int, shift: float) -> Tensor:
-    """Times of a run with that many steps: from 1 to 1 / steps before the shift, then 0."""
+    """Return the times of a run of that many steps: 1 to 1 / steps before the shift, then 0."""
     even = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
     return torch.cat([shift * even / (1 + (shift - 1) * even), even.new_zeros(1)])
 

@@ -1,4 +1,4 @@
-"""The Frechet distance at 2048 dimensions, against the one by SciPy's matrix square root.
+"""Compare our Frechet distance at 2048 dimensions with that by SciPy's matrix square root.
 
 python benchmarks/frechet.py --rounds 3
 """
@@ -14,7 +14,7 @@ from erk_guid.metrics import Statistics, frechet_distance
 
 
 def statistics(dim: int, images: int, seed: int) -> Statistics:
-    """Of features whose variances fall as a power, as a detector's do, mixed at random."""
+    """Make statistics of randomly mixed features; variances fall as a power, as a detector's do."""
     rng = np.random.default_rng(seed)
     mixing, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((dim, dim)))
     x = rng.standard_normal((images, dim)) * np.arange(1, dim + 1) ** -0.5 @ mixing
@@ -22,7 +22,7 @@ def statistics(dim: int, images: int, seed: int) -> Statistics:
 
 
 def by_square_root(a: Statistics, b: Statistics) -> float:
-    """The textbook's way."""
+    """Compute the distance as textbooks do."""
     root = sqrtm(a.sigma @ b.sigma)
     apart = a.mu - b.mu
     return float(apart @ apart + np.trace(a.sigma + b.sigma - 2 * root.real))

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What ERK guidance costs: sampling with and without it, and the correction alone.
+"""Measure the cost of ERK guidance: sampling with and without it, and the correction alone.
 
     python benchmarks/guidance.py
 
 Guided and unguided sampling of EDM2-XS are timed in turn and their peak memory is compared, each
-in a process of its own; then the correction alone is timed against one solver step.
+in its own process. Then the correction alone is timed against one solver step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import erk_guid
 
 
 def peak_bytes(device: str) -> int:
-    """Peak memory so far: of the GPU's allocator, or of this process."""
+    """Return the peak memory so far: of the GPU's allocator, or of this process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     import resource  # not on Windows
@@ -68,7 +68,7 @@ def main(rounds: int, steps: int, device: str, peak_of: float | None) -> None:
         f"ratio {peaks[0.5] / peaks[0.0]:.3f}"
     )
 
-    # The correction alone, over what one solver step (two evaluations) takes.
+    # The correction alone, relative to one solver step (two evaluations).
     x_high, x_low, f_high, f_low = (torch.randn_like(noise) for _ in range(4))
     guidance = erk_guid.ERKGuidance(0.5, 0.0)
     h = torch.tensor(0.5, device=device)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""What constant weights and fused attention are worth, on EDM2-XS at batch 1.
+"""Measure the gain by constant weights and fused attention, on EDM2-XS at batch 1.
 
 Times one call of the network as it is against the same network that normalizes every weight at
-every call and spells out softmax attention, in turn, in one run.
+every call and writes out softmax attention, in turn, in one run.
 
     python benchmarks/network.py
 """
@@ -23,7 +23,7 @@ from erk_guid.models.networks import edm2
 
 
 def explicit_attention(qkv: Tensor, heads: int) -> Tensor:
-    """`edm2.attention` with the softmax written out."""
+    """Compute `edm2.attention` with the softmax written out."""
     n, c3, height, width = qkv.shape
     parts = edm2.normalize(qkv.reshape(n, heads, -1, 3, height * width), dim=2)
     q, k, v = parts.unbind(3)
@@ -33,7 +33,7 @@ def explicit_attention(qkv: Tensor, heads: int) -> Tensor:
 
 @contextlib.contextmanager
 def spelled_out() -> Iterator[None]:
-    """The same network without what this benchmark is about."""
+    """Run the same network without what this benchmark measures."""
     always = mock.patch.object(
         edm2.MPConv,
         "effective_weight",

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Which weight the denoised image at the end of a step deserves, on the shipped model.
+"""Measure the best weight of the denoised image at the end of a step, on the shipped model.
 
 Over a step from sigma to sigma_next an exact solution moves by a weighted mean of the denoised
-images on the way. With the values at both ends alone, there is one best weight for the far one
-(least squares over all pixels); it is printed beside the weights that solvers use. The images
-themselves come from a fine solution, so nothing but the quadrature is in question.
+images on the way. With only the values at both ends, there is one best weight for the far one
+(least squares over all pixels). It is printed beside the weights that solvers use. The images
+themselves come from a fine solution, so only the quadrature is measured.
 
     python benchmarks/quadrature.py --steps 16
 """

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Which ERK-Guid settings bring few steps nearest to many, on a network of your own.
+"""Find the ERK-Guid settings that bring few steps nearest to many, on your own network.
 
 For each step count, every pair of w_stiff and w_con is sampled from the same noise, and its mean
-distance to a fine solution is printed as a multiple of plain Heun's. This asks for fidelity to the
-ODE; it does not ask which images look better.
+distance to a fine solution is printed as a multiple of plain Heun's. This measures fidelity to the
+ODE, not which images look better.
 
     python benchmarks/settings.py --net digits --steps 5,6,8,12
 """

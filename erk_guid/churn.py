@@ -54,7 +54,7 @@ class Churn:
 
     @property
     def active(self) -> bool:
-        """Whether any noise is added at all."""
+        """True if any noise is added at all."""
         return self.S_churn > 0
 
     @property
@@ -63,7 +63,7 @@ class Churn:
         return {name: getattr(self, name) for name in NUMBERS} if self.active else {}
 
     def gamma(self, sigma: float, steps: int, dtype: torch.dtype = torch.float64) -> float | None:
-        """How far above `sigma` a step of a run of `steps` begins; None adds no noise.
+        """Return how far above `sigma` a step of a run of `steps` begins; None adds no noise.
 
         The range is compared in the `dtype` of the noise levels: a float32 level of 0.1 is not
         above an `S_max` of 0.1.

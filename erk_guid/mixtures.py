@@ -1,4 +1,4 @@
-"""Gaussian mixtures: denoisers that are exact, with their Jacobians, as oracles."""
+"""Gaussian mixtures: exact denoisers and their Jacobians, for use as oracles."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class GaussianMixture:
         covariances: [K, d, d], symmetric and positive semidefinite.
 
     Raises:
-        ValueError: shapes that do not go together, or weights that are not positive.
+        ValueError: the shapes do not match, or a weight is not positive.
     """
 
     def __init__(self, weights: Tensor, means: Tensor, covariances: Tensor) -> None:
@@ -47,22 +47,22 @@ class GaussianMixture:
         return self._means.shape[1]
 
     def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """E[clean | x] at noise level `sigma` (a number), like x, computed in float64."""
+        """Return E[clean | x] at noise level `sigma` (a number), like x, computed in float64."""
         shares, means, _ = self._posterior(x.double(), sigma)
         return torch.einsum("nk,nkd->nd", shares, means).to(x.dtype)
 
     def score(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """Gradient of the log density of the noisy data, like x."""
+        """Return the gradient of the log density of the noisy data, like x."""
         noise = torch.as_tensor(sigma, dtype=torch.float64)
         return ((self(x.double(), noise) - x.double()) / noise**2).to(x.dtype)
 
     def log_density(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """Log density of the noisy data, [N]."""
+        """Return the log density of the noisy data, [N]."""
         log_p = self._log_joint(x.double(), sigma)[0]
         return (log_p.logsumexp(1) - 0.5 * self.dim * math.log(2 * math.pi)).to(x.dtype)
 
     def jacobian(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """Jacobian of the denoiser, [N, d, d]: the clean x's posterior covariance / sigma^2."""
+        """Return the denoiser's Jacobian [N, d, d]: posterior covariance of clean x / sigma^2."""
         shares, means, gains = self._posterior(x.double(), sigma)
         noise = torch.as_tensor(sigma, dtype=torch.float64)
         own = torch.einsum("kij,kj,klj->kil", self._vectors, gains, self._vectors) * noise**2
@@ -73,12 +73,12 @@ class GaussianMixture:
         return (spread / noise**2).to(x.dtype)
 
     def drift_jacobian(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """Jacobian of the probability-flow ODE's drift (x - D) / sigma, [N, d, d]."""
+        """Return the Jacobian of the probability-flow ODE's drift (x - D) / sigma, [N, d, d]."""
         eye = torch.eye(self.dim, dtype=x.dtype, device=x.device)
         return (eye - self.jacobian(x, sigma)) / torch.as_tensor(sigma, dtype=x.dtype)
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draws from the mixture itself, float64 [count, d]."""
+        """Draw clean samples from the mixture, float64 [count, d]."""
         chosen = torch.multinomial(
             self._log_weights.exp(), count, replacement=True, generator=generator
         )
@@ -87,14 +87,14 @@ class GaussianMixture:
         return self._means[chosen] + torch.einsum("nij,nj->ni", self._vectors[chosen], scaled)
 
     def _posterior(self, x: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
-        """Shares [N, K] and means [N, K, d] of the components given x, and their gains [K, d]."""
+        """Return the components' shares [N, K] and means [N, K, d] given x, and gains [K, d]."""
         log_p, apart, variances = self._log_joint(x, sigma)
         gains = self._variances / variances
         means = self._means + torch.einsum("kij,nkj->nki", self._vectors, gains * apart)
         return log_p.softmax(1), means, gains
 
     def _log_joint(self, x: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
-        """Log of weight times density but for (2 pi)^(d/2), [N, K], and what it is made of."""
+        """Return log(weight * density) [N, K], without the factor of 2 pi, and its terms."""
         if x.ndim != 2 or x.shape[1] != self.dim:
             raise ValueError(f"x must be [N, {self.dim}], got {list(x.shape)}")
         noise = torch.as_tensor(sigma, dtype=torch.float64)
@@ -105,10 +105,12 @@ class GaussianMixture:
 
 
 def tree_mixture(unconditional: bool = False) -> GaussianMixture:
-    """The 2-D tree of the autoguidance paper's toy example (Karras et al. 2024, arXiv 2406.02507).
+    """Return the 2-D tree of the autoguidance paper's toy example.
+
+    Source: Karras et al. 2024, arXiv 2406.02507.
 
     Args:
-        unconditional: both classes; by default class A alone, the conditional target.
+        unconditional: use both classes. The default is class A alone, the conditional target.
     """
     import numpy as np
 

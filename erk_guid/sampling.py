@@ -68,7 +68,7 @@ def sample(
     x: Tensor,
     sigmas: Tensor,
     *,
-    solver: str | Solver = "heun",
+    solver: str | Solver | None = None,
     guidance: Guidance | None = None,
     process: Process | None = None,
     callback: Callback | None = None,
@@ -86,13 +86,17 @@ def sample(
             Euler step; without one the sampler stops at the last level.
         solver: a solver with its options (`erk_guid.solvers`), or a name for one with its
             defaults: "heun", "euler", "dpm2", "deis", "ipndm", "ipndm_v", "dpmpp", "unipc", "res",
-            "modal".
+            "modal". None is Heun, EDM's; with another process it is the modal solver, or Heun
+            where there is guidance.
         guidance: `ERKGuidance` (the paper), `ParameterFreeGuidance`, or None for the plain solver.
             Costs no evaluation of the denoiser. With ``ERKGuidance(w_stiff=0)`` the result is that
             of the plain solver, bit for bit.
         process: what x is, see `erk_guid.processes`; None for EDM's x = clean + sigma noise. With
             another process `sigmas` are its times, and x, the result and what the denoiser and
-            the callback see are as the process has them.
+            the callback see are as the process has them. From pure noise (t = 1) plain Heun and
+            DPM-Solver-2 are poor in sigma, for the first step goes from nearly infinite sigma to
+            ten or so: take the modal solver or `ParameterFreeGuidance`, or leave `process` out
+            and integrate in t itself.
         callback: called with a `StepInfo` after each step.
         churn: noise to add before steps (euler, heun and dpm2 without guidance), see `Churn`.
         afs: analytical first step: at the first noise level the drift is taken to be
@@ -116,6 +120,9 @@ def sample(
             f"ERKGuidance(w_stiff=0.5), got {guidance!r}; for classifier-free guidance or "
             "autoguidance with a strength, wrap the denoisers: ModelGuidance(main, guide, strength)"
         )
+    transformed = process is not None and not isinstance(process, VE)
+    if solver is None:
+        solver = "modal" if transformed and guidance is None else "heun"
     solver = as_solver(solver)
     if guidance is not None:
         guidance.check(solver)
@@ -127,7 +134,7 @@ def sample(
         )
     if not x.is_floating_point() or x.ndim < 2:
         raise ValueError(f"x must be a floating tensor [N, ...], got {x.dtype} {list(x.shape)}")
-    if process is not None and not isinstance(process, VE):
+    if process is not None and transformed:
         problem = in_sigma(denoiser, x, sigmas, process)
         end = sample(
             problem.denoiser, problem.x, problem.sigmas,

@@ -35,7 +35,7 @@ MODULES = {
     "erk_guid.integrations.diffusers": "Schedulers; needs the extra `[diffusers]`.",
     "erk_guid.metrics": "Scores; detectors need the extra `[metrics]`.",
 }
-"""What is described, each with a line on top. Of a module, the names it exports or defines."""
+"""The modules of the page, each with its first line. The names are those it exports or defines."""
 
 HEAD = """# API reference
 
@@ -45,7 +45,7 @@ Names that begin with an underscore, and modules that are not here, may change w
 
 
 def reference() -> str:
-    """The page."""
+    """Return the page."""
     logging.getLogger("griffe").setLevel(logging.ERROR)
     package = griffe.load("erk_guid", search_paths=[ROOT], docstring_parser="google")
     parts = [HEAD]
@@ -56,7 +56,7 @@ def reference() -> str:
         for name in _names(module):
             target: Any = module[name]
             target = target.final_target if target.is_alias else target
-            if target.is_module:  # a function of the module's name, which the module hides
+            if target.is_module:  # a function with the module's name, which hides it
                 target = target[name]
             if target.path in seen or not target.has_docstring:
                 continue
@@ -101,7 +101,7 @@ def _object(name: str, target: Any) -> Iterator[str]:
 
 
 def _fields(target: Any) -> list[str]:
-    """Of a dataclass or a NamedTuple."""
+    """Return the fields of a dataclass or a NamedTuple."""
     return [
         f"{name}: {member.annotation}" + (f" = {member.value}" if member.value is not None else "")
         for name, member in target.members.items()
@@ -138,7 +138,7 @@ def _signature(name: str, function: Any, code: bool = True) -> str:
 
 
 def _default(function: Any, text: str) -> str:
-    """A default as its value, where the program has it by name: GATES[0] is "stiffness"."""
+    """Return a default as its value if it is given by name: GATES[0] is "stiffness"."""
     if not re.fullmatch(r"[A-Z_]+(\[\d\])?", text):
         return text
     value = eval(text, vars(importlib.import_module(function.module.path)))

@@ -4,10 +4,10 @@
     python scripts/check_programs.py --diff-sampler PATH [--edm2 PATH] [--erk-guid PATH] \\
         [--comfyui PATH]
 
-Each PATH is a checkout of that program (git clone), or an unpacked archive of it; it is run as it
-is, in a process of its own, on the CPU. Only its calls for CUDA devices and process groups are
-replaced while it runs; nothing in it is changed, and nothing is downloaded. The networks are small
-and random, made from this checkout's `tests/data`.
+Each PATH is a checkout of that program (git clone), or an unpacked archive of it. It runs as it is,
+in its own process, on the CPU. Only its calls for CUDA devices and process groups are replaced
+while it runs. Nothing in it is changed, and nothing is downloaded. The networks are small and
+random, made from this checkout's `tests/data`.
 
 diff-sampler: its driver, sample.py, with its own sampler functions and with ours in their place.
 EDM2 and ERK-Guid: `generate_images` of their generate_images.py and of ours on the same files, the
@@ -43,7 +43,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "data"
-sys.path.append(str(ROOT))  # behind a checkout that has modules of the same names
+sys.path.append(str(ROOT))  # after a checkout that has modules of the same names
 
 
 @dataclass(frozen=True)
@@ -54,21 +54,21 @@ class Row:
     what: str
     found: str
     agrees: bool | None
-    """None: the other program did not complete it either."""
+    """None: the other program did not complete it."""
 
 
 # --- files that both programs read ------------------------------------------------------------
 
 
 def tiny_network(name: str) -> Any:
-    """One of EDM's (2022) networks in the size of tests/data, with random weights."""
+    """Load one of EDM's (2022) networks in the size of tests/data, with random weights."""
     import erk_guid
 
     return erk_guid.load(DATA / f"edm_{name}.pkl").net
 
 
 class _Persistent:
-    """Pickles a module as the published programs' persistent objects do, and those in it."""
+    """A module that is pickled, with its children, as the published programs' objects are."""
 
     def __init__(self, source: str, module: Any) -> None:
         state = {**module.__dict__, "_cached": None, "_init_args": (), "_init_kwargs": {}}
@@ -100,7 +100,7 @@ def _published_name() -> Any:
 
 @contextlib.contextmanager
 def _stand_in_names() -> Iterator[None]:
-    """Modules that lend their names to a pickle while it is written."""
+    """Provide modules whose names a pickle needs while it is written."""
     import types
 
     package, module = types.ModuleType("torch_utils"), types.ModuleType("torch_utils.persistence")
@@ -134,10 +134,10 @@ class EDMPrecond(Base):
 
 
 def write_snapshot(path: Path, net: Any, source: str) -> None:
-    """A snapshot in the published format whose network is `net`, which is spent by it.
+    """Write a snapshot of `net` in the published format; `net` cannot be used afterwards.
 
     Args:
-        source: what the file carries as the text of its module: it makes this package's classes.
+        source: text of the module that the file carries; it makes this package's classes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _stand_in_names(), open(path, "wb") as file:
@@ -153,7 +153,7 @@ def on_the_cpu() -> Iterator[None]:
     cpu, device = torch.device("cpu"), torch.device
 
     class Device:
-        """Stands for torch.device while a module is imported: its defaults become the CPU."""
+        """Stand-in for torch.device while a module is imported: CUDA defaults become the CPU."""
 
         def __new__(cls, *args: Any, **kwargs: Any) -> Any:
             made = device(*args, **kwargs)
@@ -169,7 +169,7 @@ def on_the_cpu() -> Iterator[None]:
 
 
 def imported(name: str) -> Any:
-    """A module of the checkout, imported with its CUDA defaults turned to the CPU."""
+    """Import a module of the checkout, with its CUDA defaults turned to the CPU."""
     with on_the_cpu():
         return importlib.import_module(name)
 
@@ -185,7 +185,7 @@ def no_process_group() -> Iterator[None]:
 
 
 def run_cases(command: Any, cases: Sequence[Sequence[str]], out: Path) -> list[str | None]:
-    """Call a program's command for each case, into a folder each; errors as text, None for none."""
+    """Call a program's command for each case, each in a new folder; return its error or None."""
     errors: list[str | None] = []
     for number, case in enumerate(cases):
         folder = out / f"{number:04d}"
@@ -202,7 +202,7 @@ def run_cases(command: Any, cases: Sequence[Sequence[str]], out: Path) -> list[s
 def in_a_process(
     checkout: Path, work: Path, mode: str, cases: Sequence[Sequence[str]], out: Path
 ) -> list[str | None]:
-    """`run_cases` in a process of its own, whose folder is `work` and whose path has `checkout`."""
+    """Call `run_cases` in its own process, in the folder `work`, with `checkout` on its path."""
     out.mkdir(parents=True)
     (out / "cases.json").write_text(json.dumps(cases))
     environment = {
@@ -225,7 +225,7 @@ def in_a_process(
 
 
 def pictures(folder: Path) -> dict[str, np.ndarray]:
-    """All PNGs below a folder, by their path in it."""
+    """Read all PNGs below a folder, by their path in it."""
     found = {}
     for path in sorted(folder.rglob("*.png")):
         with Image.open(path) as image:
@@ -234,7 +234,7 @@ def pictures(folder: Path) -> dict[str, np.ndarray]:
 
 
 def compare(theirs: Path, ours: Path) -> tuple[str, bool]:
-    """Share of identical pixels and the largest difference."""
+    """Return the share of identical pixels and the largest difference, and whether they agree."""
     a, b = pictures(theirs), pictures(ours)
     if a.keys() != b.keys() or not a:
         return f"other files: {sorted(a)[:3]}... and {sorted(b)[:3]}...", False
@@ -247,11 +247,11 @@ def compare(theirs: Path, ours: Path) -> tuple[str, bool]:
 
 
 SAMPLE_SOLVERS = ("euler", "heun", "dpm", "ipndm", "ipndm_v", "deis", "dpmpp", "unipc")
-"""What the driver calls its solvers."""
+"""The driver's names of its solvers."""
 
 
 def diff_sampler_cases() -> list[list[str]]:
-    """The driver's options but the network's: each solver, with what concerns it."""
+    """Return the driver's options except the network's: each solver, with what concerns it."""
     cases: list[list[str]] = []
 
     def add(solver: str, **options: Any) -> None:
@@ -284,7 +284,7 @@ def diff_sampler_cases() -> list[list[str]]:
     for solver in solvers:
         add(solver, t_steps="[80.0,10.0,2.5,0.6,0.05]", max_order=2)
         add(solver, num_steps=12, max_order=3)
-    # Beyond what the toolbox takes: it is told so, and nothing is compared.
+    # Beyond what the toolbox takes: the report says so, and nothing is compared.
     for solver in ("dpmpp", "unipc", "deis"):
         add(solver, num_steps=5)
         add(solver, num_steps=6, max_order=4)
@@ -292,11 +292,11 @@ def diff_sampler_cases() -> list[list[str]]:
 
 
 def check_diff_sampler(path: Path, work: Path) -> Iterator[Row]:
-    """The toolbox's driver, sample.py, with its own sampler functions and with ours."""
+    """Compare the toolbox's driver, sample.py, with its own sampler functions and with ours."""
     checkout = path / "diff-solvers-main" if (path / "diff-solvers-main").is_dir() else path
     if not (checkout / "sample.py").is_file():
         raise click.ClickException(f"{path} has no sample.py; name a checkout of diff-sampler")
-    # It looks for networks in ./src and beside; two of its own names for ours.
+    # It looks for networks in ./src and beside it; ours get two of its own names.
     here = work / "diff-sampler" / "run"
     for place, network in (
         ("cifar10/edm-cifar10-32x32-uncond-vp.pkl", "ddpmpp"),
@@ -421,7 +421,7 @@ def _compare_latents(program: str, what: str, theirs: Path, ours: Path) -> Row:
 
 
 def inside_edm2(cases: Sequence[Sequence[str]], out: Path) -> None:
-    """What runs with EDM2's generate_images.py, or ours, as the module of that name."""
+    """Run the cases with EDM2's generate_images.py, or ours, as the module of that name."""
     program = imported("generate_images")
     for number, (text,) in enumerate(cases):
         folder = out / f"{number:04d}"
@@ -451,7 +451,7 @@ def inside_edm2(cases: Sequence[Sequence[str]], out: Path) -> None:
 
 
 def inside_edm2_statistics(out: Path) -> None:
-    """Statistics that ours wrote, read; and read again after they were written by this program."""
+    """Read statistics that ours wrote; write them with this program, and read them with ours."""
     program = imported("calculate_metrics")
     with no_process_group():
         found = program.load_stats("ref.pkl", verbose=False)
@@ -485,7 +485,7 @@ COMFYUI_CASES: list[tuple[str, dict[str, float], float]] = [
 
 
 def check_comfyui(path: Path, work: Path) -> Iterator[Row]:
-    """The samplers in its own k_diffusion, without guidance, on the same random numbers."""
+    """Compare the samplers of its k_diffusion with ours, unguided, on the same random numbers."""
     if not (path / "comfy" / "k_diffusion" / "sampling.py").is_file():
         raise click.ClickException(f"{path} has no comfy/k_diffusion; name a checkout of ComfyUI")
     out = work / "comfyui"
@@ -534,7 +534,7 @@ def inside_comfyui(out: Path) -> None:
 
 
 def golden_cases() -> list[dict[str, Any]]:
-    """Calls of the toolbox's functions whose end points the tests keep."""
+    """Return calls of the toolbox's functions whose end points the tests keep."""
     cases: list[dict[str, Any]] = []
     for solver, x0, steps in product(("dpmpp", "unipc"), (True, False), (2, 3, 4, 7)):
         cases += [
@@ -558,9 +558,9 @@ FUNCTIONS = {
 
 
 def inside_golden(out: Path) -> None:
-    """End points of the toolbox's own functions, in float32, on the mixture of tests/data.
+    """Write end points of the toolbox's own functions, in float32, on the mixture of tests/data.
 
-    Three times as large as there, so that dynamic thresholding has something to do.
+    The mixture is three times as large as there, so that dynamic thresholding has an effect.
     """
     solvers = imported("solvers")
     with np.load(DATA / "diff_sampler_solvers.npz") as data:
@@ -616,7 +616,7 @@ def checkout_option(name: str, what: str) -> Callable[[Any], Any]:
 def main(
     context: click.Context, /, show_all: bool, json_path: Path | None, **checkouts: Path | None
 ) -> None:
-    """Compare this package with other programs' own checkouts; exit code 1 where they differ."""
+    """Compare this package with other programs' own checkouts; exit code 1 if they differ."""
     if context.invoked_subcommand:
         return
     chosen = {name: path for name, path in checkouts.items() if path is not None}
@@ -664,7 +664,7 @@ def golden_diff_sampler(checkout: Path, dest: Path) -> None:
 @click.argument("mode")
 @click.argument("out", type=click.Path(path_type=Path))
 def inside(mode: str, out: Path) -> None:
-    """What runs in a checkout's process."""
+    """Run one mode in a checkout's process."""
     torch.set_num_threads(1)
     cases = json.loads((out / "cases.json").read_text())
     others: dict[str, Callable[[], None]] = {

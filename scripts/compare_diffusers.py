@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""With and without guidance in a diffusers pipeline, side by side. Nothing is downloaded.
+"""Compare a diffusers pipeline with and without guidance. Nothing is downloaded.
 
     python scripts/compare_diffusers.py --out output/diffusers.png
 
-The pipeline is diffusers' own `LDMPipeline`; its network is the digit model that ships with the
-package, made to look like a UNet of diffusers, and its VAE does nothing. The same noise is sampled
-by plain Heun, by the published form, by the parameter-free one, and by the modal solver with as
-many network calls; and by many small steps, which the others are measured against. With a pipeline
-of your own the lines that matter are
+The pipeline is diffusers' own `LDMPipeline`. Its network is the digit model that ships with the
+package, made to look like a UNet of diffusers. Its VAE does nothing. The same noise is sampled by
+plain Heun, by the published form, by the parameter-free form, and by the modal solver with as many
+network calls. All are measured against a run of many small steps. With your own pipeline the lines
+that matter are
 
     from erk_guid.integrations.diffusers import ERKGuidHeunScheduler
     pipe.scheduler = ERKGuidHeunScheduler.from_config(pipe.scheduler.config, w_stiff="auto")
@@ -38,8 +38,10 @@ SHOWN = 16
 
 
 class DigitUNet(ModelMixin, ConfigMixin):
-    """The shipped network as diffusers would have it: takes a scaled sample and a timestep, and
-    predicts the noise."""
+    """The shipped network as a UNet of diffusers.
+
+    Takes a scaled sample and a timestep, and predicts the noise.
+    """
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, sample_size: int = 32, in_channels: int = 1, count: int = 64) -> None:
@@ -49,7 +51,7 @@ class DigitUNet(ModelMixin, ConfigMixin):
         self.register_buffer("log_sigmas", torch.zeros(0))
 
     def know(self, scheduler: Any) -> None:
-        """Take over which noise level each of the scheduler's timesteps has."""
+        """Store the noise level of each of the scheduler's timesteps."""
         kept = scheduler.alphas_cumprod.double()
         self.log_sigmas = ((1 - kept) / kept).sqrt().log()
 
@@ -63,12 +65,12 @@ class DigitUNet(ModelMixin, ConfigMixin):
 
 
 class NoVAE(ModelMixin, ConfigMixin):
-    """Latents that are pixels."""
+    """A VAE whose latents are the pixels."""
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, scaling_factor: float = 1.0) -> None:
         super().__init__()
-        self.nothing = torch.nn.Parameter(torch.zeros(()))  # a pipeline asks where its parts lie
+        self.nothing = torch.nn.Parameter(torch.zeros(()))  # a pipeline asks for its parts' device
 
     def decode(self, latents: Tensor) -> Any:
         return SimpleNamespace(sample=latents)
@@ -83,7 +85,7 @@ class NoVAE(ModelMixin, ConfigMixin):
 def main(out: Path, steps: int, num: int, w_stiff: float, w_con: float) -> None:
     check_writable(out)
     unet = DigitUNet(count=num)
-    # Said aloud: what is left to a class's default becomes another's in from_config.
+    # Explicit: in from_config, values left to one class's defaults become the other's.
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     scheduler = ERKGuidHeunScheduler(**betas, use_karras_sigmas=True)
     pipe: Any = LDMPipeline(NoVAE(), unet, scheduler)

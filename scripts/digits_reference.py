@@ -26,7 +26,7 @@ METRIC = "fd_digits"
 @click.option("--training", default=8000, show_default=True, help="The first so many digits.")
 @reporting_errors
 def main(data: Path, training: int) -> None:
-    """Statistics of the first digits (the training set), features of all that follow."""
+    """Write statistics of the first digits (the training set) and features of all that follow."""
     scoring = Scoring(metrics=[METRIC], device="cpu")
     with tempfile.TemporaryDirectory() as folder:
         first, rest = Path(folder) / "first.npz", Path(folder) / "rest.npz"

@@ -43,7 +43,7 @@ def loss_of(
     p_std: float,
     bf16: bool,
 ) -> Tensor:
-    """Mean of the uncertainty-weighted denoising loss (eq. 21) over one batch."""
+    """Compute the mean of the uncertainty-weighted denoising loss (eq. 21) over one batch."""
     sd = net.sigma_data
     sigma = (torch.randn([len(images), 1, 1, 1], generator=generator) * p_std + p_mean).exp()
     noise = torch.randn(images.shape, generator=generator)
@@ -54,7 +54,7 @@ def loss_of(
 
 
 def ema_exponent(std: float) -> float:
-    """Exponent gamma of the power-function average with relative width `std` (eq. 127)."""
+    """Return exponent gamma of the power-function average with relative width `std` (eq. 127)."""
     # sigma_rel^2 = (g + 1) / ((g + 2)^2 (g + 3)), solved for g by bisection (it falls with g).
     low, high = 0.0, 1e6
     for _ in range(200):
@@ -139,8 +139,8 @@ def train(outdir: Path, **options: Any) -> None:
     begun, running = time.monotonic(), []
     with tqdm(total=options["steps"], initial=step, unit="step") as bar:
         while step < options["steps"]:
-            # A generator of its own for every step: nothing to store, and the same sequence
-            # whether or not the run was interrupted.
+            # A new generator for every step: nothing to store, and the same sequence whether or
+            # not the run was interrupted.
             generator = torch.Generator().manual_seed(options["seed"] * 1_000_003 + step)
             pick = torch.randint(len(images), [options["batch"]], generator=generator)
             keep = torch.rand([options["batch"], 1], generator=generator)

@@ -75,7 +75,7 @@ def test_environment_yml_matches_pyproject() -> None:
 
 def test_versions_agree() -> None:
     assert f"version: {erk_guid.__version__}" in (ROOT / "CITATION.cff").read_text()
-    assert f"## {erk_guid.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"## [{erk_guid.__version__}] - 20" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_the_shipped_model_is_small() -> None:

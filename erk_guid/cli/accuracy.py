@@ -19,12 +19,12 @@ from erk_guid.generation.config import GenerationConfig
 from erk_guid.generation.process_groups import ProcessGroup
 
 MOST = 10_000
-"""Evaluations of a run."""
+"""Largest number of evaluations of a run."""
 NETWORK_OPTIONS = (
     "gnet", "guidance", "class_idx", "fine", "batch", "sigma_min", "sigma_max", "device", "dtype",
     "trust_pickle",
 )  # fmt: skip
-"""Options that an exact problem has no use for."""
+"""Options that an exact problem does not use."""
 RECORDED = (
     "net_sha256", "gnet_sha256", "guidance", "class", "sigma_min", "sigma_max", "dtype", "device",
 )  # fmt: skip
@@ -36,10 +36,13 @@ RECORDED = (
     "--problem",
     "problem_name",
     metavar="NAME",
-    help="In place of a network, an exact problem: tree5, tree80, gauss, mixture64.",
+    help="Exact problem in place of a network: tree5, tree80, gauss, mixture64.",
 )
 @click.option(
-    "--num", metavar="INT", type=click.IntRange(min=2), help="Points.  [default: 32, or 200]"
+    "--num",
+    metavar="INT",
+    type=click.IntRange(min=2),
+    help="Number of points.  [default: 32, or 200 with --problem]",
 )
 @click.option(
     "--seeds", metavar="LIST", type=SeedList(), help="Seeds of the images, in place of --num."
@@ -63,7 +66,7 @@ RECORDED = (
     "--outside/--no-outside",
     default=True,
     show_default=True,
-    help="Run diffusers' schedulers too, as a check from outside.",
+    help="Run diffusers' schedulers too, as an independent check.",
 )
 @click.option(
     "--fine",
@@ -71,7 +74,7 @@ RECORDED = (
     type=click.IntRange(min=8),
     default=256,
     show_default=True,
-    help="Evaluations of the solution that stands for the exact one.",
+    help="Evaluations of the fine solution, used as the exact one.",
 )
 @chosen_options("batch", "sigma_min", "sigma_max", "device", "dtype", "trust_pickle")
 @click.option(
@@ -104,11 +107,11 @@ def accuracy_command(
     trust_pickle: bool,
     outdir: Path,
 ) -> None:
-    """How near each solver comes to the exact solution, on your own network.
+    """Measure how near each solver comes to the exact solution, on your own network.
 
-    Every method starts from the same noise and gets the same number of network evaluations; what
-    is printed is the mean distance of its images (latents) to those of a fine solution. This asks
-    for fidelity to the ODE; it does not ask which images look better.
+    Every method starts from the same noise and gets the same number of network evaluations. The
+    table shows the mean distance of its images (latents) to those of a fine solution. This
+    measures fidelity to the ODE, not which images look better.
 
     \b
     Examples:

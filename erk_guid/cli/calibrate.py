@@ -30,7 +30,7 @@ from erk_guid.studies.calibration.search import (
 )
 
 MADE_FOR = ("solver", "order", "r", "deis_mode", "num_steps", "sigma_min", "sigma_max", "rho")
-"""Options that settings belong to, besides the schedule."""
+"""Options, besides the schedule, that the settings are made for."""
 
 
 NETWORK = ("net", "gnet", "guidance")
@@ -46,13 +46,13 @@ NETWORK = ("net", "gnet", "guidance")
     type=click.Choice(OBJECTIVES),
     default=OBJECTIVES[0],
     show_default=True,
-    help="What is to be small: the error of the end points, or that of each step on its own.",
+    help="Error to minimize: that of the end points, or that of each step on its own.",
 )
 @click.option(
     "--auto/--no-auto",
     default=True,
     show_default=True,
-    help="Let the parameter-free form take part, where the solver has it.",
+    help="Try the parameter-free form too, where the solver has it.",
 )
 @click.option(
     "--seeds",
@@ -60,7 +60,7 @@ NETWORK = ("net", "gnet", "guidance")
     type=SeedList(),
     default="50000-50063",
     show_default=True,
-    help="Seeds of the images; at least 4. Best not those that will be scored.",
+    help="Seeds of the images; at least 4. Better not those that will be scored.",
 )
 @chosen_options("batch", "device", "dtype", "trust_pickle")
 @click.option(
@@ -76,9 +76,9 @@ def calibrate_command(
 ) -> None:
     """Find the settings of ERK guidance for a model, a solver and a number of steps.
 
-    A few dozen images are solved finely; what is looked for is the setting that ends nearest to
-    them, from the same noise. This is fidelity to the ODE. FID mostly follows it; a score with a
-    taste for sharpness, such as FD-DINOv2, may like stronger guidance.
+    A few dozen images are computed by a fine solution. The search looks for the setting that
+    ends nearest to them, from the same noise. This measures fidelity to the ODE. FID mostly
+    follows it; a score that rewards sharpness, such as FD-DINOv2, may prefer stronger guidance.
 
     \b
     Examples:
@@ -106,7 +106,7 @@ def calibrate_command(
             f"--solver {options['solver']} has no embedded pair to guide with; solvers that have "
             f"one: {', '.join(guided)}"
         )
-    # Any strength will do: what the options are checked for is the same.
+    # Any strength will do: the checks of the options are the same.
     config = GenerationConfig(**config_fields(w_stiff=1.0, w_con=None, **options))
     for name in FILES:
         check_writable(outdir / name)
@@ -165,9 +165,9 @@ def calibrate_command(
 
 
 def _network_options(config: GenerationConfig, given: Mapping[str, Any]) -> str:
-    """The options that name the same denoiser."""
+    """Return the options that name the same denoiser."""
     if given["preset"] is not None:
-        # With what was said besides, which goes before the preset's own.
+        # The other options given, too: they override the preset's own.
         said = {"preset": given["preset"], **{name: given[name] for name in NETWORK}}
     else:
         said = {"net": config.net}
@@ -178,7 +178,7 @@ def _network_options(config: GenerationConfig, given: Mapping[str, Any]) -> str:
 
 
 def _heading(config: GenerationConfig, found: Calibration, samples: int) -> str:
-    """What was measured and what it says, in words."""
+    """Return in words what was measured and what was found."""
     chosen = found.chosen
     g = chosen.guidance
     if not isinstance(g, ERKGuidance):

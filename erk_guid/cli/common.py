@@ -1,4 +1,4 @@
-"""What the commands share: option types, and errors without tracebacks."""
+"""Shared by the commands: option types, and errors without tracebacks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class SeedList(click.ParamType):
-    """'1,2,5-10' to [1, 2, 5, 6, 7, 8, 9, 10]; repeated seeds count once."""
+    """List of seeds: '1,2,5-10' is [1, 2, 5, 6, 7, 8, 9, 10]; repeated seeds count once."""
 
     name = "list"
 
@@ -33,7 +33,7 @@ class SeedList(click.ParamType):
 
 
 def compact(seeds: Sequence[int]) -> str:
-    """What `SeedList` reads back: [1, 2, 3, 7] to '1-3,7'."""
+    """Write seeds as `SeedList` reads them: [1, 2, 3, 7] as '1-3,7'."""
     runs: list[list[int]] = []
     for seed in seeds:
         if runs and seed == runs[-1][-1] + 1:
@@ -60,7 +60,7 @@ class NumberOr(click.ParamType):
 
 
 class Names(click.ParamType):
-    """'fid,fd_dinov2' to ['fid', 'fd_dinov2'], each once; of a fixed choice if one is given."""
+    """List of names: 'fid,fd_dinov2' is ['fid', 'fd_dinov2'], each once, from `choice` if given."""
 
     name = "list"
 
@@ -82,7 +82,7 @@ class Names(click.ParamType):
 def name_and_path(
     ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 ) -> dict[str, str]:
-    """Callback for options such as ``--detector-weights NAME=FILE``, given any number of times."""
+    """Read a repeatable option such as ``--detector-weights NAME=FILE`` (click callback)."""
     found = {}
     for value in values:
         name, equals, path = value.partition("=")
@@ -95,21 +95,21 @@ def name_and_path(
 def load_plugins(
     ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Callback for ``--plugin``: import a module, or run a .py file, that registers things."""
+    """Import a module, or run a .py file, that registers things (callback of ``--plugin``)."""
     for value in values:
         try:
             if value.endswith(".py"):
                 runpy.run_path(value)
             else:
                 importlib.import_module(value)
-        except Exception as error:  # it is the user's program: anything may happen
+        except Exception as error:  # the user's program may raise anything
             reason = f"{type(error).__name__}: {error}"
             raise click.BadParameter(f"cannot import {value}: {reason}", ctx, param) from error
     return values
 
 
 def reporting_errors(command: F) -> F:
-    """Turn the user's errors into one line and exit code 1; leave our own with a traceback."""
+    """Show the user's errors as one line with exit code 1; our own keep their traceback."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:

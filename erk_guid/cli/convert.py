@@ -17,7 +17,7 @@ from erk_guid.models.checkpoints import convert
 def convert_command(source: str, dest: Path) -> None:
     """Turn SOURCE (.pkl file, URL or preset) into the safetensors file DEST.
 
-    The new file carries the network's settings and its encoder, runs nothing when it is opened,
+    The new file holds the network's settings and its encoder. It runs no code when it is opened,
     opens faster, and computes the same as the old one, bit for bit.
 
     \b

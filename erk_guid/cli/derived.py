@@ -1,7 +1,7 @@
 """Command-line options from the fields of dataclasses: name, type, choices, default and help.
 
-The help is what the class's docstring says of the field under ``Args:``. So an option of a solver,
-its default and its text stand in the solver's file alone.
+The help is what the class's docstring says about the field under ``Args:``. So a solver's option,
+its default and its text are written only in the solver's file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def described(kind: type) -> dict[str, str]:
-    """Return what a class's docstring says of each argument, a sentence beginning upper case."""
+    """Return a class's docstring text about each argument, with a capital first letter."""
     text = inspect.getdoc(kind) or ""
     found = re.search(r"^Args:\n((?:[ ].*\n?|\n)+)", text, re.MULTILINE)
     entries = re.split(r"^    (?=\w)", found[1], flags=re.MULTILINE)[1:] if found else []
@@ -37,12 +37,12 @@ def options_of_classes(
 ) -> dict[str, Callable[[F], F]]:
     """Return a click option for each field that one or more of the classes have.
 
-    An option that is not given is None, and the class has its default; or, with `with_defaults`,
-    it is that default.
+    An option that is not given is None, and the class uses its default. With `with_defaults` the
+    option itself has that default.
 
     Args:
-        classes: dataclasses by the name that the help calls them; an empty name is not shown.
-        leave_out: names of fields without an option here.
+        classes: dataclasses by the name that the help uses; an empty name is not shown.
+        leave_out: names of fields that get no option.
         with_defaults: whether the options have the fields' defaults.
     """
     having: dict[str, dict[str, type]] = {}

@@ -1,4 +1,4 @@
-"""``generate_images.py`` and ``erk-guid generate``: EDM2's command line, and ours on top."""
+"""``generate_images.py`` and ``erk-guid generate``: EDM2's command line, with options added."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ METRICS = click.option(
     type=Names(),
     default=",".join(Scoring.metrics),
     show_default=True,
-    help="Metrics: a detector's name is the Frechet distance of its features (fid, fd_dinov2, "
-    "fd_digits, a plugin's); kid, pr and is are other scores, with the detector behind a colon: "
+    help="Metrics: a detector's name means the Frechet distance of its features (fid, fd_dinov2, "
+    "fd_digits, a plugin's); kid, pr and is are other scores, with the detector after a colon: "
     "kid:fd_dinov2.",
 )
 REF = click.option(
@@ -80,7 +80,7 @@ PLUGIN = click.option(
     callback=load_plugins,
     expose_value=False,
     is_eager=True,
-    help="Python that is run first, to register detectors of your own.",
+    help="Python code to run first, to register your own detectors.",
 )
 JSON = click.option(
     "--json",
@@ -106,7 +106,7 @@ BOOTSTRAP = click.option(
 
 
 def options(*chosen: Callable[[F], F]) -> Callable[[F], F]:
-    """Several options at once, in this order."""
+    """Add several options at once, in this order."""
 
     def decorate(command: F) -> F:
         for option in reversed(chosen):
@@ -118,7 +118,7 @@ def options(*chosen: Callable[[F], F]) -> Callable[[F], F]:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def metrics_command() -> None:
-    """Frechet distances between images and a reference data set (FID, FD-DINOv2, ...).
+    """Compute Frechet distances between images and a reference data set (FID, FD-DINOv2, ...).
 
     \b
     Examples:
@@ -151,9 +151,10 @@ def metrics_command() -> None:
 @options(PLUGIN, JSON, FEATURES, BOOTSTRAP)
 @reporting_errors
 def calc_command(images: Path, ref: str, json_path: Path | None, **fields: Any) -> None:
-    """Score images that are there: a folder, a zip or an .npz.
+    """Score existing images: a folder, a zip or an .npz.
 
-    Of more images than --num, a random --num are taken, the same for the same --seed.
+    If there are more than --num, a random --num of them are scored, the same for the same
+    --seed.
     """
     _report(calc(images, ref, Scoring(json=json_path, **fields)))
 
@@ -174,7 +175,7 @@ def gen_command(
     bootstrap: int,
     **fields: Any,
 ) -> None:
-    """Generate the images of seeds SEED to SEED+NUM-1 and score them, writing none."""
+    """Generate the images of seeds SEED to SEED+NUM-1 and score them, without writing them."""
     config = GenerationConfig(**config_fields(**fields))
     scoring = Scoring(
         metrics=metrics,
@@ -203,7 +204,7 @@ def gen_command(
     metavar="FILE",
     required=True,
     type=click.Path(dir_okay=False, path_type=Path),
-    help="What to write: .npz, or .pkl as EDM2's programs read it.",
+    help="File to write: .npz, or .pkl as EDM2's programs read it.",
 )
 @click.option(
     "--first",
@@ -211,7 +212,7 @@ def gen_command(
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Begin with this image, in the order of their names.",
+    help="Begin with this image, in the order of the names.",
 )
 @click.option(
     "--last",
@@ -226,7 +227,7 @@ def gen_command(
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Also keep so many images' features (float16), for precision and recall.",
+    help="Also keep the features (float16) of this many images, for precision and recall.",
 )
 @options(METRICS, BATCH, WORKERS, DEVICE, WEIGHTS, PLUGIN)
 @reporting_errors

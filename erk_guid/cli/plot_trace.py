@@ -17,12 +17,14 @@ from erk_guid.common.files import check_writable, write_bytes
 @click.argument("trace", type=click.Path(dir_okay=False, path_type=Path))
 @click.option(
     "--dest", metavar="FILE.png", type=click.Path(dir_okay=False, path_type=Path),
-    help="The picture; a .csv with one line a step goes beside it.  [default: next to TRACE]",
+    help="The picture; a .csv with one line per step goes beside it.  [default: next to TRACE]",
 )  # fmt: skip
-@click.option("--title", metavar="STR", help="Above the picture.  [default: the trace's name]")
+@click.option(
+    "--title", metavar="STR", help="Title above the picture.  [default: the trace's name]"
+)
 @reporting_errors
 def plot_trace_command(trace: Path, dest: Path | None, title: str | None) -> None:
-    """Draw what a run's guidance saw and did, from the TRACE that --trace wrote.
+    """Draw what a run's guidance measured and did, from the TRACE that --trace wrote.
 
     \b
     Example:

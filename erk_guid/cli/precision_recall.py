@@ -41,7 +41,7 @@ from erk_guid.metrics.scoring import write_json
 @click.option(
     "--detector",
     metavar="STR",
-    help=f"Whose features to take ({', '.join(detector_names())}, or of a plugin).  [default: "
+    help=f"Whose features to use ({', '.join(detector_names())}, or a plugin's).  [default: "
     f"{MANIFOLD_DETECTOR} for precision and recall, {SCORE_DETECTOR} for the inception score]",
 )
 @click.option(
@@ -50,7 +50,7 @@ from erk_guid.metrics.scoring import write_json
     type=click.IntRange(min=1),
     default=Comparison.k,
     show_default=True,
-    help="Which nearest neighbour's distance is a point's radius.",
+    help="A point's radius is the distance to its k-th nearest neighbour.",
 )
 @click.option(
     "--batch",
@@ -63,11 +63,10 @@ from erk_guid.metrics.scoring import write_json
 @options(WORKERS, DEVICE, WEIGHTS, PLUGIN, JSON)
 @reporting_errors
 def precision_recall_command(json_path: Path | None, **fields: Any) -> None:
-    """Precision, recall and inception score of the images in GEN_DIR.
+    """Compute precision, recall and inception score of the images in GEN_DIR.
 
     GEN_DIR is a folder (searched recursively), a zip or an .npz. Values are those of
-    torch-fidelity >= 0.4.0, with memory that does not grow with the square of the number of
-    images.
+    torch-fidelity >= 0.4.0. Memory does not grow with the square of the number of images.
 
     \b
     Examples:

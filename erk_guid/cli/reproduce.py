@@ -41,7 +41,7 @@ JOB = Reproduction
     help=f"Images per row.  [default: {PAPER_NUM}, or as many as --seeds]",
 )
 @click.option(
-    "--seeds", metavar="LIST", type=SeedList(), help="Their seeds.  [default: from 100000]"
+    "--seeds", metavar="LIST", type=SeedList(), help="Seeds of the images.  [default: from 100000]"
 )
 @click.option(
     "--batch",
@@ -77,7 +77,7 @@ JOB = Reproduction
     multiple=True,
     callback=load_plugins,
     is_eager=True,
-    help="Python that is run first, to register detectors of your own.",
+    help="Python code to run first, to register your own detectors.",
 )
 @click.option(
     "--bootstrap",
@@ -97,9 +97,9 @@ JOB = Reproduction
     "--w_stiff",
     metavar="FLOAT",
     type=click.FloatRange(min=0),
-    help="For the guided rows of table 4, whose settings are not known here.",
+    help="Strength for the guided rows of table 4, whose settings are not known here.",
 )
-@click.option("--w_con", metavar="FLOAT", type=click.FloatRange(min=0), help="Likewise.")
+@click.option("--w_con", metavar="FLOAT", type=click.FloatRange(min=0), help="For the same rows.")
 @click.option(
     "--skip-quality", is_flag=True, help="Leave out precision, recall and inception score."
 )
@@ -117,11 +117,11 @@ def reproduce_command(
 ) -> None:
     """Measure the rows of the paper's tables: generate, score, compare, report.
 
-    Every row gets its Frechet distances, and precision, recall and inception score, which need
-    the real images themselves (--real; --skip-quality leaves them out).
+    Every row gets its Frechet distances. It also gets precision, recall and inception score,
+    which need the real images themselves (--real; --skip-quality leaves them out).
 
-    Each row's scores are appended to result.txt and results.jsonl in --outdir; rows that are
-    there are not made again, so a run that was killed is continued by repeating its command.
+    Each row's scores are appended to result.txt and results.jsonl in --outdir. Rows found there
+    are not made again: to continue a run that was killed, repeat its command.
     At the end report.html and report.md show the paper's numbers beside the measured ones.
 
     \b
@@ -139,7 +139,7 @@ def reproduce_command(
         _print_plans(job)
         return
     if tables is None and ids is None and job.w_stiff is None:
-        # The rest can be run without another word.
+        # The other rows need no such options.
         open_rows = [row for row in rows if row.w_stiff is None]
         for row in open_rows:
             click.echo(f"{row.id} is left out: it needs --w_stiff and --w_con", err=True)
@@ -147,7 +147,7 @@ def reproduce_command(
     try:
         run(job)
     finally:
-        # Also of what was measured before a row failed.
+        # Report also what was measured before a row failed.
         if (job.outdir / RESULTS).is_file():
             for path in write_report(replace(job, rows=rows)):
                 click.echo(f"Report: {path}")

@@ -1,4 +1,4 @@
-"""The options that say how images are made, shared by every command that makes some."""
+"""Options that say how images are made, shared by every command that makes images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from erk_guid.schedules import SCHEDULES, edm_sigmas, make_sigmas
 from erk_guid.solvers import SOLVERS, Solver, make_solver, names_of_solvers
 
 F = TypeVar("F", bound=Callable[..., Any])
-JOB = GenerationConfig  # its field defaults are the one home of these options' defaults
+JOB = GenerationConfig  # these options' defaults are its field defaults
 GUIDANCE_HELP = described(ERKGuidance)
 SOLVER_OPTIONS = tuple(dict.fromkeys(f.name for kind in SOLVERS.values() for f in fields(kind)))  # type: ignore[arg-type]
 
@@ -116,7 +116,7 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         type=float,
         default=Churn.S_churn,
         show_default=True,
-        help="Noise added before the steps, as EDM2's; heun, euler, dpm2 without ERK guidance.",
+        help="Noise added before the steps, as in EDM2; heun, euler, dpm2 without ERK guidance.",
     ),
     "S_min": click.option(
         "--S_min",
@@ -162,14 +162,15 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         "--w_con",
         metavar="FLOAT",
         type=float,
-        help=f"{GUIDANCE_HELP['w_con']}  [default: {ERKGuidance.w_con:g}, or with a word its own]",
+        help=f"{GUIDANCE_HELP['w_con']}  [default: {ERKGuidance.w_con:g}, or as the word for "
+        "--w_stiff sets it]",
     ),
     "settings": click.option(
         "--settings",
         metavar="FILE",
         type=click.Path(dir_okay=False, path_type=Path),
-        help="Take --w_stiff, --w_con, the solver and the noise levels from what 'erk-guid "
-        "calibrate' wrote.",
+        help="Take --w_stiff, --w_con, the solver and the noise levels from the file that "
+        "'erk-guid calibrate' wrote.",
     ),
     **options_of_classes({"": ERKGuidance}, ("w_stiff", "w_con"), with_defaults=True),
     "solver": click.option(
@@ -177,7 +178,7 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         type=click.Choice(sorted(SOLVERS)),
         default="heun",
         show_default=True,
-        help=f"How to step. ERK guidance works with {', '.join(names_of_solvers(has_pair=True))}.",
+        help=f"Solver. ERK guidance works with {', '.join(names_of_solvers(has_pair=True))}.",
     ),
     **options_of_classes(SOLVERS),
     "schedule": click.option(
@@ -223,7 +224,7 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
 
 
 def sampler_options(command: F) -> F:
-    """Add the options; the command hands what it gets for them to `config_fields`."""
+    """Add all the options; the command passes their values to `config_fields`."""
     return chosen_options(*_OPTIONS)(command)
 
 
@@ -270,7 +271,7 @@ def config_fields(
 
 
 def _churn(options: dict[str, Any], solver: Solver, erk: Guidance) -> Churn:
-    """Take the options of added noise out of `options` and return them as an object.
+    """Remove the options of added noise from `options` and return them as a `Churn`.
 
     Raises:
         ValueError: naming the option at fault.
@@ -286,7 +287,7 @@ def _churn(options: dict[str, Any], solver: Solver, erk: Guidance) -> Churn:
 
 
 def preset_fields(preset: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    """`net`, `gnet` and `guidance` with what the preset gives, checked; the rest as it is.
+    """Return the options, with `net`, `gnet` and `guidance` filled from the preset and checked.
 
     Raises:
         click.UsageError: naming the option at fault.
@@ -311,7 +312,7 @@ def preset_fields(preset: str | None, options: dict[str, Any]) -> dict[str, Any]
 
 
 def _schedule(value: str) -> str | tuple[float, ...]:
-    """A schedule's name, or noise levels from a list or a file (a 0 at the end is implied)."""
+    """Read a schedule's name, or noise levels from a list or a file (a 0 at the end is implied)."""
     if value in SCHEDULES:
         return value
     path = Path(value)
@@ -319,7 +320,7 @@ def _schedule(value: str) -> str | tuple[float, ...]:
     if "," not in value:
         try:
             found = path.is_file()
-        except OSError:  # longer than names may be
+        except OSError:  # too long for a file name
             found = False
         if not found:
             raise click.BadParameter(
@@ -351,7 +352,7 @@ def _check_levels(options: dict[str, Any]) -> None:
     falling = all(a > b for a, b in pairwise([*schedule, 0.0]))
     if not falling or not all(math.isfinite(level) for level in schedule):
         raise ValueError(f"--schedule: noise levels must fall and stay above 0, got {schedule}")
-    # These play no part any more; what is recorded should say what was done.
+    # These are not used any more, but the record should say what was done.
     options["num_steps"] = len(schedule)
     options["sigma_max"], options["sigma_min"] = schedule[0], schedule[-1]
 
@@ -366,13 +367,13 @@ def _with_preset(name: str, options: dict[str, Any]) -> dict[str, Any]:
     filled = dict(options)
     for key, value in (("net", preset.net), ("gnet", preset.gnet), ("guidance", preset.guidance)):
         if filled[key] is None:
-            # The name itself, where it means the same: it reads better in run.json.
+            # The preset's name means the same network, and reads better in run.json.
             filled[key] = name if key == "net" else value
     return filled
 
 
 def _from_file(path: Path, options: dict[str, Any]) -> tuple[Guidance, dict[str, Any]]:
-    """The guidance that a file of settings has, and the options with those it was made for.
+    """Return a settings file's guidance, and the options with those it was made for.
 
     Raises:
         ValueError: an option on the command line contradicts the file.
@@ -394,7 +395,7 @@ def _from_file(path: Path, options: dict[str, Any]) -> tuple[Guidance, dict[str,
             )
     options = {**options, **found.made_for}
     if launched_rank() == 0:
-        # What it was made for can be put in place; what it was measured on can only be said.
+        # Options it was made for are set; what it was measured on can only be reported.
         for name, what in (("net", "network"), ("guidance", "strength of model guidance")):
             there = found.measured.get(name, options[name])
             if there != options[name]:
@@ -415,7 +416,7 @@ def _from_file(path: Path, options: dict[str, Any]) -> tuple[Guidance, dict[str,
 
 
 def _given(name: str) -> bool:
-    """Whether the user gave this option."""
+    """Return whether the user gave this option."""
     source = click.get_current_context().get_parameter_source(name)
     return source != click.core.ParameterSource.DEFAULT
 
@@ -457,7 +458,7 @@ def _erk(
 
 
 def _by_word(word: str, w_con: float | None, num_steps: int, preset: str | None) -> ERKGuidance:
-    """Return the paper's settings, or those measured for a preset, and say which they are."""
+    """Return the paper's settings, or those measured for a preset, and print which they are."""
     if word == "paper":
         chosen = ERKGuidance.paper(num_steps)
         whose = f"the paper's settings for {nearest_paper_steps(num_steps)} steps"

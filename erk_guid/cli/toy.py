@@ -34,7 +34,7 @@ from erk_guid.guidance import ERKGuidance
 )  # fmt: skip
 @click.option(
     "--w_con", metavar="FLOAT", type=click.FloatRange(min=0), default=0.5, show_default=True,
-    help="Stiffness above which it acts.",
+    help="Stiffness above which guidance acts.",
 )  # fmt: skip
 @click.option(
     "--sigma", metavar="FLOAT", type=click.FloatRange(min=0.005, max=5), default=0.1,
@@ -53,8 +53,9 @@ def toy_command(
 ) -> None:
     """Draw what guidance does on the 2-D tree, where everything is known exactly.
 
-    Stiffness over the plane, the drift across a stiff and a calm place, trajectories with and
-    without guidance, and the error of single steps: a picture and the numbers behind it.
+    The picture shows stiffness over the plane, the drift across a stiff and a calm place,
+    trajectories with and without guidance, and the error of single steps. The numbers behind it
+    are written too.
     """
     import numpy as np
 

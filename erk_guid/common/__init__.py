@@ -1,1 +1,1 @@
-"""What every room borrows: errors, files on disk, pictures and plots."""
+"""Helpers for all packages: errors, files on disk, pictures and plots."""

@@ -1,7 +1,7 @@
 """Images in a folder, a zip or an .npz: read one at a time, or whole sets with labels.
 
-Only what is unmistakable is accepted, 8-bit RGB or greyscale: a silent conversion changes a
-score. Everything else is named, with what to do about it.
+Only 8-bit RGB and greyscale are accepted, because a silent conversion changes a score. For
+everything else the error names the file and says what to do.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ FORMATS = {
 
 SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 COMPANIONS = frozenset({"run.json", "dataset.json"})
-"""Files that belong among images."""
+"""Other files that are expected among images."""
 
 MAX_PIXELS = 1 << 24
 MAX_BYTES = 1 << 26
-"""Of one image, and of one file in a zip: nothing larger is unpacked."""
+"""Bounds on one image and on one file in a zip; nothing larger is unpacked."""
 
 
 class DatasetError(ErkGuidError, ValueError):
@@ -46,12 +46,12 @@ class DatasetError(ErkGuidError, ValueError):
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Images that are read when they are asked for.
+    """Images that are read on request.
 
     Attributes:
         path: the folder (searched recursively), zip or .npz.
         names: their names, sorted; forward slashes on every system.
-        ignored: files among them that are no images.
+        ignored: files among them that are not images.
     """
 
     path: Path
@@ -64,10 +64,10 @@ class ImageSource:
         return len(self.names)
 
     def read(self, index: int, size: tuple[int, ...] | None = None) -> np.ndarray:
-        """One image, uint8 [C, H, W] with C of 1 or 3.
+        """Return one image, uint8 [C, H, W] with C of 1 or 3.
 
         Args:
-            size: (H, W) that it must have; an image of another size is not even decoded.
+            size: (H, W) that it must have; an image of another size is not decoded.
 
         Raises:
             DatasetError: it cannot be read, is neither 8-bit RGB nor 8-bit greyscale, or has
@@ -87,12 +87,12 @@ class ImageSource:
             ) from error
         except DatasetError as error:
             raise DatasetError(f"{self.path}: {error}") from error
-        except Exception as error:  # what decoders raise for damaged files has no end
+        except Exception as error:  # decoders raise many kinds for damaged files
             reason = "it is no image" if isinstance(error, UnidentifiedImageError) else error
             raise DatasetError(f"{self.path}: cannot read the image {name}: {reason}") from error
 
     def batches(self, parts: Sequence[Sequence[int]], workers: int = 0) -> Iterator[np.ndarray]:
-        """For each part (a list of indices) its images, uint8 [n, C, H, W].
+        """Yield the images of each part (a list of indices), uint8 [n, C, H, W].
 
         Greyscale images among coloured ones are repeated to three channels. All images must
         have the size of the first of the whole set.
@@ -128,16 +128,16 @@ def _together(images: list[Future[np.ndarray]]) -> np.ndarray:
 
 
 class _OtherSizeError(DatasetError):
-    """The message is the size found."""
+    """An image of another size; the message is the size found."""
 
 
 def open_images(path: str | Path) -> ImageSource:
     """List the images of a folder (recursively), a zip, or an .npz with an array `images`.
 
-    Hidden files, and those of folders that begin with a dot, are passed over.
+    Hidden files, and files in folders that begin with a dot, are skipped.
 
     Raises:
-        DatasetError: nothing is there, it is none of these, or it holds no image.
+        DatasetError: `path` does not exist, is none of these, or holds no image.
     """
     path = user_path(path)
     try:
@@ -213,7 +213,7 @@ def _decode(data: bytes, name: str, size: tuple[int, ...] | None) -> np.ndarray:
         elif image.mode not in ("L", "RGB"):
             what = _UNUSABLE.get(image.mode, f"mode {image.mode}")
         elif image.format == "PNG" and (data[12:16], data[24:25]) != (b"IHDR", b"\x08"):
-            # Of 16 bits Pillow would silently drop eight; fewer than 8 it would spread.
+            # Pillow would silently drop 8 of 16 bits, and would spread fewer than 8.
             what = "other than 8 bits a channel"
         elif "transparency" in image.info:
             what = "a transparent colour"
@@ -226,7 +226,7 @@ def _decode(data: bytes, name: str, size: tuple[int, ...] | None) -> np.ndarray:
 
 
 def holds_images(path: Path) -> bool:
-    """Whether an .npz is a set of images (rather than features or statistics).
+    """Return whether an .npz is a set of images (rather than features or statistics).
 
     Raises:
         ErkGuidError: it cannot be read.
@@ -235,7 +235,7 @@ def holds_images(path: Path) -> bool:
 
 
 def _arrays_of(path: Path) -> dict[str, np.ndarray]:
-    """The arrays `images` [N, C, H, W] and, if it is there, `labels` of an .npz."""
+    """Read the arrays `images` [N, C, H, W] and, if present, `labels` of an .npz."""
     try:
         arrays = read_npz(path, {"images": "biufc", "labels": "iu"}.get)
     except NpzError as error:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and what identifies them."""
+"""Writing files whole or not at all, and hashing them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ PARTIAL = ".partial"
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it when the block ends well.
+    """Yield a temporary name beside `path`; rename it to `path` if the block succeeds.
 
-    The folder is made when it is not there. A name that a killed process left behind contains
-    `PARTIAL` (and begins with a dot), so it is never taken for a finished file. A link is
-    followed, and what is no regular file (a terminal, /dev/null) is written to as it is.
+    A missing folder is made. A file that a killed process left behind has `PARTIAL` in its name
+    (and begins with a dot), so it is never taken for a finished file. A link is followed. What is
+    not a regular file (a terminal, /dev/null) is written to directly.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
@@ -43,7 +43,7 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def check_writable(path: str | Path) -> None:
-    """Find out before hours of work, not after, that a file cannot be written.
+    """Refuse a file that cannot be written, before hours of work and not after.
 
     Raises:
         ErkGuidError: `path` is a folder, or its folder cannot be made or written to.
@@ -60,7 +60,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def user_path(path: str | Path) -> Path:
-    """A path as users write it, with ~ for a home.
+    """Return a path as users write it, with ~ replaced by the home.
 
     Raises:
         ErkGuidError: it is empty, or that user has no home here.
@@ -74,7 +74,7 @@ def user_path(path: str | Path) -> Path:
 
 
 def sha256_of(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Return the hexadecimal SHA-256 of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):

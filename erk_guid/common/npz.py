@@ -1,4 +1,4 @@
-"""Reading `.npz` files from anywhere: nothing is allocated on the word of a header alone."""
+"""Reading untrusted `.npz` files: nothing is allocated because of a header alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from erk_guid.common.errors import ErkGuidError
 
 MAX_RATIO, FREE_BYTES = 100, 1 << 26
-"""How far a member may unpack: real features and images do not shrink a hundredfold."""
+"""Bounds on how far a member may unpack: real features and images do not shrink a hundredfold."""
 
 KINDS = {"f": "real numbers", "iu": "whole numbers", "U": "text"}
 
@@ -23,7 +23,7 @@ class NpzError(ErkGuidError):
 
 
 def npz_names(path: Path) -> list[str]:
-    """Names of the arrays in the file.
+    """Return the names of the arrays in the file.
 
     Raises:
         NpzError: it is no `.npz`.
@@ -32,7 +32,7 @@ def npz_names(path: Path) -> list[str]:
 
 
 def read_npz(path: Path, wanted: Callable[[str], str | None]) -> dict[str, np.ndarray]:
-    """The arrays of a file, checked before they are unpacked.
+    """Read the arrays of a file, checked before they are unpacked.
 
     Args:
         path: the file.
@@ -84,7 +84,7 @@ def _guarded(path: Path, read: Callable[[zipfile.ZipFile], Any]) -> Any:
     except NpzError as error:
         raise NpzError(f"cannot read {path}: {error}") from error
     except Exception as error:
-        # zipfile, its decompressors and NumPy's parser of headers raise nearly anything for
-        # bytes that make no sense to them.
+        # zipfile, its decompressors and NumPy's parser of headers raise many kinds of errors for
+        # bytes that they cannot read.
         reason = str(error).strip() or type(error).__name__
         raise NpzError(f"cannot read {path}: damaged, or no .npz ({reason[:100]})") from error

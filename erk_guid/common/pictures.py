@@ -17,7 +17,7 @@ INK, PAPER, GREY = (24, 24, 27), (255, 255, 255), (113, 113, 122)
 
 
 def to_pil(pixels: np.ndarray) -> Image.Image:
-    """uint8 [C, H, W] with 1 or 3 channels (of four or more the first three) as a picture."""
+    """Turn uint8 [C, H, W] with 1 or 3 channels (of 4 or more: the first 3) into a picture."""
     if pixels.shape[0] in (1, 2):
         return Image.fromarray(pixels[0], "L")
     return Image.fromarray(np.ascontiguousarray(pixels[:3].transpose(1, 2, 0)), "RGB")
@@ -34,7 +34,7 @@ def save_png(path: Path, pixels: np.ndarray, text: str = "") -> None:
 
 
 def is_whole_png(path: Path) -> bool:
-    """Whether `path` begins and ends as a PNG does; finds truncated and empty files cheaply."""
+    """Return whether `path` begins and ends like a PNG; finds truncated and empty files cheaply."""
     try:
         with open(path, "rb") as file:
             head = file.read(8)
@@ -46,7 +46,7 @@ def is_whole_png(path: Path) -> bool:
 
 
 def tile(images: Sequence[Image.Image], columns: int, scale: int = 1, gap: int = 2) -> Image.Image:
-    """Pictures of one size in rows of `columns`, enlarged `scale` times without smoothing."""
+    """Tile pictures of one size in rows of `columns`, enlarged `scale` times without smoothing."""
     width, height = (side * scale for side in images[0].size)
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), PAPER)
@@ -67,7 +67,7 @@ class Panel:
 
 
 def figure(panels: Sequence[Panel], footer: Sequence[str] = ()) -> Image.Image:
-    """Panels side by side, each under its title and lines; the footer below all of them."""
+    """Draw panels side by side, each under its title and lines; the footer is below them all."""
     large, small = ImageFont.load_default(18), ImageFont.load_default(14)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     widths = [
@@ -97,6 +97,6 @@ def figure(panels: Sequence[Panel], footer: Sequence[str] = ()) -> Image.Image:
 
 
 def save_picture(path: Path, picture: Image.Image) -> None:
-    """Write a figure as PNG (or whatever its suffix says), whole or not at all."""
+    """Write a figure as PNG (or the format of its suffix), whole or not at all."""
     with replacing(path) as partial:
         picture.save(partial)

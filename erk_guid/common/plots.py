@@ -10,7 +10,7 @@ from typing import Any
 from erk_guid.common.errors import MissingExtraError
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#65a30d", "#dc2626")
-"""Told apart also in greyscale by their markers."""
+"""In greyscale, the markers tell the curves apart."""
 MARKERS = "osD^vPX*"
 PLAIN = "#18181b"
 
@@ -43,14 +43,14 @@ def draw(
     wanted_by: str = "the report",
     x_ticks: Sequence[float] | None = None,
 ) -> bytes:
-    """An SVG of the curves; the vertical axis is logarithmic where they spread far.
+    """Return an SVG of the curves; the vertical axis is logarithmic if they spread far.
 
     Args:
         title, x_label, y_label: texts.
         curves: at least one.
         log_x: whether the horizontal axis is logarithmic.
-        wanted_by: what needs the plot, for the error.
-        x_ticks: of a logarithmic axis, those inside its range; by default at the curves' points.
+        wanted_by: what needs the plot; the error names it.
+        x_ticks: ticks of a logarithmic axis, outside its range ignored; by default at the points.
 
     Raises:
         MissingExtraError: matplotlib is not installed.

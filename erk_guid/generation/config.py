@@ -22,9 +22,9 @@ from erk_guid.solvers import Heun, Solver, name_of, options_of, record_of
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """Everything that says how images are made, except which seeds and where to.
+    """Settings of how images are made: everything except the seeds and the output folder.
 
-    Field names are those of the command lines; their defaults are those commands' defaults.
+    Field names and defaults are those of the command lines.
     """
 
     net: str
@@ -67,7 +67,7 @@ class GenerationConfig:
         }
 
     def record(self) -> dict[str, Any]:
-        """Return what images depend on, but for the files, in JSON's types."""
+        """Return what the images depend on, except the files, in JSON's types."""
         given = self.sampler_options
         return {
             **{name: given[name] for name in given if name not in ("erk", "solver", "dtype")},
@@ -78,7 +78,7 @@ class GenerationConfig:
         }
 
     def describe(self) -> str:
-        """Return one line that says what was used, as the images carry it."""
+        """Return one line that says which settings were used; every image stores it."""
         chosen = "".join(f" {name}={value}" for name, value in options_of(self.solver).items())
         spaced = "" if self.schedule == "polynomial" else f", schedule {self.schedule}"
         erk = settings_of(self.erk)
@@ -97,10 +97,10 @@ class GenerationConfig:
         return ", ".join([*parts, f"erk_guid {__version__}"])
 
     def choose_device(self) -> torch.device:
-        """The device asked for, or the best present.
+        """Return the device asked for, or the best one present.
 
         Raises:
-            ErkGuidError: it is not there, or cannot do what is asked.
+            ErkGuidError: it is not present, or cannot do what is asked.
         """
         device = choose_device(self.device)
         if self.dtype == "float64" and device.type == "mps":
@@ -111,12 +111,12 @@ class GenerationConfig:
         """Load the networks and the encoder; every rank calls this.
 
         Args:
-            device: where to.
-            group: of the processes.
-            decoding: whether images will be decoded, for which a VAE may have to be fetched.
+            device: where to load them.
+            group: the process group.
+            decoding: whether images will be decoded; a VAE may then have to be fetched.
 
         Raises:
-            ErkGuidError: a file that cannot be had or used, or networks that do not go together.
+            ErkGuidError: a file cannot be fetched or used, or the networks do not fit together.
         """
         # Rank 0 fetches first; the others then find the files in the cache.
         group.agree(self._fetch)
@@ -142,7 +142,7 @@ class GenerationConfig:
         return load(source, device=device, trust=self.trust_pickle)
 
     def _encoder(self, loaded: Checkpoint) -> Encoder:
-        """The file's encoder, with the config's wishes about the VAE."""
+        """Return the file's encoder, with the config's VAE settings applied."""
         encoder = loaded.encoder
         if not isinstance(encoder, StabilityVAEEncoder):
             for option, value in (("--vae", self.vae), ("--encoder-batch", self.encoder_batch)):
@@ -177,7 +177,7 @@ class Models:
         }
 
     def record(self) -> dict[str, Any]:
-        """What the images depend on, in JSON's types (reads the files to hash them)."""
+        """Return what the images depend on, in JSON's types (reads the files to hash them)."""
         return {
             "net_sha256": self.loaded.fingerprint,
             "gnet_sha256": self.guide.fingerprint if self.guide else None,
@@ -186,8 +186,8 @@ class Models:
             "encoder": {
                 "class": type(self.encoder).__name__,
                 **{k: v for k, v in self.encoder.config.items() if k != "batch_size"},
-                # Earlier versions decoded otherwise: their images are not to be added to.
+                # Earlier versions decoded differently: do not add to their images.
                 **({"pixels": PIXELS} if isinstance(self.encoder, StabilityVAEEncoder) else {}),
             },
-            "device": self.device.type,  # each kind of device has random numbers of its own
+            "device": self.device.type,  # each kind of device has its own random numbers
         }

@@ -10,12 +10,12 @@ from erk_guid.common.errors import ErkGuidError
 
 
 def choose_device(name: str | None = None) -> torch.device:
-    """The device of that name, or the best one present (cuda, mps, cpu).
+    """Return the device of that name, or the best one present (cuda, mps, cpu).
 
     Under torchrun a plain "cuda" means the GPU of this process's LOCAL_RANK.
 
     Raises:
-        ErkGuidError: no such device here; the message says which there are.
+        ErkGuidError: the device is not present; the message lists those that are.
     """
     present = {
         "cuda": torch.cuda.is_available(),

@@ -18,7 +18,7 @@ from erk_guid.models.networks import Network
 
 @dataclass(frozen=True)
 class Batch:
-    """Some of the images, with what they were made from.
+    """A batch of images, with what they were made from.
 
     Attributes:
         images: uint8 [N, C, H, W], decoded.
@@ -88,17 +88,17 @@ class _Generation:
 
 
 def draw(net: Network, random: SeededNoise, class_idx: int | None) -> tuple[Tensor, Tensor | None]:
-    """Draw what images begin with: unit-variance noise [N, C, H, W], and one-hot labels or None.
+    """Draw the start of the images: unit-variance noise [N, C, H, W], and one-hot labels or None.
 
     Args:
-        net: whose shape and classes they are.
-        random: the seeds' streams, fresh.
+        net: gives the shape and the number of classes.
+        random: the seeds' streams, not yet drawn from.
         class_idx: this class only; None draws one for each seed.
     """
     noise = random.randn([net.img_channels, net.img_resolution, net.img_resolution])
     if not net.label_dim:
         return noise, None
-    # Drawn even when a class is asked for, as EDM2 does: the stream stays the same.
+    # Drawn even when a class is given, as in EDM2, so that the stream stays the same.
     classes = random.randint(net.label_dim)
     if class_idx is not None:
         classes = torch.full_like(classes, class_idx)
@@ -119,10 +119,10 @@ def generate(
     world_size: int = 1,
     **sampler_options: Any,
 ) -> _Generation:
-    """Make the images of a list of seeds, batch by batch, each when it is asked for.
+    """Generate the images of a list of seeds, batch by batch, each only when requested.
 
     An image depends on its seed, not on the batch size, the rank or the number of processes
-    (beyond floating-point order): seed k has a random stream of its own, see `SeededNoise`.
+    (except for floating-point order). Seed k has its own random stream, see `SeededNoise`.
 
     Args:
         net: a network with `img_resolution`, `img_channels`, `label_dim`, called as
@@ -131,14 +131,14 @@ def generate(
         encoder: turns latents into pixels; `StandardRGBEncoder` by default.
         gnet: guiding network for model guidance (pass ``guidance=`` too).
         class_idx: make this class only; by default each seed draws its own.
-        batch_size: images at a time, at most.
-        device: where the noise is drawn and the network lies; by default the network's.
+        batch_size: largest number of images at a time.
+        device: where the noise is drawn and the network is; by default the network's.
         sampler_fn: any function ``fn(net, noise, labels=None, gnet=None, randn_like=..., **more)``.
         rank, world_size: this process's share of the batches.
-        sampler_options: handed to `sampler_fn` as they are, e.g. ``num_steps=8, w_stiff=0.5``.
+        sampler_options: passed to `sampler_fn` unchanged, e.g. ``num_steps=8, w_stiff=0.5``.
 
     Returns:
-        An iterable of `Batch`, with ``len()``; batches of a process without a share are none.
+        An iterable of `Batch`, with ``len()``; it is empty in a process without a share.
 
     Raises:
         ValueError: a class the network does not have, a guiding network of another shape, or
@@ -150,7 +150,7 @@ def generate(
     if device is None:
         device = next(net.parameters()).device
     seeds = list(seeds)
-    # As many batches for every rank, of nearly one size.
+    # The same number of batches for every rank, of nearly equal size.
     rounds = -(-len(seeds) // (batch_size * world_size))
     parts = np.array_split(np.arange(len(seeds)), max(rounds, 1) * world_size)
     shares = [part.tolist() for part in parts[rank::world_size] if len(part)]
@@ -171,7 +171,7 @@ def check_networks(net: Network, gnet: Network | None = None, class_idx: int | N
     """Refuse a class that does not exist, or a guiding network that does not fit.
 
     Raises:
-        ValueError: naming what does not.
+        ValueError: the message names what is wrong.
     """
     if class_idx is not None:
         if not net.label_dim:

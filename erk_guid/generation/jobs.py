@@ -1,7 +1,7 @@
-"""A generation job: many images into a folder, by one process or many, resumable.
+"""A generation job: one or many processes write images into a folder, and can resume.
 
-The folder tells how it was made: `run.json` records what was asked. A killed job leaves whole
-images only, and is continued with `resume`, which refuses to mix settings.
+`run.json` in the folder records what was asked. A killed job leaves only whole images. `resume`
+continues it, and refuses to mix settings.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from erk_guid.sampling import StepInfo
 
 RUN_FILE = "run.json"
 MAX_GRID = 400
-"""Images on a contact sheet, at most."""
+"""Largest number of images on a contact sheet."""
 GRID_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
@@ -49,7 +49,7 @@ class GenerationJob(GenerationConfig):
 
 
 def image_path(outdir: Path, seed: int, subdirs: bool) -> Path:
-    """Where the image of `seed` lies: a folder per 1000 seeds with `subdirs`."""
+    """Return the path of the image of `seed`; `subdirs` gives a folder per 1000 seeds."""
     folder = outdir / f"{seed // 1000 * 1000:06d}" if subdirs else outdir
     return folder / f"{seed:06d}.png"
 
@@ -58,10 +58,10 @@ def run_job(job: GenerationJob) -> int:
     """Generate the images of `job`; under torchrun, this process's share of them.
 
     Returns:
-        How many images were made, by all processes together (on the other ranks: 0).
+        How many images all processes made together, on rank 0; the other ranks return 0.
 
     Raises:
-        ErkGuidError: anything the user can put right.
+        ErkGuidError: anything the user can correct.
     """
     device = job.choose_device()
     _check_outputs(job)
@@ -70,7 +70,7 @@ def run_job(job: GenerationJob) -> int:
         todo = group.agree(lambda: _prepare(job, models))
         trace = Trace() if job.trace else None
         done = _generate(job, models, group, todo, trace)
-        # The only meeting point, after the work: rank 0 has something to put together.
+        # The ranks meet only here, after the work, so that rank 0 can join the results.
         totals = group.gather(done)
         traces = group.gather(trace.rows() if trace else None)
         if group.rank == 0:
@@ -82,7 +82,7 @@ def run_job(job: GenerationJob) -> int:
 
 
 def _check_outputs(job: GenerationJob) -> None:
-    """Find out before hours of work, not after, that the last files cannot be written."""
+    """Refuse outputs that cannot be written, before hours of work and not after."""
     if job.trace is not None:
         check_trace_path(job.trace)
     if job.grid is not None and job.grid.suffix.lower() not in GRID_SUFFIXES:
@@ -95,7 +95,7 @@ def _check_outputs(job: GenerationJob) -> None:
 
 
 def _prepare(job: GenerationJob, models: Models) -> list[int]:
-    """Set the folder up, and say which seeds are still to be made. Runs on rank 0."""
+    """Prepare the folder and return the seeds still to be made. Runs on rank 0."""
     settings = {**models.record(), "subdirs": job.subdirs}
     path = job.outdir / RUN_FILE
     seeds = list(dict.fromkeys(job.seeds))
@@ -113,7 +113,7 @@ def _prepare(job: GenerationJob, models: Models) -> list[int]:
             recorded = before["seeds"]
         for stale in list(_files(job.outdir, f".*{PARTIAL}*")):
             stale.unlink(missing_ok=True)
-        # Only what the recorded run claims: a picture of another seed may be an older run's.
+        # Keep only images of recorded seeds: those of other seeds may be from an older run.
         claimed = set(recorded)
         todo = [
             s
@@ -143,7 +143,7 @@ def _prepare(job: GenerationJob, models: Models) -> list[int]:
 
 
 def _clear(job: GenerationJob, seeds: list[int]) -> None:
-    """Take away the images of these seeds, lest a later --resume take them for this run's."""
+    """Delete old images of these seeds so that --resume cannot reuse them."""
     ours = {image_path(job.outdir, seed, job.subdirs) for seed in seeds}
     there = set(_files(job.outdir, "*.png"))
     _remove(there & ours)
@@ -154,7 +154,7 @@ def _clear(job: GenerationJob, seeds: list[int]) -> None:
 
 
 def _files(outdir: Path, pattern: str) -> Iterator[Path]:
-    """Files where a job puts them: in the folder, or in those of --subdirs; not further down."""
+    """Yield files in the folder and in its --subdirs folders, where jobs write; none deeper."""
     yield from outdir.glob(pattern)
     yield from outdir.glob(f"{'[0-9]' * 6}*/{pattern}")
 
@@ -168,7 +168,7 @@ def _remove(paths: Iterable[Path]) -> None:
 
 
 def _write_trace(job: GenerationJob, made: list[int], parts: list[np.ndarray]) -> None:
-    """The rows of the seeds just made; when resuming, beside those that the file has."""
+    """Write the rows of the seeds just made; when resuming, keep the file's other rows."""
     assert job.trace is not None
     if job.resume and job.trace.exists():
         before = read_trace(job.trace)
@@ -215,7 +215,7 @@ def _generate(
     todo: list[int],
     trace: Trace | None,
 ) -> int:
-    """This process's share; images are written while the next batch is computed."""
+    """Generate this process's share; write images while the next batch is computed."""
     bar = tqdm(unit="image", disable=group.rank != 0)
 
     def callback(info: StepInfo) -> None:
@@ -284,7 +284,7 @@ def _write_grid(job: GenerationJob) -> None:
             with Image.open(image_path(job.outdir, seed, job.subdirs)) as image:
                 images.append(image.convert("RGB"))
         columns = int(np.ceil(np.sqrt(len(images))))
-        # Small images are enlarged, so that a sheet of digits can be looked at.
+        # Small images are enlarged, so that digits can be seen.
         scale = max(1, 96 // images[0].width)
         save_picture(job.grid, tile(images, columns, scale))
     except (OSError, ValueError) as error:

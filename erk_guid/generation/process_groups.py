@@ -1,4 +1,4 @@
-"""Let several processes share the work: what torchrun started, or a lone process."""
+"""Let several processes share the work: those that torchrun started, or a single one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def launched_rank() -> int:
-    """The rank torchrun gave this process, 0 for a lone one."""
+    """Return the rank that torchrun gave this process, 0 for a single one."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -30,12 +30,12 @@ FAILED, ARRIVED = "erk_guid/failed", "erk_guid/arrived"
 
 
 class OtherRankError(ErkGuidError):
-    """Another rank failed and has said why; this process has only to stop."""
+    """Another rank failed and has said why; this process only has to stop."""
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process among those that share the work; a lone process is rank 0 of 1."""
+    """This process among those that share the work; a single process is rank 0 of 1."""
 
     rank: int = 0
     world_size: int = 1
@@ -43,7 +43,7 @@ class ProcessGroup:
     control: Any = field(default=None, repr=False)
 
     def agree(self, function: Callable[[], T]) -> T:
-        """What `function` returns on rank 0, on every rank; it runs there alone.
+        """Run `function` on rank 0 only, and return its result on every rank.
 
         Raises:
             ErkGuidError: `function` raised it; on the other ranks an `OtherRankError`.
@@ -66,9 +66,9 @@ class ProcessGroup:
         return answer[0]
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, in rank order, on rank 0; an empty list on the others.
+        """Return every rank's value, in rank order, on rank 0; an empty list on the others.
 
-        Waits for the slowest rank, but no longer than until another one fails.
+        Waits for the slowest rank, or until another one fails.
         """
         if self.world_size == 1:
             return [value]
@@ -79,7 +79,7 @@ class ProcessGroup:
         return values or []
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of every rank's `tensor` (on the CPU), on every rank; waits as `gather`."""
+        """Return the sum of every rank's `tensor` (on the CPU) on every rank; waits as `gather`."""
         if self.world_size > 1:
             self._arrive()
             with self._translating():
@@ -87,7 +87,7 @@ class ProcessGroup:
         return tensor
 
     def _arrive(self) -> None:
-        """Wait until every rank is here, but no longer than until one fails."""
+        """Wait until every rank is here, or until one fails."""
         assert self.store is not None
         number = int(self.store.add(ARRIVED, 1))
         everyone = -(-number // self.world_size) * self.world_size  # of this round of arrivals
@@ -96,7 +96,7 @@ class ProcessGroup:
             time.sleep(0.2)
 
     def check(self) -> None:
-        """Stop this process if another one has failed, on whatever node; costs a message.
+        """Stop this process if another one has failed, on any node; costs one message.
 
         Raises:
             OtherRankError: that rank has said why.
@@ -106,7 +106,7 @@ class ProcessGroup:
 
     @contextlib.contextmanager
     def _translating(self) -> Iterator[None]:
-        """A connection that breaks means that a process has ended."""
+        """Report a broken connection as a process that has ended."""
         try:
             yield
         except RuntimeError as error:
@@ -115,10 +115,10 @@ class ProcessGroup:
 
 
 def current_group() -> ProcessGroup:
-    """The process group that a script of the user's has set up; without one, a lone process.
+    """Return the process group that the user's script has set up, or a single process.
 
     Raises:
-        ErkGuidError: torchrun started several processes, and none was set up.
+        ErkGuidError: torchrun started several processes, and no group was set up.
     """
     if not (dist.is_available() and dist.is_initialized()):
         count = os.environ.get("WORLD_SIZE", "1")
@@ -138,16 +138,16 @@ def current_group() -> ProcessGroup:
 
 @functools.lru_cache(maxsize=1)
 def _control_beside(world: Any) -> Any:
-    """A Gloo group with the processes of `world`; one, however often it is asked for."""
+    """Return a Gloo group with the processes of `world`; every call returns the same one."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=2))
 
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[ProcessGroup]:
-    """Join the processes that torchrun started; a lone process joins nothing.
+    """Join the processes that torchrun started; a single process joins nothing.
 
-    NCCL is there for what lies on CUDA devices, Gloo for everything else. A process that leaves
-    by an exception says so to the others, on all nodes, and does not wait for them.
+    NCCL serves tensors on CUDA devices, Gloo everything else. A process that leaves by an
+    exception tells the others, on all nodes, and does not wait for them.
 
     Raises:
         ErkGuidError: the launcher's environment variables are incomplete.
@@ -163,8 +163,8 @@ def process_group(device: torch.device) -> Iterator[ProcessGroup]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
-    # Joining has the usual time limit. After that one rank may wait long for another's download
-    # or share; that a rank failed is told by the store, not found out by waiting.
+    # Joining has the usual time limit. After that a rank may wait long for another's download or
+    # share: the store, not a timeout, reports that a rank failed.
     control = dist.new_group(backend="gloo", timeout=timedelta(days=2))
     store = dist.distributed_c10d._get_default_store()
     rank = dist.get_rank()
@@ -174,5 +174,5 @@ def process_group(device: torch.device) -> Iterator[ProcessGroup]:
         with contextlib.suppress(RuntimeError):  # the store may be gone with rank 0
             store.set(FAILED, str(rank))
         raise
-    # Not in a finally: after a failure there is nobody left to say goodbye to.
+    # Not in a finally: after a failure no other process may be left.
     dist.destroy_process_group()

@@ -12,10 +12,10 @@ MOST_SEEDS = 10_000_000
 
 
 def seeds_in(text: str) -> list[int]:
-    """'1,2,5-10' to [1, 2, 5, 6, 7, 8, 9, 10], repeated ones as often as they stand there.
+    """Parse '1,2,5-10' into [1, 2, 5, 6, 7, 8, 9, 10]; repeated seeds are kept.
 
     Raises:
-        ValueError: a part is neither a whole number nor a range, or too long a range.
+        ValueError: a part is neither a whole number nor a range, or the range is too long.
     """
     seeds: list[int] = []
     for part in text.split(","):
@@ -50,7 +50,7 @@ class SeededNoise:
         return len(self._generators)
 
     def randn(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Standard normal noise, [seeds, *shape]."""
+        """Return standard normal noise, [seeds, *shape]."""
         return torch.stack(
             [
                 torch.randn(list(shape), generator=g, dtype=dtype, device=self._device)
@@ -59,11 +59,11 @@ class SeededNoise:
         )
 
     def randn_like(self, x: Tensor) -> Tensor:
-        """Standard normal noise like `x` [seeds, ...]."""
+        """Return standard normal noise like `x` [seeds, ...]."""
         return self.randn(x.shape[1:], x.dtype)
 
     def randint(self, high: int) -> Tensor:
-        """Whole numbers in [0, high), [seeds]."""
+        """Return whole numbers in [0, high), [seeds]."""
         return torch.stack(
             [
                 torch.randint(high, size=[], generator=g, device=self._device)

@@ -1,4 +1,4 @@
-"""Per-step diagnostics of a run: what guidance saw and did, for each image and step."""
+"""Per-step diagnostics of a run: what guidance measured and did, for each image and step."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ COLUMNS = (
     "correction_size",
     "relative_correction",
 )
-"""`stiffness` is rho (unit 1/sigma), `h_stiffness` is rho times the step's length, `gate` 1 where
-rho exceeds w_con; sizes are Euclidean norms. Empty (NaN) at steps without an embedded pair."""
+"""`stiffness` is rho (unit 1/sigma), `h_stiffness` is rho times the step's length, `gate` is 1
+where rho exceeds w_con. Sizes are Euclidean norms. Empty (NaN) at steps with no embedded pair."""
 
 MOST_STEPS = 10_000
-"""Of a trace that is read."""
+"""Largest number of steps of a trace that is read."""
 
 SUFFIXES = (".csv", ".npz")
 
 
 class Trace:
-    """Collects `StepInfo`; pass `callback` to the sampler, and `end_batch` after each batch."""
+    """Collector of `StepInfo`: give `callback` to a sampler, call `end_batch` after each batch."""
 
     def __init__(self) -> None:
         self._open: list[list[Tensor | float]] = []
         self._rows: list[np.ndarray] = []
 
     def callback(self, info: StepInfo) -> None:
-        """Note one step, on the device: nothing waits here."""
+        """Record one step on the device, without waiting for it."""
         moved = torch.linalg.vector_norm((info.x - info.x_before).flatten(1).float(), dim=1)
         nothing = torch.full_like(moved, torch.nan)
         rho = nothing if info.stiffness is None else info.stiffness
@@ -59,7 +59,7 @@ class Trace:
         )  # fmt: skip
 
     def end_batch(self, seeds: Sequence[int]) -> None:
-        """File the steps noted since the last call under these seeds."""
+        """Store the steps recorded since the last call under these seeds."""
         names = np.asarray(seeds, dtype=np.float64)
         for values in self._open:
             columns = [
@@ -70,21 +70,21 @@ class Trace:
         self._open = []
 
     def rows(self) -> np.ndarray:
-        """Everything so far, float64 [rows, len(COLUMNS)]."""
+        """Return all rows so far, float64 [rows, len(COLUMNS)]."""
         return np.concatenate(self._rows) if self._rows else np.empty((0, len(COLUMNS)))
 
 
 def check_trace_path(path: Path) -> None:
-    """Raises ErkGuidError if `path` does not end in a known suffix."""
+    """Raise ErkGuidError unless `path` ends in a known suffix."""
     if path.suffix not in SUFFIXES:
         raise ErkGuidError(f"cannot write a trace to {path}: end its name in .csv or .npz")
 
 
 def read_trace(path: Path) -> np.ndarray:
-    """The rows of a trace that `write_trace` wrote.
+    """Read the rows of a trace that `write_trace` wrote.
 
     Raises:
-        ErkGuidError: it is something else.
+        ErkGuidError: the file cannot be read, or is something else.
     """
     try:
         if path.suffix == ".npz":

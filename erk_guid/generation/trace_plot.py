@@ -1,4 +1,4 @@
-"""A trace as a picture, and as one line a step."""
+"""A trace as a picture, and as one line per step."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ SUMMARY = (
 
 
 def summarize(rows: np.ndarray) -> np.ndarray:
-    """One line a step, float64 [steps, len(SUMMARY)]; NaN where a step has nothing to show.
+    """Compute one line per step, float64 [steps, len(SUMMARY)]; NaN where a step has no value.
 
     Args:
-        rows: of a trace, [rows, len(COLUMNS)], see `read_trace`.
+        rows: the rows of a trace, [rows, len(COLUMNS)], see `read_trace`.
 
     Raises:
-        ErkGuidError: there are none, or they are of runs with different noise levels.
+        ErkGuidError: there are no rows, or they are from runs with different noise levels.
     """
     if not len(rows):
         raise ErkGuidError("the trace is empty: no image was made while it was written")
@@ -58,7 +58,7 @@ def _of_known(function: Any, values: np.ndarray) -> float:
 
 
 def draw_trace(summary: np.ndarray, title: str) -> bytes:
-    """Stiffness, stiffness times step, gate and correction over the noise levels, as PNG.
+    """Draw stiffness, stiffness times step, gate and correction over the noise levels, as PNG.
 
     Raises:
         MissingExtraError: matplotlib is not installed.

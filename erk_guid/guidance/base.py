@@ -31,7 +31,7 @@ class Guidance(Protocol):
 
     @property
     def active(self) -> bool:
-        """Whether anything is corrected at all."""
+        """True if anything is corrected at all."""
 
     def check(self, solver: Solver) -> None:
         """Refuse a solver whose steps do not have what is needed.

@@ -60,6 +60,10 @@ class Measurement(NamedTuple):
 class ERKGuidance:
     """The paper's correction, with a strength and a threshold.
 
+    The bound, which is ours, rests on this: on a linear mode with z = h lambda the error of Heun's
+    step is about z / 3 of the distance to the embedded solution of lower order. A correction beyond
+    0.2 of it supposes z above 0.6, where the expansion it rests on no longer holds.
+
     Args:
         w_stiff: strength; 0 switches the correction off. 1/sqrt(6) = 0.408 cancels Heun's
             leading error on a linear mode, the paper uses 0.5 (8 steps) to 2.5 (32 steps).
@@ -70,9 +74,7 @@ class ERKGuidance:
             models.
         bound: largest correction, as a multiple of the distance between the step's solution and
             the embedded one of lower order. 0.2 ends runaway samples. None, as published, sets no
-            limit. On a linear mode with z = h lambda the error of Heun's step is about z / 3 of
-            that distance, so a correction beyond 0.2 of it supposes z above 0.6, where the
-            expansion it rests on no longer holds.
+            limit.
 
     Raises:
         ValueError: a value that is negative or not a finite number; the message names it.
@@ -103,7 +105,7 @@ class ERKGuidance:
 
     @property
     def active(self) -> bool:
-        """Whether anything is corrected at all."""
+        """True if the strength is above 0."""
         return self.w_stiff > 0
 
     def check(self, solver: Solver) -> None:

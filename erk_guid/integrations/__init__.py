@@ -1,1 +1,1 @@
-"""Fronts for other programs; each imports what it needs, none is needed by the core."""
+"""Adapters for other programs; each imports what it needs, and the core needs none."""

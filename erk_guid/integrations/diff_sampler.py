@@ -1,14 +1,14 @@
 """The sampler functions of the diff-sampler toolbox, under its names and signatures.
 
-In a checkout of that toolbox one line in ``solvers.py`` puts these in place of its own::
+In a checkout of that toolbox, one line in ``solvers.py`` replaces its functions by these::
 
     from erk_guid.integrations.diff_sampler import *
 
-Every function takes all options that the toolbox's driver passes; those that do not concern a
-solver are ignored, and any other name is an error. ``w_stiff`` and ``w_con`` default to 0, as
-there. As there, DPM-Solver++ and UniPC in data prediction (predict_x0, the toolbox's default)
-limit denoised images by dynamic thresholding, which the package's own solvers do only when asked
-to (`erk_guid.solvers.multistep.dynamic_threshold`).
+Every function takes all options that the toolbox's driver passes. It ignores those that do not
+concern its solver, and any other name is an error. ``w_stiff`` and ``w_con`` default to 0, as in
+the toolbox. Also as there, DPM-Solver++ and UniPC in data prediction (predict_x0, the default)
+limit denoised images by dynamic thresholding. The package's own solvers do so only on request
+(`erk_guid.solvers.multistep.dynamic_threshold`).
 
 ``scripts/check_programs.py --diff-sampler CHECKOUT`` runs the toolbox's driver with its own
 functions and with these, and compares the images.
@@ -46,15 +46,15 @@ DRIVER_OPTIONS = frozenset({
     "lower_order_final", "variant", "deis_mode", "model_path", "prompt", "sigma_min", "sigma_max",
     "schedule_type", "schedule_rho", "t_steps", "nfe", "model_source", "coeff_list",
 })  # fmt: skip
-"""What that toolbox's driver passes to every sampler."""
+"""Options that the toolbox's driver passes to every sampler."""
 
 Sampled = Any
-"""The end points; with `return_inters` the trajectory, and with `return_eps` besides (but for
-UniPC) a pair of trajectory and drifts."""
+"""The end points. With `return_inters` the trajectory; with `return_eps` too (except UniPC), the
+pair of trajectory and drifts."""
 
 
 def _sampler(name: str, *takes: str) -> Callable[..., Sampled]:
-    """The function for our solver `name`, which takes these of the toolbox's options."""
+    """Return the function for our solver `name`, which uses these of the toolbox's options."""
 
     def sampler(
         net: Any,
@@ -112,7 +112,7 @@ def _sampler(name: str, *takes: str) -> Callable[..., Sampled]:
         trajectory = torch.stack([x, *points])
         if not return_eps or name == "unipc":
             return trajectory
-        # The step to 0 is a call of the network there, and has no drift.
+        # In the toolbox the step to 0 is a call of the network, and has no drift.
         return trajectory, torch.stack(drifts[:-1] if denoise_to_zero else drifts)
 
     return sampler
@@ -129,7 +129,7 @@ def _schedule(
 ) -> Tensor:
     if kind != "discrete":
         return make_sigmas(kind, num_steps, sigma_min, sigma_max, rho)[:-1]
-    # Equal steps in the network's own time, which it turns into noise levels itself.
+    # Equal steps in the network's own time; the network turns times into noise levels.
     # With rho other than 1 the toolbox's expression does not begin at sigma_max; it is kept.
     first, last = (
         float(net.sigma_inv(torch.tensor(float(s), device=device))) for s in (sigma_max, sigma_min)
@@ -153,8 +153,8 @@ def _denoiser(
 class _InFloat32:
     """Log-SNRs in float32, as the toolbox computes them in a float32 run.
 
-    Its weights are up to 1e-6 off by that, which decides on the last grey level of one pixel in a
-    hundred; with the same rounding the images agree.
+    This moves the weights by up to 1e-6, which decides the last grey level of one pixel in a
+    hundred. With the same rounding the images agree.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The one decision that adapters take about flow-matching models."""
+"""The process in which adapters integrate flow-matching models."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from erk_guid.solvers import Heun, Modal, Solver
 def flow_process(solver: Solver, guidance: Guidance | None) -> Process:
     """Return the process in which an adapter integrates a flow-matching model.
 
-    diffusers and ComfyUI integrate in t itself, where the drift (x - D) / t has the form that it
-    has in sigma. For Euler, Heun and DPM-Solver-2, plain or with the published guidance, so do the
-    adapters: the results are then those programs' own, bit for bit. That is `VE` with t for sigma.
-    What supposes Gaussian modes goes through `RectifiedFlow`: the modal solver, and the
-    parameter-free form of Heun. DPM-Solver-2's stays in t. Its midpoint, the geometric mean of the
-    step's ends, is a poor one where sigma begins at infinity: measured, the form is up to three
-    times worse there than in t (benchmarks/flow.py).
+    diffusers and ComfyUI integrate in t itself, where the drift (x - D) / t has the same form as
+    in sigma. The adapters do so too for Euler, Heun and DPM-Solver-2, plain or with the published
+    guidance, as `VE` with t for sigma. The results are then those programs' own, bit for bit.
+    Methods that assume Gaussian modes go through `RectifiedFlow`: the modal solver, and the
+    parameter-free form of Heun. That form of DPM-Solver-2 stays in t. Its midpoint is the geometric
+    mean of the step's ends, which is poor where sigma begins at infinity: in sigma the form was
+    measured to be up to three times worse than in t (benchmarks/flow.py).
     """
     supposes_modes = isinstance(solver, Modal) or (
         isinstance(solver, Heun) and isinstance(guidance, ParameterFreeGuidance)

@@ -4,11 +4,11 @@
 
     x = sample_erk_heun(model, x, sigmas, extra_args={...}, w_stiff="auto")
 
-``model(x, sigma, **extra_args)`` returns the denoised x for sigma [N]; `x` comes in already scaled
-by ``sigmas[0]``; a trailing 0 is reached by an Euler step. The lists of noise levels may begin or
-end anywhere. Flow-matching models work too where, as in ComfyUI, the wrapped model returns the
-denoised x: say ``flow=True``. What supposes Gaussian modes (Heun's parameter-free form and the
-modal solver) then goes through `erk_guid.RectifiedFlow`; the rest is integrated in t, as ComfyUI
+``model(x, sigma, **extra_args)`` returns the denoised x for sigma [N]. `x` must already be scaled
+by ``sigmas[0]``. The step to a trailing 0 is an Euler step. The lists of noise levels may begin or
+end anywhere. Flow-matching models work too if the wrapped model returns the denoised x, as in
+ComfyUI: pass ``flow=True``. Methods that assume Gaussian modes (Heun's parameter-free form and the
+modal solver) then go through `erk_guid.RectifiedFlow`. The others are integrated in t, as ComfyUI
 does (`erk_guid.integrations.flow`).
 """
 
@@ -48,7 +48,7 @@ def _run(
     from tqdm.auto import tqdm
 
     if len(sigmas) < 2:
-        return x  # as the field's samplers do where there is nothing left to denoise
+        return x  # as other samplers do where nothing is left to denoise
     extra = dict(extra_args or {})
     ones = x.new_ones([x.shape[0]])
 
@@ -75,7 +75,7 @@ def _run(
 def _churn(
     s_churn: float, s_tmin: float, s_tmax: float, s_noise: float, flow: bool
 ) -> Churn | None:
-    """The noise to add; numbers may come as tensors, as noise levels do.
+    """Return the noise to add, None for none; numbers may be tensors, as noise levels are.
 
     Raises:
         ValueError: a number out of range, or noise for a flow-matching model.
@@ -110,20 +110,20 @@ def sample_erk_heun(
     gate: Gate = ERKGuidance.gate,
     flow: bool = False,
 ) -> Tensor:
-    """k-diffusion's ``sample_heun`` with ERK guidance; two evaluations a step.
+    """Sample as k-diffusion's ``sample_heun``, with ERK guidance; two evaluations per step.
 
     Args:
         model: called as ``model(x, sigma, **extra_args)`` with sigma [N]; returns the denoised x.
         x: [N, ...], already scaled by ``sigmas[0]``.
         sigmas: falling noise levels [steps + 1], ending at 0 or above.
-        extra_args: handed to the model.
-        callback: called once a step with x (before the step), i, sigma, sigma_hat, denoised.
+        extra_args: passed to the model.
+        callback: called once per step with x (before the step), i, sigma, sigma_hat, denoised.
         disable: switches the progress bar off.
         s_churn, s_tmin, s_tmax, s_noise: noise added before steps at levels from s_tmin to s_tmax,
-            without guidance (w_stiff=0) only. It is drawn by `torch.randn_like` where it is
-            added (as in EDM2; k-diffusion also draws, and drops it, at the other steps).
+            only without guidance (w_stiff=0). `torch.randn_like` draws it where it is added, as in
+            EDM2 (k-diffusion draws at the other steps too, and drops that noise).
         w_stiff, w_con, bound, gate: see `ERKGuidance`; "auto" is `ParameterFreeGuidance`, which
-            the other three have no part in.
+            ignores the other three.
         flow: whether the model is a flow-matching one: x is (1 - t) clean + t noise, and `sigmas`
             are times t. See `erk_guid.integrations.flow` for what that changes.
 
@@ -157,7 +157,10 @@ def sample_erk_dpm_2(
     gate: Gate = ERKGuidance.gate,
     flow: bool = False,
 ) -> Tensor:
-    """k-diffusion's ``sample_dpm_2`` with ERK guidance; arguments as `sample_erk_heun`'s."""
+    """Sample as k-diffusion's ``sample_dpm_2``, with ERK guidance.
+
+    Arguments as `sample_erk_heun`'s.
+    """
     churn = _churn(s_churn, s_tmin, s_tmax, s_noise, flow)
     guidance = make_guidance(w_stiff, w_con=w_con, bound=bound, gate=gate)
     return _run(DPM2(), guidance, flow, model, x, sigmas, extra_args, callback, disable, churn)
@@ -174,7 +177,7 @@ def sample_modal(
     *,
     flow: bool = False,
 ) -> Tensor:
-    """The modal solver (`erk_guid.solvers.Modal`), one evaluation a step, no guidance.
+    """Sample by the modal solver (`erk_guid.solvers.Modal`), one evaluation per step, no guidance.
 
     Arguments as `sample_erk_heun`'s.
     """

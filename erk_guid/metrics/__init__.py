@@ -1,4 +1,4 @@
-"""Scores of images: detectors, statistics of their features, and what compares them.
+"""Scores of images: detectors, statistics of their features, and the scores themselves.
 
 >>> import numpy as np
 >>> from erk_guid.metrics import frechet_distance, precision_recall

@@ -31,13 +31,13 @@ class Metric:
     detector: str
 
     def needs(self, what: Need) -> bool:
-        """Return whether it needs that of the generated images."""
+        """Return whether the score needs `what` of the generated images."""
         return what in self.score.needs
 
     def compute(
         self, collected: Collected, reference: Reference | None, device: torch.device
     ) -> dict[str, float]:
-        """Return its values: under its own name, or NAME/VALUE where there are several.
+        """Return the values by name: NAME for a single value, NAME/VALUE for each of several.
 
         Raises:
             ErkGuidError: the reference lacks something.
@@ -58,7 +58,7 @@ class Metric:
         """Return what the score needs of the real images.
 
         Raises:
-            ErkGuidError: the reference has it not.
+            ErkGuidError: the reference does not have it.
         """
         needs = self.score.needs_of_reference
         statistics = reference.of(self.detector) if "statistics" in needs else None
@@ -76,7 +76,7 @@ class Metric:
         """Refuse a reference that lacks something, or was made with another detector.
 
         Raises:
-            ErkGuidError: naming what does not fit.
+            ErkGuidError: the message names what does not fit.
         """
         real = self.of(reference)
         for what, size in (
@@ -98,8 +98,8 @@ def metrics_of(names: Sequence[str]) -> list[Metric]:
     """Return metrics from their names, each once.
 
     A detector's name alone is the Frechet distance of its features, as in EDM2 (``fid``,
-    ``fd_dinov2``). ``SCORE:DETECTOR`` is another score of them (``kid:fd_digits``), and a score's
-    name alone that of its usual detector (``kid``).
+    ``fd_dinov2``). ``SCORE:DETECTOR`` is another score of those features (``kid:fd_digits``). A
+    score's name alone uses the score's usual detector (``kid``).
 
     Raises:
         ErkGuidError: there is no such score or detector.

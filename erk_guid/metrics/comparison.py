@@ -34,14 +34,14 @@ REAL = "ILSVRC2012_img_val_resize_centercrop"
 """The folder of real images that the published program expects."""
 
 MANIFOLD_DETECTOR, SCORE_DETECTOR = PrecisionRecall.detector, InceptionScore.detector
-"""Whose features torch-fidelity takes for precision and recall, and for the inception score."""
+"""torch-fidelity's detectors for precision and recall, and for the inception score."""
 
 SPLITS = InceptionScore.splits
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What to compute. Field names are those of calculate_precision_recall_is.py."""
+    """Settings of a comparison. Field names are those of calculate_precision_recall_is.py."""
 
     generated: Path
     real: str = REAL
@@ -56,14 +56,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class _Set:
-    """One side: images to be looked at, or features that a file holds."""
+    """One side of a comparison: images, or features from a file."""
 
     path: str
     images: ImageSource | None = None
     features: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
-        """What identifies the set, in JSON's types."""
+        """Return what identifies the set, in JSON's types."""
         if self.images is None:
             return {"path": self.path, "sha256": sha256_of(locate_reference(self.path))}
         return {"path": self.path, "names": names_of(self.images, range(len(self.images)))}
@@ -83,7 +83,7 @@ def compare(job: Comparison) -> dict[str, Any]:
         for, and everything needed to repeat them.
 
     Raises:
-        ErkGuidError: anything the user can put right.
+        ErkGuidError: any error that the user can correct.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ErkGuidError("precision and recall run in one process; start it without torchrun")
@@ -141,7 +141,7 @@ def compare(job: Comparison) -> dict[str, Any]:
 
 
 def _open(source: str, detector: str, shipped: bool = False) -> _Set:
-    """Images, or a file with features (an .npz that `ref` or `calc --features` wrote)."""
+    """Open images, or a file with features (an .npz from `ref` or `calc --features`)."""
     path = user_path(source)
     features = shipped and source == SHIPPED and not path.exists()
     if path.suffix == ".npz" and path.is_file():
@@ -203,7 +203,7 @@ def _collect(
 
 
 def warn_unequal(result: Mapping[str, Any]) -> None:
-    """Say so if the numbers of images differ much: precision and recall depend on both."""
+    """Print a note if the numbers of images differ much: the values depend on both numbers."""
     if "num_real" in result and result["num_real"] > 2 * result["num_generated"]:
         print(
             f"Note: {result['num_real']} real images against {result['num_generated']} generated "

@@ -48,7 +48,7 @@ class FeatureExtractorDigits(FeatureExtractorBase):
 
 
 def register() -> str:
-    """Register the extractor with torch-fidelity (once); returns its name, `NAME`.
+    """Register the extractor with torch-fidelity (once) and return its name, `NAME`.
 
     ``torch_fidelity.calculate_metrics(input1=generated, input2=real, prc=True, isc=True,
     feature_extractor=erk_guid.metrics.fidelity.register())`` then needs no download.

@@ -41,7 +41,7 @@ from erk_guid.metrics.statistics.references import check_destination
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
-    """How to score. Field names are those of calculate_metrics.py."""
+    """Settings of scoring. Field names are those of calculate_metrics.py."""
 
     metrics: Sequence[str] = ("fid", "fd_dinov2")
     num: int = 50000
@@ -56,7 +56,7 @@ class Scoring:
 
     @property
     def chosen(self) -> list[Metric]:
-        """The metrics by their names.
+        """The metrics that `metrics` names.
 
         Raises:
             ErkGuidError: there is no such metric.
@@ -76,7 +76,7 @@ class Scoring:
         group: ProcessGroup,
         total: int,
     ) -> Collected:
-        """Return what the detectors say of the images, as far as it is needed."""
+        """Run the detectors on the images and return the results that the metrics need."""
         chosen = self.chosen
         keeps = self.features is not None or self.bootstrap > 0
         return collect(
@@ -86,7 +86,7 @@ class Scoring:
         )  # fmt: skip
 
     def check(self) -> None:
-        """Find out before hours of work what cannot end well.
+        """Refuse settings that would fail only after hours of work.
 
         Raises:
             ErkGuidError: an unknown metric, weights for a metric that is not asked for, or a
@@ -105,7 +105,7 @@ class Scoring:
             check_writable(self.json)
 
     def open_detectors(self, device: torch.device, group: ProcessGroup) -> list[Detector]:
-        """Load the detectors, rank 0 first: it downloads, the others find the files."""
+        """Load the detectors, first on rank 0, which downloads the files for all ranks."""
 
         def load() -> list[Detector]:
             return [
@@ -119,14 +119,14 @@ class Scoring:
 
 
 def calc(images: Path, ref: str, scoring: Scoring) -> dict[str, Any]:
-    """Score a folder, zip or .npz of images; under torchrun every rank calls this.
+    """Score a folder, zip or .npz of images. Under torchrun every rank calls this.
 
     Returns:
-        What `--json` writes: scores, and everything needed to repeat them. On the other ranks
-        an empty dict.
+        What `--json` writes: scores, and everything needed to repeat them. On ranks other than
+        0 an empty dict.
 
     Raises:
-        ErkGuidError: anything the user can put right.
+        ErkGuidError: any error that the user can correct.
     """
     device = choose_device(scoring.device)
     with process_group(device) as group:
@@ -138,7 +138,7 @@ def calc(images: Path, ref: str, scoring: Scoring) -> dict[str, Any]:
             choose(open_images(images), scoring.num, scoring.seed)
             return read_reference(ref)
 
-        # Rank 0 looks first and says alone what is wrong.
+        # Rank 0 checks first, so that each error is reported only once.
         reference = group.agree(look)
         source = open_images(images)
         chosen = choose(source, scoring.num, scoring.seed)
@@ -153,9 +153,9 @@ def calc(images: Path, ref: str, scoring: Scoring) -> dict[str, Any]:
 
 
 def gen(config: GenerationConfig, ref: str, scoring: Scoring) -> dict[str, Any]:
-    """Generate the images of seeds `seed ... seed + num - 1` and score them; writes no image.
+    """Generate and score the images of seeds `seed ... seed + num - 1`, and write no image.
 
-    Returns and raises as `calc`.
+    Returns and raises the same as `calc`.
     """
     device = config.choose_device()
     with process_group(device) as group:
@@ -173,7 +173,7 @@ def gen(config: GenerationConfig, ref: str, scoring: Scoring) -> dict[str, Any]:
         parts = blocks(range(scoring.num), config.batch, group)
 
         def source() -> Iterator[Block]:
-            # A call for every block, so that the blocks do not depend on the processes.
+            # One call for each block, so that blocks do not depend on the number of processes.
             for part in parts:
                 seeds = [scoring.seed + i for i in part]
                 batches = generate(
@@ -197,20 +197,20 @@ def make_reference(
     last: int | None = None,
     keep: int = 0,
 ) -> dict[str, int]:
-    """Statistics of a data set, in a file that `calc` and `gen` read.
+    """Write statistics of a data set to a file that `calc` and `gen` read.
 
     Args:
         data: folder, zip or .npz.
         dest: `.npz` (ours) or `.pkl` (what EDM2's programs read).
         scoring: its `num` and `seed` are not used.
-        first, last: only images ``first ... last - 1``, in the order of their names.
+        first, last: use only images ``first ... last - 1``, in the order of their names.
         keep: how many images' features to keep as float16, for precision and recall.
 
     Returns:
-        Number of images by metric; on the other ranks an empty dict.
+        Number of images by metric. On ranks other than 0 an empty dict.
 
     Raises:
-        ErkGuidError: anything the user can put right.
+        ErkGuidError: any error that the user can correct.
     """
     device = choose_device(scoring.device)
     with process_group(device) as group:
@@ -277,10 +277,10 @@ def check_weights_are_used(weights: Mapping[str, str], detectors: Sequence[str])
 
 
 def choose(source: ImageSource, num: int, seed: int) -> list[int]:
-    """Which images to score: `num` of them; if there are more, those that EDM2 draws by `seed`.
+    """Return the indices of `num` images to score; of more images, EDM2's choice by `seed`.
 
     Raises:
-        ErkGuidError: fewer than `num`, or fewer than 2.
+        ErkGuidError: there are fewer than `num`, or fewer than 2.
     """
     if len(source) < num:
         raise ErkGuidError(
@@ -293,7 +293,7 @@ def choose(source: ImageSource, num: int, seed: int) -> list[int]:
 
 
 def subset(total: int, num: int, seed: int) -> list[int]:
-    """`num` of the numbers below `total`, drawn by `seed` as EDM2 does, in rising order."""
+    """Return `num` numbers below `total`, drawn by `seed` as EDM2 does, in rising order."""
     if num >= total:
         return list(range(total))
     order = np.arange(total, dtype=np.int64)
@@ -307,7 +307,7 @@ def _check_count(count: int, what: str) -> None:
 
 
 def tell_ignored(path: Path) -> None:
-    """Rank 0 looks first, and says alone what is wrong or passed over."""
+    """Print which files were passed over; called on rank 0 only, so that it is said once."""
     source = open_images(path)
     if source.ignored:
         more = f" and {len(source.ignored) - 1} more" if len(source.ignored) > 1 else ""
@@ -331,7 +331,7 @@ def _check_reference(scoring: Scoring, reference: Reference, detectors: Sequence
 
 
 def names_of(source: ImageSource, chosen: Sequence[int]) -> dict[str, str]:
-    """Which images were taken: the first, the last, and a digest of all their names."""
+    """Return which images were taken: first and last name, and a digest of all names."""
     names = [source.names[i] for i in chosen]
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
     return {"first": names[0], "last": names[-1], "sha256": digest}
@@ -398,7 +398,7 @@ def write_json(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that scores depend on."""
+    """Return the versions of everything that scores depend on."""
     found = {"erk_guid": __version__, "python": platform.python_version()}
     for package in ("torch", "numpy", "Pillow", "torch-fidelity"):
         try:

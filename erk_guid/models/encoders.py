@@ -16,23 +16,23 @@ from erk_guid.common.errors import ErkGuidError, MissingExtraError
 
 
 class Encoder(Protocol):
-    """What generation needs: `decode`, and how to write the encoder into a file."""
+    """An encoder as generation needs it: `decode`, and how to write it into a file."""
 
     @property
     def config(self) -> dict[str, Any]: ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Float latents [N, C, h, w] to uint8 pixels [N, C', H, W] on the same device."""
+        """Decode float latents [N, C, h, w] to uint8 pixels [N, C', H, W] on the same device."""
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """uint8 pixels [N, C', H, W] to float32 latents [N, C, h, w] on the same device."""
+        """Encode uint8 pixels [N, C', H, W] to float32 latents [N, C, h, w] on the same device."""
 
 
 DEFAULT_VAE_BATCH = 8
 """Images that a VAE encodes or decodes at a time, unless a file says otherwise."""
 
 PIXELS = "0 to 1"
-"""The range of the VAE's pixels, as records of runs name it."""
+"""The range of the VAE's pixels, as written in records of runs."""
 
 GENERATION_VAE_BATCH = 4
 """Latents decoded at a time while images are generated, whatever the file says (as EDM2 does)."""
@@ -55,9 +55,9 @@ class StandardRGBEncoder:
 class StabilityVAEEncoder:
     """Stable Diffusion's VAE (sd-vae-ft-mse) as EDM2 uses it, with latents whitened per channel.
 
-    EDM2's VAE works on pixels in [0, 1]: not in [-1, 1], as the pipelines of Stable Diffusion do.
-    Decoding clamps to [0, 1], multiplies by 255 and truncates. Encoding divides by 255. Latents of
-    the published networks are wrong in every pixel under the other convention.
+    EDM2's VAE works on pixels in [0, 1]; the pipelines of Stable Diffusion use [-1, 1]. Decoding
+    clamps to [0, 1], multiplies by 255 and truncates. Encoding divides by 255. Latents of the
+    published networks are wrong in every pixel under the other convention.
 
     Args:
         vae_name: name on the Hugging Face hub, or a local folder in diffusers' layout.
@@ -117,15 +117,15 @@ class StabilityVAEEncoder:
         return self._vae.to(device)
 
     def prepare(self, device: torch.device) -> None:
-        """Fetch the VAE now, rather than at the first image.
+        """Fetch the VAE now instead of at the first image.
 
         Raises:
-            ErkGuidError: it cannot be had, or diffusers is not installed.
+            ErkGuidError: it cannot be fetched, or diffusers is not installed.
         """
         self._load(device)
 
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the VAE's posterior: its raw latents before whitening.
+        """Return mean and standard deviation of the VAE's posterior (raw latents, not whitened).
 
         Args:
             pixels: uint8 [N, 3, H, W].
@@ -147,8 +147,8 @@ class StabilityVAEEncoder:
 
         Args:
             pixels: uint8 [N, 3, H, W].
-            randn_like: where the noise of the draw comes from; `torch.zeros_like` gives the
-                posterior's mean.
+            randn_like: makes the noise of the draw; `torch.zeros_like` gives the posterior's
+                mean.
 
         Returns:
             ``(mean + std * noise) * scale + bias``, float32 [N, C, h, w].
@@ -163,7 +163,7 @@ class StabilityVAEEncoder:
         raw = (latents - self._per_channel(self.bias, latents)) / self._per_channel(
             self.scale, latents
         )
-        # 8-bit batches are kept, not float ones: a large batch would not fit otherwise.
+        # Keep 8-bit batches, not float ones; otherwise a large batch would not fit.
         return torch.cat(
             [
                 (vae.decode(batch).sample.clamp(0, 1) * 255).to(torch.uint8)

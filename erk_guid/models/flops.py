@@ -1,4 +1,4 @@
-"""What one evaluation of a network costs: parameters and multiply-adds."""
+"""Cost of one evaluation of a network: parameters and multiply-adds."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 
 
 class Cost(NamedTuple):
-    """Of one evaluation for one image."""
+    """Cost of one evaluation for one image."""
 
     parameters: int
     multiply_adds: int
     """Of convolutions and matrix products; a multiply-add is two floating-point operations."""
     by_operation: dict[str, int]
-    """The same, by torch's name of the operation."""
+    """`multiply_adds`, split by torch's name of the operation."""
 
 
 def count(net: Any) -> Cost:
     """Count the parameters of a network, and the multiply-adds of one evaluation.
 
-    The counting is torch's own (`torch.utils.flop_counter`), on shapes alone: nothing is computed,
-    so a large network takes no longer than a small one. Element-wise operations are left out.
+    torch counts them (`torch.utils.flop_counter`) on shapes alone. Nothing is computed, so a large
+    network takes no longer than a small one. Element-wise operations are not counted.
 
     Args:
         net: called as ``net(x, sigma, class_labels)``, with `img_channels`, `img_resolution`,
@@ -32,7 +32,7 @@ def count(net: Any) -> Cost:
 
     from erk_guid.models.checkpoints.build import NETWORKS
 
-    if type(net) in NETWORKS.values():  # ours: made again without its weights
+    if type(net) in NETWORKS.values():  # ours: built again without its weights
         with torch.device("meta"):
             shapes = type(net)(**net.config).eval()
     else:

@@ -1,1 +1,1 @@
-"""Studies that use the rest: accuracy, calibration, the toy, the demo, the tables."""
+"""Studies built on the other packages: accuracy, calibration, the toy, the demo, the tables."""

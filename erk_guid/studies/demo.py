@@ -1,4 +1,4 @@
-"""The newcomer's first minute: the shipped model with and without ERK guidance, side by side."""
+"""Demo for a first minute: the shipped model with and without ERK guidance, side by side."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PRESET = "digits"
 SEEDS = range(64)
 STEPS, FINE_STEPS = 5, 32
 GUIDANCE = ERKGuidance(w_stiff=1.0, w_con=0.5)
-"""Few steps and their settings: see docs/digits.md for the measurement they come from."""
+"""Settings for few steps, from the measurement in docs/digits.md."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Run:
 
 
 def run_demo(outdir: Path, device: str | None = None) -> None:
-    """Sample, draw and print; files go to `outdir`."""
+    """Sample, draw and print, and write the files to `outdir`."""
     where = choose_device(device)
     loaded = load(PRESET, device=where)
 

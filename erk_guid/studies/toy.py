@@ -1,14 +1,14 @@
-"""What guidance does on the 2-D tree, where everything is known: the paper's figure 1, our way.
+"""Guidance on the 2-D tree, where everything is known: our version of the paper's figure 1.
 
 Four things are computed, and drawn by `draw_toy`:
 
 - **stiffness**: the largest |eigenvalue| of the drift's Jacobian over the plane, exactly;
-- **drift**: its two components along a line across the stiffest place of a trajectory, and across
-  a place that is not stiff, each in the direction of that place's dominant eigenvector;
+- **drift**: its two components along a line across the stiffest place that the data reach, and
+  across the calmest one; each line follows that place's dominant eigenvector;
 - **trajectories** of a few points: plain Heun, the published guidance, the parameter-free form, and
   the exact solution;
-- **local error**: how far one step from the exact solution leads away from it, over the noise
-  levels, for the same three.
+- **local error**: distance to the exact solution after one step from it, over the noise levels,
+  for the same three.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from erk_guid.solvers import DEIS, Heun
 from erk_guid.studies.calibration.sweep import Task, fine_path, step_errors
 
 SIGMA_MAX = 5.0
-"""Where the tree's classes have long merged; its toy experiments start here."""
+"""Start of the toy experiments; the tree's classes have long merged at this noise level."""
 SUBSTEPS = 32
-"""Of the exact solution inside each step, by DEIS of order 4."""
+"""Substeps of the exact solution inside each step, by DEIS of order 4."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Kind:
 
 
 def kinds(w_stiff: float, w_con: float) -> list[Kind]:
-    """Plain Heun, the published form with these settings, and the parameter-free form."""
+    """Return plain Heun, the published form with these settings, and the parameter-free form."""
     return [
         Kind("plain", ERKGuidance(), "#dc2626"),
         Kind(f"ERK {w_stiff:g}/{w_con:g}", ERKGuidance(w_stiff, w_con), "#d97706"),
@@ -80,16 +80,16 @@ def compute_toy(
     grid: int = 120,
     seed: int = 0,
 ) -> Toy:
-    """The numbers.
+    """Compute the numbers behind the figure.
 
     Args:
         steps: noise levels of the trajectories, from 5 to 0.002.
-        w_stiff, w_con: of the published guidance, see `ERKGuidance`.
+        w_stiff, w_con: settings of the published guidance, see `ERKGuidance`.
         sigma: noise level of the map and of the lines.
         paths: trajectories that are kept.
         samples: trajectories that errors are averaged over, at least `paths`.
         grid: points of the map along each axis.
-        seed: of the start points.
+        seed: seed of the start points.
     """
     tree = tree_mixture()
     generator = torch.Generator().manual_seed(seed)
@@ -113,7 +113,7 @@ def compute_toy(
 
 
 def _path(tree: GaussianMixture, x: Tensor, sigmas: Tensor, guidance: Guidance) -> Tensor:
-    """x at each of the noise levels, [S, N, 2]."""
+    """Return x at each of the noise levels, [S, N, 2]."""
     points = [x]
     sample(tree, x, sigmas, guidance=guidance, callback=lambda info: points.append(info.x))
     return torch.stack(points)
@@ -135,7 +135,7 @@ def _map(
 
 
 def _lines(tree: GaussianMixture, sigma: float, arrays: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The drift across the stiffest place that the data reach, and across the calmest."""
+    """Return the drift across the stiffest place that the data reach, and across the calmest."""
     x, y = torch.meshgrid(arrays["map_x"], arrays["map_y"], indexing="xy")
     points = torch.stack([x, y], dim=-1).reshape(-1, 2)
     stiffness, density = arrays["stiffness"].flatten(), arrays["density"].flatten()
@@ -161,7 +161,7 @@ def _lines(tree: GaussianMixture, sigma: float, arrays: dict[str, Tensor]) -> di
 
 
 def draw_toy(toy: Toy) -> bytes:
-    """The figure, as PNG.
+    """Draw the figure and return it as PNG.
 
     Raises:
         MissingExtraError: matplotlib is not installed.

@@ -178,7 +178,7 @@ def test_references_with_features_serve_precision_and_recall(folder: Path, tmp_p
     assert done.exit_code == 0, done.output
     done = prc(folder, "--real", dest, "--detector", "fd_digits", "--device", "cpu",
                "--metrics", "precision,recall")  # fmt: skip
-    assert done.stdout == "precision: 1.000\nrecall: 1.000\n"
+    assert "precision: 1.000\nrecall: 1.000\n" in done.output
     assert "--keep-features needs a .npz" in run(
         "ref", "--data", folder, "--dest", tmp_path / "m.pkl", "--keep-features", 2
     ).output  # fmt: skip
@@ -193,6 +193,7 @@ def layout(value: Any) -> Any:
 
 def test_references_in_edm2s_layout(tmp_path: Path) -> None:
     # Catches: num_images taken for a metric, or left out of what is written.
+    pytest.importorskip("numpy", minversion="2", reason="the plain file names numpy._core")
     published = DATA / "edm2_ref.pkl"
     with open(published, "rb") as file:
         plain = pickle.load(file)

@@ -38,7 +38,7 @@ def sample_in_comfyui(
     model_type: str,
     guidance: Mapping[str, Any],
 ) -> Tensor:
-    """One of `SOLVERS`, once it is known what the model's x is.
+    """Sample with one of `SOLVERS`, for the model's kind of x.
 
     Args:
         model, x, sigmas, extra_args, callback, disable: as ComfyUI's KSAMPLER calls samplers.
@@ -52,14 +52,14 @@ def sample_in_comfyui(
 
 
 def is_flow(model: Any) -> bool:
-    """Whether ComfyUI samples the model by flow matching: its model_sampling is a CONST then."""
+    """Return whether ComfyUI samples the model by flow matching (its model_sampling is a CONST)."""
     kind = getattr(sys.modules.get("comfy.model_sampling"), "CONST", None)
     inner = getattr(getattr(model, "inner_model", None), "inner_model", None)
     return kind is not None and isinstance(getattr(inner, "model_sampling", None), kind)
 
 
 class ERKGuidSampler:
-    """Makes a SAMPLER of ComfyUI's."""
+    """ComfyUI node that makes a SAMPLER."""
 
     CATEGORY = "sampling/custom_sampling/samplers"
     RETURN_TYPES = ("SAMPLER",)
@@ -71,7 +71,7 @@ class ERKGuidSampler:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 (ComfyUI's name)
-        """ComfyUI's description of the inputs."""
+        """Return ComfyUI's description of the inputs."""
 
         def number(default: float, largest: float, tooltip: str) -> tuple[str, dict[str, Any]]:
             return "FLOAT", {
@@ -116,14 +116,14 @@ class ERKGuidSampler:
         bound: float = 0.0,
         model_type: str = MODEL_TYPES[0],
     ) -> tuple[Any]:
-        """The sampler, for ComfyUI to call."""
-        import comfy.samplers  # there when ComfyUI calls this, and nowhere else
+        """Return the sampler; ComfyUI calls this."""
+        import comfy.samplers  # exists only inside ComfyUI
 
-        # Every widget has a value; those of the published form say nothing in the other.
+        # Every widget has a value; the parameter-free form ignores those of the published one.
         guidance: dict[str, Any] = {"w_stiff": form}
         if form == "published":
             guidance = {"w_stiff": w_stiff, "w_con": w_con, "bound": bound or None, "gate": gate}
-        make_guidance(**guidance)  # complain at the node, not in mid-run
+        make_guidance(**guidance)  # raise at the node, not in mid-run
         options = {"solver": solver, "model_type": model_type, "guidance": guidance}
         return (comfy.samplers.KSAMPLER(sample_in_comfyui, options),)
 

@@ -5,8 +5,8 @@
     pipe.scheduler = ERKGuidHeunScheduler.from_config(pipe.scheduler.config, w_stiff="auto")
 
 `ERKGuidHeunScheduler` and `FlowMatchERKGuidHeunScheduler` (SD3, FLUX) are diffusers' own Heun with
-ERK guidance, two network calls a step. `ModalScheduler` and `FlowMatchModalScheduler` are the modal
-solver, one call a step, without guidance.
+ERK guidance, two network calls per step. `ModalScheduler` and `FlowMatchModalScheduler` are the
+modal solver, one call per step, without guidance.
 """
 
 from erk_guid.common.errors import MissingExtraError

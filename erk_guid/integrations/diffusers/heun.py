@@ -1,14 +1,14 @@
 """Heun with ERK guidance as schedulers for diffusers, at Heun's cost.
 
 `ERKGuidHeunScheduler` is diffusers' `HeunDiscreteScheduler`, `FlowMatchERKGuidHeunScheduler` its
-`FlowMatchHeunDiscreteScheduler` (SD3, FLUX), each with guidance; with ``w_stiff=0`` every call
+`FlowMatchHeunDiscreteScheduler` (SD3, FLUX), each with guidance. With ``w_stiff=0`` every call
 gives what theirs gives, bit for bit.
 
-A pipeline calls a two-stage scheduler twice a step. The second call of a step leaves behind the
-Euler solution and its drift, the first of the next step brings the Heun solution and its drift at
+A pipeline calls a two-stage scheduler twice per step. The second call of a step keeps the Euler
+solution and its drift. The first call of the next step brings the Heun solution and its drift at
 the same noise level: the embedded pair. It is dropped when timesteps are set, when a run begins
-in mid-schedule, and whenever a sample comes in that is not the one returned last (in-painting
-and callbacks edit it); the step is then plain Heun. Everything is kept in float32, whatever the
+in mid-schedule, and whenever the incoming sample is not the one returned last (in-painting and
+callbacks edit it). The step is then plain Heun. Everything is kept in float32, whatever the
 pipeline's precision.
 """
 
@@ -26,7 +26,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
-    # Looked up here, by this name, where a saved pipeline with one of our schedulers is loaded.
+    # diffusers looks this name up here when it loads a saved pipeline with one of our schedulers.
     SchedulerMixin,  # noqa: F401
 )
 from diffusers.configuration_utils import register_to_config
@@ -45,12 +45,12 @@ SETTINGS = ("w_stiff", "w_con", "bound", "gate")
 
 @dataclass
 class _Step:
-    """What the first call of a step leaves for the second, in float32."""
+    """What the first call of a step keeps for the second, in float32."""
 
     x: Tensor
     f: Tensor
     companion: _Left | None
-    """What the step before left, if its sample came back unchanged."""
+    """What the previous step kept, if its sample came back unchanged."""
     x_low: Tensor
     """Euler's solution, before it is rounded to the pipeline's precision."""
     returned: Tensor
@@ -59,7 +59,7 @@ class _Step:
 
 @dataclass
 class _Left:
-    """What the second call leaves for the next step."""
+    """What the second call keeps for the next step."""
 
     x_low: Tensor
     f_low: Tensor
@@ -67,7 +67,7 @@ class _Left:
 
 
 class _Guided(Samples, ABC):
-    """What both schedulers share, on top of one of diffusers' Heun schedulers.
+    """The part that both schedulers share, on top of one of diffusers' Heun schedulers.
 
     (The type checker sees the stand-ins that diffusers has for missing packages; their metaclass
     is not that of the real classes.)
@@ -79,7 +79,7 @@ class _Guided(Samples, ABC):
 
     @property
     def guidance(self) -> Guidance:
-        """The settings, from the config."""
+        """The guidance that the config asks for."""
         return make_guidance(**{name: getattr(self.config, name) for name in SETTINGS})
 
     def _forget(self) -> None:
@@ -88,7 +88,7 @@ class _Guided(Samples, ABC):
     def _lay_out(self, levels: Tensor, times: Tensor) -> None:
         """Begin a run over N + 1 noise levels; `times`: the timesteps of the first N."""
         self.num_inference_steps = len(times)
-        # On the host, as diffusers has them: the loop looks at them and should not wait.
+        # On the host, as in diffusers: the loop reads them and should not wait.
         self.sigmas = torch.cat([levels[:1], levels[1:-1].repeat_interleave(2), levels[-1:]]).cpu()
         self.timesteps = torch.cat([times[:1], times[1:].repeat_interleave(2)])
         self.prev_derivative = self.dt = None
@@ -96,7 +96,7 @@ class _Guided(Samples, ABC):
         self._forget()
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """As diffusers': where in the schedule a run begins."""
+        """Set where in the schedule a run begins, as in diffusers."""
         super().set_begin_index(begin_index)  # type: ignore[misc]
         self._forget()
 
@@ -108,7 +108,7 @@ class _Guided(Samples, ABC):
         return_dict: bool = True,
         **options: Any,
     ) -> Any:
-        """As diffusers' own; the sample it returns at the end of each step is guided.
+        """Return the next sample, as in diffusers; at the end of each step it is guided.
 
         Raises:
             ValueError: s_churn is not 0; the settings in the config are out of range.
@@ -116,7 +116,7 @@ class _Guided(Samples, ABC):
         guidance = self.guidance
         plain: Any = super().step  # type: ignore[misc]
         if isinstance(self, HeunDiscreteScheduler):
-            options.pop("generator", None)  # some pipelines offer one; nothing here is random
+            options.pop("generator", None)  # some pipelines pass one; nothing here is random
         if not guidance.active and not self.unit_variance:
             return plain(model_output, timestep, sample, return_dict=return_dict, **options)
         if guidance.active and options.get("s_churn", 0):
@@ -181,11 +181,11 @@ class _Guided(Samples, ABC):
         s: float,
         t: float,
     ) -> Tensor:
-        """Return what guidance makes of the whole step from noise level s to t."""
+        """Return the guided result of the whole step from noise level s to t."""
         process = self._process(guidance)
         begin, end = process.level(s), process.level(t)
         first = evaluation_in_sigma(step.x, step.x - s * step.f, begin)
-        # The solution is built on step.x_low itself, which the pipeline has rounded to x_low; the
+        # The solution is built on step.x_low itself. The pipeline has rounded it to x_low; the
         # denoised x is the same.
         second = evaluation_in_sigma(step.x_low, x_low - t * f_low, end)
         pair = None
@@ -201,22 +201,22 @@ class _Guided(Samples, ABC):
         return guidance(result).x * end.alpha
 
     def _process(self, guidance: Guidance) -> Process:
-        """Return what the step is written in for guidance."""
+        """Return the process in which guidance sees the step."""
         return VE()
 
     def _note(self, returned: Tensor, begins: bool) -> None:
-        """Remember what the pipeline was given, to tell whether it gives that back."""
+        """Remember the returned sample, to tell whether the pipeline gives it back unchanged."""
         holder = self._step if begins else self._left
         if holder is not None:
             holder.returned = returned.clone()
 
     def _dtype(self, sample: Tensor, output: Tensor) -> torch.dtype:
-        """Of what is given back, as diffusers has it."""
+        """Return the dtype of the returned sample, as in diffusers."""
         return output.dtype
 
     @abstractmethod
     def _drift(self, found: Any, output: Tensor, x_low: Tensor, sigma_next: Tensor) -> Tensor:
-        """dx/dsigma at (x_low, sigma_next)."""
+        """Return dx/dsigma at (x_low, sigma_next)."""
 
 
 class ERKGuidHeunScheduler(UnitVariance, _Guided, HeunDiscreteScheduler):  # type: ignore[metaclass]
@@ -227,9 +227,9 @@ class ERKGuidHeunScheduler(UnitVariance, _Guided, HeunDiscreteScheduler):  # typ
 
     Args:
         w_stiff, w_con, bound, gate: see `erk_guid.ERKGuidance`; w_stiff may be "auto",
-            the parameter-free form. w_con has the unit 1/sigma, sigma being noise over signal.
+            the parameter-free form. w_con has the unit 1/sigma, where sigma is noise over signal.
         unit_variance: for pipelines that keep samples at unit variance, such as `DDPMPipeline`,
-            `DDIMPipeline` and `DiTPipeline`; with these, diffusers' own Heun goes wrong.
+            `DDIMPipeline` and `DiTPipeline`; diffusers' own Heun gives wrong images with these.
 
     The other arguments are those of `HeunDiscreteScheduler`.
     """
@@ -256,8 +256,8 @@ class ERKGuidHeunScheduler(UnitVariance, _Guided, HeunDiscreteScheduler):  # typ
         gate: Gate = ERKGuidance.gate,
         unit_variance: bool = False,
     ) -> None:
-        make_guidance(w_stiff, w_con=w_con, bound=bound, gate=gate)  # complain now, not in mid-run
-        # By keyword: what is given by position, diffusers takes for a default.
+        make_guidance(w_stiff, w_con=w_con, bound=bound, gate=gate)  # raise now, not in mid-run
+        # By keyword: diffusers takes what is passed by position for a default.
         HeunDiscreteScheduler.__init__(
             self, num_train_timesteps=num_train_timesteps, beta_start=beta_start,
             beta_end=beta_end, beta_schedule=beta_schedule, trained_betas=trained_betas,
@@ -275,7 +275,7 @@ class ERKGuidHeunScheduler(UnitVariance, _Guided, HeunDiscreteScheduler):  # typ
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> None:
-        """Noise levels for a run: one of the three.
+        """Set the noise levels of a run, from one of num_inference_steps, timesteps and sigmas.
 
         Args:
             num_inference_steps: steps N, spaced as the config says; the network is called
@@ -284,7 +284,7 @@ class ERKGuidHeunScheduler(UnitVariance, _Guided, HeunDiscreteScheduler):  # typ
             num_train_timesteps: in place of the config's.
             timesteps: N of them.
             sigmas: N + 1 noise levels, noise over signal, falling strictly; the last is usually
-                0. As `EulerDiscreteScheduler` takes them, which diffusers' Heun does not.
+                0. `EulerDiscreteScheduler` takes the same; diffusers' Heun takes none.
 
         Raises:
             ValueError: none or several are given, or the sigmas do not fall.
@@ -324,8 +324,8 @@ class FlowMatchERKGuidHeunScheduler(_Guided, FlowMatchHeunDiscreteScheduler):  #
 
     Args:
         w_stiff, w_con, bound, gate: see `erk_guid.ERKGuidance`; w_stiff may be "auto",
-            the parameter-free form. In the published form stiffness has the unit 1/t, t from 1 down
-            to 0 being the share of noise.
+            the parameter-free form. In the published form stiffness has the unit 1/t; t is the
+            share of noise, from 1 down to 0.
 
     The other arguments are those of `FlowMatchEulerDiscreteScheduler`.
     """
@@ -371,7 +371,7 @@ class FlowMatchERKGuidHeunScheduler(_Guided, FlowMatchHeunDiscreteScheduler):  #
         mu: float | None = None,
         timesteps: list[float] | None = None,
     ) -> None:
-        """Noise levels for a run.
+        """Set the noise levels of a run.
 
         Args:
             num_inference_steps: steps; the network is called 2 N - 1 times.
@@ -392,7 +392,7 @@ class FlowMatchERKGuidHeunScheduler(_Guided, FlowMatchHeunDiscreteScheduler):  #
         if sigmas is not None:
             ended = sigmas if sigmas[-1] == 0 else [*sigmas, 0.0]
             sigmas = check_levels(torch.tensor(list(map(float, ended)), dtype=torch.float64))[:-1]
-        # Without our own settings, which it would remark on at every run.
+        # Without our own settings, which it would warn about at every run.
         known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
         given = {name: value for name, value in self.config.items() if name in known}
         euler: Any = FlowMatchEulerDiscreteScheduler(**given)

@@ -1,9 +1,9 @@
-"""The modal solver as schedulers for diffusers: one call a step, no guidance.
+"""The modal solver as schedulers for diffusers: one call per step, no guidance.
 
-A pipeline asks for the next sample after each call. What it is given is the predicted point; the
-evaluation there, which the next call brings, corrects the step that led to it before the next is
-predicted (`erk_guid.solvers.Modal`). Where a sample comes in that is not the one returned last
-(in-painting and callbacks edit it), the solver begins anew from it.
+A pipeline asks for the next sample after each call, and gets the predicted point. The next call
+brings the evaluation there. It corrects the step that led to the point, before the next point is
+predicted (`erk_guid.solvers.Modal`). If the incoming sample is not the one returned last
+(in-painting and callbacks edit it), the solver starts again from it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    # Looked up here, by this name, where a saved pipeline with one of our schedulers is loaded.
+    # diffusers looks this name up here when it loads a saved pipeline with one of our schedulers.
     SchedulerMixin,  # noqa: F401
 )
 from diffusers.configuration_utils import register_to_config
@@ -32,27 +32,27 @@ __all__ = ["FlowMatchModalScheduler", "ModalScheduler"]
 
 @dataclass
 class _Run:
-    """Where the solver is, in float32 and in sigma."""
+    """State of the solver, in float32 and in sigma."""
 
     begin: int
-    """Number of the noise level it began at."""
+    """Index of the noise level it began at."""
     steps: list[PredictorCorrectorStep]
     x: Tensor
-    """Where the step begins that led to the sample returned last."""
+    """Start of the step that led to the sample returned last."""
     values: tuple[Tensor, ...]
     returned: Tensor
     """That sample, in the pipeline's precision."""
 
 
 class _Modal(Samples, ABC):
-    """What both schedulers share, on top of one of diffusers' Euler schedulers."""
+    """The part that both schedulers share, on top of one of diffusers' Euler schedulers."""
 
     process: Process = VE()
-    """What the pipeline's samples are; the solver runs in sigma."""
+    """The process of the pipeline's samples; the solver runs in sigma."""
     _run: _Run | None = None
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """As diffusers': where in the schedule a run begins."""
+        """Set where in the schedule a run begins, as in diffusers."""
         super().set_begin_index(begin_index)  # type: ignore[misc]
         self._run = None
 
@@ -64,11 +64,11 @@ class _Modal(Samples, ABC):
         generator: torch.Generator | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """The sample to call the network with next.
+        """Return the sample to call the network with next.
 
         Args:
             model_output, timestep, sample, return_dict: as diffusers' own.
-            generator: accepted, as some pipelines offer one; nothing here is random.
+            generator: accepted, because some pipelines pass one; nothing here is random.
         """
         del generator
         wide, output = self._unscaled(sample, timestep), in_float32(model_output)
@@ -86,7 +86,7 @@ class _Modal(Samples, ABC):
         k = index - run.begin
         if k < len(run.steps):
             result = run.steps[k].predict(run.x, run.values) * self._level(index + 1).alpha
-        else:  # a step to 0 goes to the denoised x; some schedules end with one of no length
+        else:  # a step to 0 gives the denoised x; some schedules end with one of length 0
             result = wide if self.sigmas[index + 1] > 0 else denoised
         found.prev_sample = self._scaled(result).to(model_output.dtype)
         run.returned = found.prev_sample.clone()
@@ -99,23 +99,23 @@ class _Modal(Samples, ABC):
         return Modal(self.config.modal_order).steps(levels)
 
     def _level(self, index: int) -> Level:
-        """Return a place of the schedule as the solver sees it."""
+        """Return the level at an index of the schedule, as the solver sees it."""
         return self.process.level(float(self.sigmas[index]))
 
     @abstractmethod
     def _denoised(self, found: Any, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        """The denoised x of this call."""
+        """Return the denoised x of this call."""
 
 
 class ModalScheduler(UnitVariance, _Modal, EulerDiscreteScheduler):  # type: ignore[metaclass]
     """The modal solver over the noise levels of diffusers' `EulerDiscreteScheduler`.
 
-    Takes the config of any scheduler of that family (`from_config`). One call a step.
+    Takes the config of any scheduler of that family (`from_config`). One call per step.
 
     Args:
         modal_order: evaluations combined, 1 to 4.
         unit_variance: for pipelines that keep samples at unit variance, such as `DDPMPipeline`,
-            `DDIMPipeline` and `DiTPipeline`; with these, diffusers' own Euler goes wrong.
+            `DDIMPipeline` and `DiTPipeline`; diffusers' own Euler gives wrong images with these.
 
     The other arguments are those of `EulerDiscreteScheduler`.
     """
@@ -143,8 +143,8 @@ class ModalScheduler(UnitVariance, _Modal, EulerDiscreteScheduler):  # type: ign
         modal_order: int = Modal.order,
         unit_variance: bool = False,
     ) -> None:
-        Modal(modal_order)  # complain now, not in mid-run
-        # By keyword: what is given by position, diffusers takes for a default.
+        Modal(modal_order)  # raise now, not in mid-run
+        # By keyword: diffusers takes what is passed by position for a default.
         EulerDiscreteScheduler.__init__(
             self, num_train_timesteps=num_train_timesteps, beta_start=beta_start,
             beta_end=beta_end, beta_schedule=beta_schedule, trained_betas=trained_betas,
@@ -156,7 +156,7 @@ class ModalScheduler(UnitVariance, _Modal, EulerDiscreteScheduler):  # type: ign
             final_sigmas_type=final_sigmas_type,
         )  # fmt: skip
 
-    # Pipelines look at the signature to see what may be asked for.
+    # Pipelines inspect this signature to see what they may pass.
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -164,7 +164,7 @@ class ModalScheduler(UnitVariance, _Modal, EulerDiscreteScheduler):  # type: ign
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
     ) -> None:
-        """As diffusers' own."""
+        """Set the noise levels of a run, as in diffusers."""
         EulerDiscreteScheduler.set_timesteps(self, num_inference_steps, device, timesteps, sigmas)
         self._run = None
 
@@ -176,7 +176,7 @@ class ModalScheduler(UnitVariance, _Modal, EulerDiscreteScheduler):  # type: ign
 class FlowMatchModalScheduler(_Modal, FlowMatchEulerDiscreteScheduler):  # type: ignore[metaclass]
     """The modal solver over the times of diffusers' `FlowMatchEulerDiscreteScheduler`.
 
-    For SD3, FLUX and similar models. One call a step.
+    For SD3, FLUX and similar models. One call per step.
 
     Args:
         modal_order: evaluations combined, 1 to 4.
@@ -224,7 +224,7 @@ class FlowMatchModalScheduler(_Modal, FlowMatchEulerDiscreteScheduler):  # type:
         mu: float | None = None,
         timesteps: list[float] | None = None,
     ) -> None:
-        """As diffusers' own."""
+        """Set the noise levels of a run, as in diffusers."""
         FlowMatchEulerDiscreteScheduler.set_timesteps(
             self, num_inference_steps, device, sigmas, mu, timesteps
         )

@@ -1,10 +1,10 @@
 """Samples at unit variance, for pipelines that do not scale them.
 
-Schedulers over sigma (diffusers' Heun and Euler, and ours) keep x = clean + sigma noise, and rely
+Schedulers over sigma (diffusers' Heun and Euler, and ours) keep x = clean + sigma noise. They rely
 on the pipeline to multiply the first noise by `init_noise_sigma` and to call `scale_model_input`.
 `DDPMPipeline`, `DDIMPipeline` and `DiTPipeline` do not do all of that: they keep
-x / sqrt(1 + sigma^2), and with such a scheduler what they make is no image, without a word. With
-``unit_variance=True`` a scheduler speaks to the pipeline in that scale.
+x / sqrt(1 + sigma^2). With such a scheduler their results are no images, and no error says so. With
+``unit_variance=True`` a scheduler takes and returns samples in that scale.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from erk_guid.processes import UnitVariance as UnitVarianceProcess
 
 
 def in_float32(output: Tensor) -> Tensor:
-    """A copy of the network's output in float32: it may be written over by the next call."""
+    """Return a copy of the network's output in float32; the next call may overwrite the output."""
     return output.to(torch.float32, copy=True)
 
 
 class Samples:
-    """What samples a scheduler and its pipeline hand to each other: x itself."""
+    """Samples as a scheduler and its pipeline exchange them: x itself."""
 
     config: Any
     sigmas: Tensor
 
     @property
     def unit_variance(self) -> bool:
-        """Whether samples are x / sqrt(1 + sigma^2)."""
+        """Return whether samples are x / sqrt(1 + sigma^2)."""
         return False
 
     def _unscaled(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
-        """The incoming sample as clean + sigma noise, in float32."""
+        """Return the incoming sample as clean + sigma noise, in float32."""
         return sample.float()
 
     def _scaled(self, x: Tensor) -> Tensor:
-        """What goes back to the pipeline, once the index has moved on."""
+        """Return x as the pipeline gets it, once the index has moved on."""
         return x
 
 
 class UnitVariance(Samples):
-    """The same, scaled if the config says so; before a scheduler over sigma among the bases."""
+    """The same, scaled if the config says so; list it before the scheduler in the bases."""
 
     @property
     def unit_variance(self) -> bool:
@@ -51,17 +51,17 @@ class UnitVariance(Samples):
 
     @property
     def init_noise_sigma(self) -> float | Tensor:
-        """As diffusers': what the first noise is to be multiplied by."""
+        """The factor of the first noise, as in diffusers."""
         found: float | Tensor = super().init_noise_sigma  # type: ignore[misc]
         return 1.0 if self.unit_variance else found
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
-        """As diffusers': the sample as the network wants it."""
+        """Return the sample as the network takes it, as in diffusers."""
         scaled: Tensor = super().scale_model_input(sample, timestep)  # type: ignore[misc]
         return sample if self.unit_variance else scaled
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """As diffusers': clean samples at the noise level of a timestep."""
+        """Return clean samples with noise at the level of a timestep, as in diffusers."""
         add: Any = super().add_noise  # type: ignore[misc]
         noisy: Tensor = add(original_samples, noise, timesteps)
         if not self.unit_variance:
@@ -72,7 +72,7 @@ class UnitVariance(Samples):
     def _unscaled(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         if not self.unit_variance:
             return sample.float()
-        # Such pipelines need not call it; it finds the index, and Euler's warns where it was not.
+        # Such pipelines need not call it. It finds the index; Euler's warns if it was not called.
         self.scale_model_input(sample, timestep)
         return sample.float() / self._alpha()
 

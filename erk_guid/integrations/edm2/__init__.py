@@ -1,4 +1,4 @@
-"""What EDM2's users script against: its functions by name and signature, over this package.
+"""EDM2's functions for scripts, by name and signature, built on this package.
 
 The scripts in the root of the checkout offer the same names::
 

@@ -1,4 +1,4 @@
-"""EDM2's `generate_images` and what goes with it, over `erk_guid.generate`."""
+"""EDM2's `generate_images` and what belongs to it, built on `erk_guid.generate`."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ config_presets: dict[str, EasyDict] = {
     )
     for name, preset in PRESETS.items()
 }
-"""Preset to keyword arguments of `generate_images`; EDM2's and this package's own."""
+"""Keyword arguments of `generate_images` by preset, EDM2's presets and this package's own."""
 
 
 def parse_int_list(s: str | Sequence[int]) -> list[int]:
-    """'1,2,5-10' to [1, 2, 5, 6, 7, 8, 9, 10]; a list stays what it is.
+    """Parse '1,2,5-10' into [1, 2, 5, 6, 7, 8, 9, 10]; return a list as it is.
 
     Raises:
         ValueError: a part is neither a whole number nor a range.
@@ -48,7 +48,7 @@ def parse_int_list(s: str | Sequence[int]) -> list[int]:
 
 
 class StackedRandomGenerator(SeededNoise):
-    """One random stream per seed, drawn from for a whole batch; sizes include the batch axis."""
+    """One random stream per seed, for a whole batch; sizes include the batch axis."""
 
     def __init__(self, device: torch.device | str, seeds: Sequence[int]) -> None:
         super().__init__(seeds, torch.device(device))
@@ -61,17 +61,17 @@ class StackedRandomGenerator(SeededNoise):
     def randn(
         self, size: Sequence[int], dtype: torch.dtype = torch.float32, device: Any = None
     ) -> Tensor:
-        """Standard normal noise, shaped `size`."""
+        """Return standard normal noise, shaped `size`."""
         return super().randn(self._inner(size), dtype).to(device)
 
     def randint(self, high: int, size: Sequence[int], device: Any = None) -> Tensor:  # type: ignore[override]
-        """Whole numbers in [0, high), shaped `size` ([seeds])."""
+        """Return whole numbers in [0, high), shaped `size` ([seeds])."""
         if self._inner(size):
             raise ValueError(f"size must be [{len(self)}], got {list(size)}")
         return super().randint(high).to(device)
 
     def randn_like(self, x: Tensor) -> Tensor:
-        """Standard normal noise like `x` [seeds, ...]."""
+        """Return standard normal noise like `x` [seeds, ...]."""
         return self.randn(x.shape, x.dtype)
 
 
@@ -120,19 +120,19 @@ def generate_images(
     sampler_fn: Callable[..., Tensor] = edm_sampler,
     **sampler_kwargs: Any,
 ) -> _Images:
-    """Generate images, batch by batch as they are asked for; EDM2's function.
+    """Generate images, batch by batch, each only when requested; EDM2's function.
 
     Args:
         net, gnet: main and guiding network: a path, a URL, a preset's name, what `erk_guid.load`
             returns, or a module.
         encoder: turns latents into pixels; by default the file's.
         outdir: where to write ``{seed:06d}.png``; None writes nothing.
-        subdirs: a folder for every 1000 seeds.
+        subdirs: make a folder for every 1000 seeds.
         seeds: one image each.
         class_idx: make this class only; None draws one for each seed.
         max_batch_size: images at a time.
         encoder_batch_size: latents decoded at a time by a VAE; None leaves the encoder's own.
-        verbose: say on stderr what is loaded.
+        verbose: print to stderr what is loaded.
         device: cuda, mps or cpu; None takes the best present.
         sampler_fn: ``fn(net, noise, labels=, gnet=, randn_like=, **sampler_kwargs)``.
         sampler_kwargs: e.g. ``num_steps=8, guidance=1.4, w_stiff=0.5``.
@@ -140,11 +140,11 @@ def generate_images(
     Returns:
         An iterable with ``len()``. Its items have `images` (uint8 [N, C, H, W]), `latents`,
         `noise`, `labels`, `seeds`, `indices`, `batch_idx`, `num_batches`, as attributes and as
-        keys. Under torchrun each process has its share; where that is empty in a round, `images`
-        is None.
+        keys. Under torchrun each process has its share; `images` is None in a round in which
+        that is empty.
 
     Raises:
-        ErkGuidError: a network that cannot be had or used.
+        ErkGuidError: a network that cannot be loaded or used.
         ValueError: a class that does not exist, a guiding network that does not fit, or a module
             that makes latents without an encoder.
     """
@@ -191,7 +191,7 @@ def _network(net: Any, device: torch.device, verbose: bool) -> tuple[Any, Encode
 
 
 def _place() -> tuple[int, int]:
-    """This process's rank, and how many there are."""
+    """Return this process's rank, and the number of processes."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

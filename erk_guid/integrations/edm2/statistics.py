@@ -1,4 +1,4 @@
-"""EDM2's functions for feature statistics and metrics, over `erk_guid.metrics`.
+"""EDM2's functions for feature statistics and metrics, built on `erk_guid.metrics`.
 
 Statistics are a dict in EDM2's layout: ``{"num_images": int, metric: {"mu", "sigma"}, ...}`` with
 NumPy arrays in float64. A metric is the name of a detector.
@@ -37,10 +37,10 @@ METRICS = ("fid", "fd_dinov2")
 
 
 def load_stats(path: str | Path, verbose: bool = True) -> dict[str, Any]:
-    """Statistics from a file or URL: EDM2's `.pkl`, EDM's or our `.npz`; nothing in it runs.
+    """Read statistics from a file or URL: EDM2's `.pkl`, EDM's or our `.npz`; runs no code in it.
 
     Raises:
-        ErkGuidError: it cannot be had, or is damaged.
+        ErkGuidError: it cannot be fetched, or is damaged.
     """
     _say(verbose, f"Loading feature statistics from {path} ...")
     reference = read_reference(path)
@@ -51,7 +51,7 @@ def save_stats(stats: Mapping[str, Any], path: str | Path, verbose: bool = True)
     """Write statistics: `.pkl` in EDM2's layout, `.npz` in EDM's (2022) and ours.
 
     Raises:
-        ErkGuidError: no statistics, another suffix, or a place that cannot be written.
+        ErkGuidError: no statistics, another suffix, or a path that cannot be written.
     """
     _say(verbose, f"Saving feature statistics to {path} ...")
     count = stats.get(COUNT_KEY)
@@ -76,12 +76,12 @@ def calculate_metrics_from_stats(
     metrics: Sequence[str] = METRICS,
     verbose: bool = True,
 ) -> dict[str, float]:
-    """Frechet distance of statistics and reference for each metric.
+    """Compute the Frechet distance of statistics and reference for each metric.
 
-    A metric that one of the two lacks is left out, and said so on stderr.
+    A metric that one of the two lacks is left out, with a message on stderr.
 
     Raises:
-        ErkGuidError: none is left, or a file cannot be read.
+        ErkGuidError: no metric is left, or a file cannot be read.
     """
     sides = [dict(s) if isinstance(s, Mapping) else load_stats(s, verbose) for s in (stats, ref)]
     found: dict[str, float] = {}
@@ -161,25 +161,26 @@ def calculate_stats_for_iterable(
     dest_path: str | Path | None = None,
     device: torch.device | str | None = None,
 ) -> _StatisticsOf:
-    """Statistics of batches of images, as they come.
+    """Compute statistics of batches of images, as they come.
 
     Args:
         image_iter: has ``len()`` and yields uint8 [N, C, H, W], or (images, ...) or items with
             `images`, such as those of `generate_images`; None for an empty share.
         metrics: names of detectors.
         verbose: show progress on stderr.
-        dest_path: where to save the statistics, too.
-        device: of the detectors; None takes the best present.
+        dest_path: where to save the statistics; None saves nothing.
+        device: the detectors' device; None takes the best present.
 
     Returns:
         An iterable with ``len()``; its items have `images`, `batch_idx`, `num_batches` and
-        `stats`, which is None but in the last. With a process group (`torch.distributed`), the
+        `stats`, which is None except in the last. With a process group (`torch.distributed`), the
         statistics are those of all processes together.
 
     Raises:
         TypeError: `image_iter` has no ``len()``.
         ValueError: it yields another number of batches than its ``len()`` says.
-        ErkGuidError: several processes without a process group, or a detector that cannot be had.
+        ErkGuidError: several processes without a process group, or a detector that cannot be
+            loaded.
     """
     if not hasattr(image_iter, "__len__"):
         raise TypeError(
@@ -219,13 +220,13 @@ def calculate_stats_for_files(
     dest_path: str | Path | None = None,
     device: torch.device | str | None = None,
 ) -> _StatisticsOf:
-    """`calculate_stats_for_iterable` for a folder, a zip or an .npz of images.
+    """Compute statistics of a folder, a zip or an .npz, as `calculate_stats_for_iterable` does.
 
     Args:
-        num_images: how many to take, those that EDM2 draws by `seed`; None takes all.
+        num_images: how many to take, the ones that EDM2 draws with `seed`; None takes all.
         max_batch_size: images at a time.
         num_workers: threads that read ahead.
-        prefetch_factor: accepted for the signature's sake; two batches are read ahead.
+        prefetch_factor: accepted for compatibility and ignored; two batches are read ahead.
 
     Raises:
         ErkGuidError: there are fewer images, or one cannot be used.

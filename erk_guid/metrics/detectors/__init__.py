@@ -1,7 +1,7 @@
-"""Feature detectors: what turns images into the features that are compared.
+"""Feature detectors, which turn images into the features that are compared.
 
-A detector is anything with a `name`, a `feature_dim` and a call on uint8 images. Register one of
-your own with `register_detector`.
+A detector is anything with a `name`, a `feature_dim` and a call on uint8 images. Register your
+own with `register_detector`.
 """
 
 from erk_guid.metrics.detectors import digits, dinov2, torch_fidelity  # noqa: F401 (they register)

@@ -1,7 +1,7 @@
-"""Feature detectors: what turns images into the features that are compared.
+"""Feature detectors, which turn images into the features that are compared.
 
-A detector is anything with a `name`, a `feature_dim` and a call on uint8 images; register one
-of your own with `register_detector`.
+A detector is anything with a `name`, a `feature_dim` and a call on uint8 images. Register your
+own with `register_detector`.
 """
 
 from __future__ import annotations
@@ -18,18 +18,22 @@ from erk_guid.common.files import user_path
 
 
 class DetectorError(ErkGuidError):
-    """A detector that cannot be had, or images that it cannot use."""
+    """A detector that cannot be loaded, or images that it cannot use."""
 
 
 @runtime_checkable
 class Detector(Protocol):
-    """Images to features."""
+    """A function from images to features."""
 
     name: str
     feature_dim: int
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 [N, C, H, W], C of 1 (grey) or 3, on the detector's device, to [N, feature_dim]."""
+        """Return the features [N, feature_dim] of images on the detector's device.
+
+        Args:
+            images: uint8 [N, C, H, W], with C of 1 (grey) or 3.
+        """
         ...
 
 
@@ -38,12 +42,12 @@ class Classifier(Detector, Protocol):
     """A detector that also classifies, as the inception score needs."""
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 [N, C, H, W] to features [N, feature_dim] and logits [N, classes]."""
+        """Return features [N, feature_dim] and logits [N, classes] of uint8 [N, C, H, W]."""
         ...
 
 
 Factory = Callable[[torch.device, "Path | None"], Detector]
-"""Makes a detector on a device; the path is the user's file of weights, None for the usual."""
+"""Makes a detector on a device. The path is the user's file of weights, None for the usual."""
 
 _FACTORIES: dict[str, Factory] = {}
 
@@ -70,14 +74,15 @@ def register_detector(name: str, factory: Factory) -> None:
 
 
 def detector_names() -> list[str]:
-    """Names that `load_detector` knows."""
+    """Return the names that `load_detector` knows."""
     return sorted(_FACTORIES)
 
 
 def check_detector_name(name: str) -> None:
-    """
+    """Refuse an unknown name of a detector.
+
     Raises:
-        DetectorError: there is no detector of that name; the message lists those that are.
+        DetectorError: there is no detector of that name; the message lists the known ones.
     """
     if name not in _FACTORIES:
         raise DetectorError(f"unknown metric {name!r}; there are {', '.join(detector_names())}")
@@ -86,14 +91,14 @@ def check_detector_name(name: str) -> None:
 def load_detector(
     name: str, device: torch.device | str = "cpu", weights: Path | str | None = None
 ) -> Detector:
-    """A detector, ready to be called on `device`.
+    """Load a detector that is ready to be called on `device`.
 
     Args:
         weights: a local file of weights, in place of the cached or downloaded one.
 
     Raises:
-        DetectorError: no such detector, or its weights cannot be had; the message says which
-            file to put where.
+        DetectorError: there is no such detector, or its weights cannot be obtained; the message
+            says which file to put where.
     """
     check_detector_name(name)
     path = user_path(weights) if weights is not None else None
@@ -103,7 +108,7 @@ def load_detector(
 
 
 def describe(detector: Detector) -> dict[str, Any]:
-    """What a score depends on besides the images, in JSON's types."""
+    """Return what a score depends on besides the images, in JSON's types."""
     return {
         "name": detector.name,
         "feature_dim": detector.feature_dim,
@@ -115,10 +120,10 @@ def describe(detector: Detector) -> dict[str, Any]:
 def run_detector(
     detector: Detector, images: Tensor, with_logits: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Features, and logits if asked for.
+    """Return the features, and the logits if asked for.
 
     Raises:
-        DetectorError: not as many as promised, not finite, or no logits to be had.
+        DetectorError: features of another shape than promised or not finite, or no logits.
     """
     logits = None
     if with_logits:

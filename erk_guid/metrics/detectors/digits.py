@@ -12,7 +12,7 @@ from erk_guid.models.networks.digits import load_digit_classifier
 
 
 class _Digits:
-    """The shipped digit classifier: offline, in float64, so that batches do not matter."""
+    """The shipped digit classifier: offline, and in float64 so that batches do not matter."""
 
     name = "fd_digits"
     feature_dim = 64

@@ -20,10 +20,11 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def dinov2_input(images: Tensor) -> Tensor:
-    """What DINOv2 is fed for FD-DINOv2: uint8 [N, 1 or 3, H, W] to float32 [N, 3, 224, 224].
+    """Return DINOv2's input for FD-DINOv2: uint8 [N, 1 or 3, H, W] to float32 [N, 3, 224, 224].
 
-    Bicubic with antialiasing to 224x224 in floating point, without rounding or clipping, then
-    / 255 and ImageNet's mean and deviation: as the reference statistics of EDM2 were made.
+    The steps: bicubic with antialiasing to 224x224 in floating point, without rounding or
+    clipping; then / 255 and ImageNet's mean and deviation. EDM2's reference statistics were made
+    in the same way.
     """
     x = torch.nn.functional.interpolate(
         in_colour(images).to(torch.float32), (DINO_SIZE, DINO_SIZE), mode="bicubic", antialias=True
@@ -52,7 +53,7 @@ class _DINOv2:
                     DINO_REPOSITORY, "dinov2_vitl14", pretrained=False, trust_repo=True,
                     skip_validation=True, verbose=False,
                 )  # fmt: skip
-        except Exception as error:  # the hub runs the repository's code: anything may happen
+        except Exception as error:  # the hub runs the repository's code, which may raise anything
             raise DetectorError(
                 f"{self.name} needs DINOv2's code, which could not be loaded "
                 f"({first_line(error)}). Put a checkout of https://github.com/"

@@ -40,7 +40,7 @@ class _Fidelity:
         check_weights(name, path)
         self.weights = identify(path)
         try:
-            # Its own torch.load is not the careful one; the file has just passed that.
+            # The extractor's own torch.load is not the safe one; check_weights has used that one.
             self._extractor = extractor(
                 name, list(layers), feature_extractor_weights_path=str(path)
             ).to(device)

@@ -15,7 +15,7 @@ from erk_guid.models.checkpoints.download import download
 
 
 def fetch_weights(name: str, url: str) -> Path:
-    """The file of weights in torch.hub's cache or our own, downloaded if it is in neither.
+    """Return the file of weights in torch.hub's cache or ours; download it if in neither.
 
     Raises:
         DetectorError: it cannot be fetched; the message says which file to put where.
@@ -25,7 +25,7 @@ def fetch_weights(name: str, url: str) -> Path:
         return path
     try:
         found = download(url)
-        stem = path.stem.rpartition("-")[2]  # the names' convention: the first of the SHA-256
+        stem = path.stem.rpartition("-")[2]  # by convention, the first digits of the SHA-256
         if re.fullmatch("[0-9a-f]{8}", stem) and not sha256_of(found).startswith(stem):
             found.unlink()
             raise DetectorError(f"what {url} sent is another file; the copy was deleted")

@@ -1,4 +1,4 @@
-"""Scores: what compares generated images with real ones, over the features of a detector."""
+"""Scores: comparisons of generated images with real ones, by the features of a detector."""
 
 from erk_guid.metrics.scores.base import (
     Need,

@@ -1,4 +1,4 @@
-"""What every score has, and their names."""
+"""The base class of all scores, and the register of their names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Need = Literal["statistics", "features", "logits"]
 
 @dataclass(frozen=True)
 class Observed:
-    """What one detector says of a set of images, as far as scores need it.
+    """One detector's results for a set of images, as far as scores need them.
 
     Attributes:
         statistics: mean and covariance of the features.
@@ -31,12 +31,12 @@ class Observed:
 
 
 class Score(ABC):
-    """Compares generated images with real ones, by what one detector says of both.
+    """A comparison of generated images with real ones, by one detector's results for both.
 
-    Subclasses are frozen dataclasses. Their fields are what their values depend on besides.
+    Subclasses are frozen dataclasses. Their fields are the settings that the values depend on.
 
     Attributes:
-        detector: the detector that is used where none is named.
+        detector: the detector that is used if none is named.
         needs: what must be known of the generated images.
         needs_of_reference: what must be known of the real ones.
     """
@@ -52,11 +52,11 @@ class Score(ABC):
         """Return one or several values by name.
 
         Args:
-            generated, reference: at least what is needed of them.
-            device: where to compute what is too much for the CPU.
+            generated, reference: with at least what the score needs of them.
+            device: where to compute what is too slow on the CPU.
 
         Raises:
-            ValueError: too few images, or features that do not go together.
+            ValueError: too few images, or features that do not match.
         """
 
 
@@ -92,7 +92,7 @@ def score_of(name: str) -> Score:
     """Return the score of that name.
 
     Raises:
-        ErkGuidError: there is none; the message lists those that are.
+        ErkGuidError: there is no such score; the message lists the known ones.
     """
     if name not in _SCORES:
         raise ErkGuidError(f"unknown score {name!r}; there are {', '.join(score_names())}")
@@ -100,7 +100,7 @@ def score_of(name: str) -> Score:
 
 
 def required(value: np.ndarray | None, what: str) -> np.ndarray:
-    """Return `value`; a score that declares its needs always has them.
+    """Return `value`, which is never None if the score declares its needs.
 
     Raises:
         ValueError: it is None.

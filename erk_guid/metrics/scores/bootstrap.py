@@ -1,4 +1,4 @@
-"""How far a Frechet distance would scatter with other images of the same kind."""
+"""Bootstrap estimate of how a Frechet distance scatters over other images of the same kind."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ ROWS = 4096
 def bootstrap_distances(
     features: Sequence[np.ndarray], reference: Statistics, resamples: int, seed: int = 0
 ) -> np.ndarray:
-    """Distances of resampled sets of images to one reference.
+    """Compute the distances of resampled sets of images to one reference.
 
-    All sets are resampled alike: where row i of each comes from the same seed, the difference
-    between two columns scatters as the difference between the two samplers does.
+    All sets are resampled in the same way. If row i of each comes from the same seed, the
+    difference between two columns scatters like the difference between the two samplers.
 
     Args:
         features: one or more sets, each [n, d] with the same n.
@@ -26,9 +26,9 @@ def bootstrap_distances(
         resamples: how many times n images are drawn from the n with replacement.
 
     Returns:
-        [resamples, sets]; a column's standard deviation estimates that distance's standard
+        [resamples, sets]. A column's standard deviation estimates that distance's standard
         error. Resampled distances are larger than the distance itself (fewer distinct images),
-        so their mean is no estimate of it.
+        so their mean does not estimate it.
 
     Raises:
         ValueError: sets of different lengths, or fewer than 2 resamples.
@@ -49,7 +49,7 @@ def bootstrap_distances(
 
 
 def _weighted(x: np.ndarray, weights: np.ndarray) -> Statistics:
-    """Statistics of rows that count several times; a few thousand rows are widened at a time."""
+    """Return the statistics of weighted rows; convert only a few thousand rows at a time."""
     n = weights.sum()
     parts = range(0, len(x), ROWS)
     mu = sum((weights[i : i + ROWS] * x[i : i + ROWS]).sum(0) for i in parts) / n

@@ -23,17 +23,17 @@ def frechet_distance(
     ``|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2))``.
 
     The trace of the matrix root is the sum of the roots of the eigenvalues of ``L^T sigma2 L``
-    with ``sigma1 = L L^T``: a symmetric problem, so nothing becomes complex, and many times
-    faster than a matrix square root. A rank-deficient covariance (fewer images than features)
-    is reduced to its range, where the problem is a regular one.
+    with ``sigma1 = L L^T``. This problem is symmetric, so nothing becomes complex. It is many
+    times faster than a matrix square root. A rank-deficient covariance (fewer images than
+    features) is reduced to its range, where the problem is regular.
 
     Args:
         mu1, mu2: means, [d], arrays or tensors.
         sigma1, sigma2: covariances, [d, d]. Everything is computed in float64 on the CPU.
 
     Raises:
-        ValueError: shapes that do not go together, values that are not finite, or a matrix that
-            is no covariance.
+        ValueError: the shapes do not match, a value is not finite, or a matrix is not a
+            covariance.
     """
     m1, m2 = _float64(mu1), _float64(mu2)
     s1, s2 = _float64(sigma1), _float64(sigma2)
@@ -44,7 +44,7 @@ def frechet_distance(
             f"the distance needs features of one kind: {len(m1)} against {len(m2)} dimensions"
         )
     l1, l2 = _cholesky(s1), _cholesky(s2)
-    # Both are looked at, for only a covariance has such factors; a deficient one is reduced.
+    # Both are factored, because only a covariance has such factors; a deficient one is reduced.
     f1, f2 = (_range_factor(s) if f is None else f for s, f in ((s1, l1), (s2, l2)))
     factor, other = (f2, s1) if l1 is not None and l2 is None else (f1, s2)
     eigenvalues = torch.linalg.eigvalsh(factor.mT @ other @ factor)
@@ -77,7 +77,7 @@ def _check(mu: Tensor, sigma: Tensor, which: str) -> None:
 
 
 def _cholesky(sigma: Tensor) -> Tensor | None:
-    """L with ``sigma = L L^T``, or None if `sigma` has not clearly full rank."""
+    """Return L with ``sigma = L L^T``, or None unless `sigma` clearly has full rank."""
     factor, failed = torch.linalg.cholesky_ex(sigma)
     pivots = factor.diagonal().square()
     full = failed == 0 and pivots.min() > len(sigma) * _EPS * pivots.max()
@@ -85,7 +85,7 @@ def _cholesky(sigma: Tensor) -> Tensor | None:
 
 
 def _range_factor(sigma: Tensor) -> Tensor:
-    """[d, rank] factor F with ``sigma = F F^T``, by eigenvalues that are more than rounding."""
+    """Return F [d, rank] with ``sigma = F F^T``, from the eigenvalues above rounding."""
     values, vectors = torch.linalg.eigh((sigma + sigma.mT) / 2)
     if values[0] < -1e-6 * values[-1].abs():
         raise ValueError(

@@ -13,7 +13,7 @@ from erk_guid.metrics.scores.base import Observed, Score, register_score, requir
 
 SPLITS = 10
 RNG_SEED = 2020
-"""Both torch-fidelity's own."""
+"""Both are torch-fidelity's values."""
 
 
 def inception_score(
@@ -22,15 +22,15 @@ def inception_score(
     """Compute the inception score (Salimans et al. 2016) by torch-fidelity.
 
     Args:
-        logits: a classifier's, [n, classes], array or tensor.
-        splits: parts of the shuffled set that are scored on their own.
-        rng_seed: of the shuffling.
+        logits: logits of a classifier, [n, classes], array or tensor.
+        splits: number of parts of the shuffled set that are scored separately.
+        rng_seed: seed of the shuffling.
 
     Returns:
         (mean, deviation over splits).
 
     Raises:
-        ValueError: fewer images than splits.
+        ValueError: there are fewer images than splits.
         MissingExtraError: torch-fidelity is not installed.
     """
     rows = logits.detach() if isinstance(logits, Tensor) else torch.from_numpy(logits)

@@ -13,7 +13,7 @@ from erk_guid.metrics.scores.base import Observed, Score, register_score, requir
 from erk_guid.metrics.scores.inception import RNG_SEED
 
 SUBSETS, SUBSET_SIZE = 100, 1000
-"""Torch-fidelity's."""
+"""torch-fidelity's values."""
 
 
 def kernel_distance(
@@ -25,15 +25,15 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """Compute the kernel distance (Binkowski et al. 2018, arXiv 1801.01401) by torch-fidelity.
 
-    The unbiased estimate of the squared maximum mean discrepancy with the kernel
-    ``(x . y / d + 1)^3``, over random subsets of both sets. Unlike a Frechet distance its
+    This is the unbiased estimate of the squared maximum mean discrepancy with the kernel
+    ``(x . y / d + 1)^3``, over random subsets of both sets. Unlike for a Frechet distance, its
     expectation does not depend on the number of images. It may be slightly below 0.
 
     Args:
         real, generated: features, [n, d] and [m, d], arrays or tensors.
-        subsets: how many are drawn.
+        subsets: number of subsets that are drawn.
         subset_size: images in each.
-        rng_seed: of the drawing.
+        rng_seed: seed of the drawing.
 
     Returns:
         (mean, deviation over the subsets).
@@ -58,7 +58,7 @@ def kernel_distance(
         from torch_fidelity.metric_kid import kid_features_to_metric
     except ImportError as error:
         raise MissingExtraError("torch-fidelity", "metrics", "the kernel distance") from error
-    # torch-fidelity draws from its first set first: the generated one, as its input1 by custom.
+    # torch-fidelity draws from its first set first. By custom, input1 is the generated set.
     found = kid_features_to_metric(
         b, a, kid_subsets=subsets, kid_subset_size=subset_size, rng_seed=rng_seed, verbose=False
     )

@@ -32,9 +32,9 @@ def precision_recall(
 
     A point is in a set's manifold if it is no farther from one of the set's points than that
     point's k-th nearest neighbour in the set. Precision is the share of the generated points
-    in the manifold of the real ones, recall the share of the real points in that of the
-    generated ones. Distances are float32 and computed in tiles: beside the features, memory
-    does not grow with the square of their number. Equal to torch-fidelity's values up to ties.
+    in the manifold of the real ones. Recall is the share of the real points in the manifold of
+    the generated ones. Distances are float32 and computed in tiles: memory does not grow with
+    the square of the number of features. The values equal torch-fidelity's up to ties.
 
     Args:
         real, generated: features, [n, d] and [m, d], arrays or tensors.
@@ -46,7 +46,7 @@ def precision_recall(
         (precision, recall), each from 0 to 1.
 
     Raises:
-        ValueError: features of different dimensions, not finite, or no more than k of them.
+        ValueError: features of different dimensions, not finite, or fewer than k + 1.
     """
     a = _features(real, "real", k)
     b = _features(generated, "generated", k)
@@ -86,7 +86,7 @@ def _tiles(rows: Tensor, columns: Tensor) -> list[Tensor]:
 
 
 def _radii(points: Tensor, k: int, done: Callable[[int], object]) -> Tensor:
-    """Distance of each point to its k-th nearest neighbour in the same set, [n]."""
+    """Return each point's distance to its k-th nearest neighbour in the same set, [n]."""
     radii = []
     for tile in _tiles(points, points):
         # The first of the k + 1 nearest is the point itself.
@@ -98,7 +98,7 @@ def _radii(points: Tensor, k: int, done: Callable[[int], object]) -> Tensor:
 def _share_inside(
     points: Tensor, centres: Tensor, radii: Tensor, done: Callable[[int], object]
 ) -> float:
-    """Which share of `points` lies in at least one ball."""
+    """Return the share of `points` that lie in at least one ball."""
     inside = 0
     for tile in _tiles(points, centres):
         inside += int((torch.cdist(tile, centres) <= radii).any(dim=1).sum())

@@ -1,4 +1,4 @@
-"""Statistics of features: moments, what detectors say of a set of images, reference files."""
+"""Statistics of features: moments, results of detectors for a set of images, reference files."""
 
 from erk_guid.metrics.statistics.collecting import Collected, blocks, collect, reporting_memory
 from erk_guid.metrics.statistics.moments import Moments, Statistics

@@ -29,10 +29,10 @@ def _row_block(indices: Sequence[int], rows: Tensor) -> tuple[np.ndarray, np.nda
 
 
 def blocks(indices: Sequence[int], batch: int, group: ProcessGroup) -> list[Sequence[int]]:
-    """This process's share of `indices`, in blocks of `batch`.
+    """Return this process's share of `indices`, in blocks of `batch`.
 
-    Which images go together does not depend on the number of processes, so neither does what a
-    detector computes for them.
+    The images of a block do not depend on the number of processes. So a detector's results for
+    them do not depend on it either.
     """
     parts = [indices[i : i + batch] for i in range(0, len(indices), batch)]
     return parts[group.rank :: group.world_size]
@@ -40,7 +40,7 @@ def blocks(indices: Sequence[int], batch: int, group: ProcessGroup) -> list[Sequ
 
 @dataclass(frozen=True)
 class Collected:
-    """What the detectors made of a set of images.
+    """The detectors' results for a set of images.
 
     Attributes:
         statistics: by metric.
@@ -65,13 +65,13 @@ def collect(
     keep_features: bool = False,
     keep_logits: Collection[str] = (),
 ) -> Collected:
-    """Feed this process's blocks to all detectors, and put the processes' results together.
+    """Run all detectors on this process's blocks, and merge the results of all processes.
 
     Args:
         total: images of this process, for the progress bar that rank 0 shows.
         statistics: compute means and covariances.
         keep_features: also return every image's features.
-        keep_logits: detectors whose logits for every image are returned, too; they must be
+        keep_logits: names of detectors; also return their logits for every image. They must be
             classifiers.
 
     Raises:
@@ -110,7 +110,7 @@ def collect(
 
 @contextlib.contextmanager
 def reporting_memory(device: torch.device, batch: int) -> Iterator[None]:
-    """Say which option helps when a GPU is too small."""
+    """Turn a GPU's out-of-memory error into one that says which option helps."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
@@ -120,7 +120,7 @@ def reporting_memory(device: torch.device, batch: int) -> Iterator[None]:
 
 
 def _in_order(kept: _Kept, group: ProcessGroup) -> dict[str, np.ndarray]:
-    """All processes' rows, sorted by their places; on rank 0."""
+    """Return the rows of all processes, sorted by their places, on rank 0."""
     found = {}
     for name in list(kept):
         everyone = [part for rank in group.gather(kept.pop(name)) for part in rank]
@@ -129,7 +129,7 @@ def _in_order(kept: _Kept, group: ProcessGroup) -> dict[str, np.ndarray]:
         order = np.argsort(np.concatenate([places for places, _ in everyone]))
         target = np.empty_like(order)
         target[order] = np.arange(len(order))
-        # Block by block, each forgotten once copied: twice the features would be too much.
+        # Each block is freed once it is copied: two copies of all features would be too much.
         rows = np.empty([len(order), everyone[0][1].shape[1]], everyone[0][1].dtype)
         begin = 0
         everyone.reverse()

@@ -35,14 +35,14 @@ class Moments:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
-        if self.device.type == "mps":  # which has no float64
+        if self.device.type == "mps":  # mps has no float64
             self.device = torch.device("cpu")
         self.count = 0
         self._mean = torch.zeros(self.dim, dtype=torch.float64, device=self.device)
         self._scatter = torch.zeros(self.dim, self.dim, dtype=torch.float64, device=self.device)
 
     def add(self, features: Tensor) -> None:
-        """Take in rows of features, [n, d]."""
+        """Add rows of features, [n, d]."""
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise ValueError(f"features must be [n, {self.dim}], got {list(features.shape)}")
         if not len(features):
@@ -61,10 +61,10 @@ class Moments:
         self.count = total
 
     def statistics(self, group: ProcessGroup | None = None) -> Statistics:
-        """Mean and covariance of the rows of all processes; every rank calls this, once.
+        """Return mean and covariance of the rows of all processes. Every rank calls this once.
 
         Raises:
-            ValueError: fewer than two rows.
+            ValueError: there are fewer than two rows.
         """
         group = group or ProcessGroup()
         count = int(group.sum(torch.tensor(self.count)))

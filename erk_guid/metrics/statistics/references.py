@@ -1,8 +1,8 @@
 """Reference statistics of data sets: EDM2's `.pkl`, EDM's and our own `.npz`.
 
 A `.pkl` is EDM2's: ``{"num_images": int, metric: {"mu": [d], "sigma": [d, d]}, ...}``. An `.npz`
-keeps fid's `mu` and `sigma` at the top level, where EDM (2022) has and expects them, and
-``metric/mu``, ``metric/sigma`` for others; ours adds ``metric/count``, ``metric/features`` and
+keeps fid's `mu` and `sigma` at the top level, where EDM (2022) has and expects them. Other metrics
+have ``metric/mu`` and ``metric/sigma``. Ours adds ``metric/count``, ``metric/features`` and
 `about`.
 """
 
@@ -32,16 +32,16 @@ SHIPPED = "digits"
 SUFFIXES = (".npz", ".pkl")
 
 COUNT_KEY = "num_images"
-"""The entry of EDM2's files that is no metric: of how many images the statistics are."""
+"""The entry of EDM2's files that is not a metric: the number of images."""
 TOP_LEVEL_METRIC = "fid"
 """The metric that `mu` and `sigma` without a name are for, as in EDM (2022)."""
 
 MAX_DIM = 1 << 14
-"""Features of a reference, at most: a covariance of this size has 2 GB."""
+"""Largest number of features of a reference: a covariance of this size takes 2 GB."""
 
 
 class ReferenceFileError(ErkGuidError):
-    """Reference statistics that cannot be had or used."""
+    """Reference statistics that cannot be obtained or used."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Reference:
         source: what was asked for.
         path: the local file.
         statistics: by metric.
-        features: features of single images by metric, [n, d]; for most files there are none.
+        features: features of single images by metric, [n, d]; empty for most files.
         about: what the file says of its origin.
     """
 
@@ -63,7 +63,7 @@ class Reference:
     about: dict[str, Any] = field(default_factory=dict)
 
     def of(self, metric: str) -> Statistics:
-        """The statistics for `metric`.
+        """Return the statistics for `metric`.
 
         Raises:
             ErkGuidError: the file has none; the message says which it has.
@@ -75,21 +75,22 @@ class Reference:
                 "choose other --metrics"
             )
         found = self.statistics[metric]
-        # Widened here, not when read: a small file may name one array many times.
+        # Converted here, not when read: a small file may name one array many times.
         return replace(found, mu=found.mu.astype(np.float64), sigma=found.sigma.astype(np.float64))
 
     def record(self) -> dict[str, Any]:
-        """What identifies the reference, in JSON's types."""
+        """Return what identifies the reference, in JSON's types."""
         return {"source": self.source, "sha256": sha256_of(self.path), "about": self.about}
 
 
 def locate_reference(source: str) -> Path:
-    """The local file of a reference: a path, a URL, 'digits' (shipped), 'img512' or 'img64'.
+    """Return the local file of a reference.
 
-    The last two are EDM2's: taken from `dataset-refs/` if they lie there, else downloaded.
+    `source` is a path, a URL, 'digits' (shipped), 'img512' or 'img64'. The last two are EDM2's.
+    They are taken from `dataset-refs/` if they are there, and else downloaded.
 
     Raises:
-        ErkGuidError: there is none, or it cannot be downloaded.
+        ErkGuidError: there is no such reference, or it cannot be downloaded.
     """
     if is_url(source):
         return download(source)
@@ -118,7 +119,7 @@ def read_reference(source: str | Path) -> Reference:
     `.npz` are fid's, as in EDM (2022).
 
     Raises:
-        ErkGuidError: the file is damaged, unsafe, or no reference.
+        ErkGuidError: the file is damaged, unsafe, or not a reference.
     """
     source = str(source)
     path = locate_reference(source)
@@ -201,10 +202,10 @@ def _checked(
 
 
 def check_destination(dest: Path) -> None:
-    """Whether `write_reference` can write there, before the work is done.
+    """Refuse a path that `write_reference` cannot write to, before the work is done.
 
     Raises:
-        ErkGuidError: another suffix, or a folder that cannot be made.
+        ErkGuidError: the suffix is not .npz or .pkl, or the folder cannot be made.
     """
     if dest.suffix not in SUFFIXES:
         raise ReferenceFileError(f"cannot write {dest}: end its name in {' or '.join(SUFFIXES)}")
@@ -212,10 +213,10 @@ def check_destination(dest: Path) -> None:
 
 
 def edm2_layout(statistics: Mapping[str, Statistics]) -> dict[str, Any]:
-    """Statistics by metric as EDM2's programs keep them: plain dicts and NumPy arrays."""
+    """Return statistics by metric as EDM2's programs keep them: plain dicts and NumPy arrays."""
     counts = {one.count for one in statistics.values() if one.count is not None}
     return {
-        # All metrics look at the same images; where that is not known, the entry is left out.
+        # All metrics use the same images. If that is not known, the entry is left out.
         **({COUNT_KEY: counts.pop()} if len(counts) == 1 else {}),
         **{metric: {"mu": one.mu, "sigma": one.sigma} for metric, one in statistics.items()},
     }
@@ -229,11 +230,11 @@ def write_reference(
 ) -> None:
     """Write statistics by metric, in a layout that the published programs read too.
 
-    `.pkl` is EDM2's. Of an `.npz`, EDM (2022) reads `mu` and `sigma`, which are fid's here.
+    A `.pkl` has EDM2's layout. EDM (2022) reads `mu` and `sigma` of an `.npz`, which are fid's.
 
     Args:
-        features: features by metric, [n, d], in an `.npz` only.
-        about: JSON's types, in an `.npz` only.
+        features: features by metric, [n, d]; written to an `.npz` only.
+        about: origin, in JSON's types; written to an `.npz` only.
 
     Raises:
         ErkGuidError: it cannot be written.

@@ -1,4 +1,4 @@
-"""From what a file says (class, settings, weights) to a network and an encoder of ours."""
+"""Building our networks and encoders from what a file says (class, settings, weights)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from erk_guid.models.networks.edm import EDMPrecond
 from erk_guid.models.networks.edm2 import Precond
 
 NETWORKS: dict[str, type[nn.Module]] = {"Precond": Precond, "EDMPrecond": EDMPrecond}
-"""Class names in files, and our own class of that name."""
+"""Our own class for each class name in files."""
 
 MAX_SIDE = 1 << 16
 """Bound on every number in a network's settings: resolution, channels, labels."""
@@ -92,13 +92,13 @@ SETTINGS: dict[str, dict[str, Callable[[Any], bool]]] = {
         "resample_filter": _list_of(_real),
     },
 }  # fmt: skip
-"""What a file may say of each class: the constructor's arguments, and which values they take."""
+"""The constructor arguments a file may give for each class, and which values they may have."""
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def build_network(class_name: str, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Any:
-    """Our own network of that class, with these weights in their stored dtypes, for inference.
+    """Build our network of that class for inference, with these weights in their stored dtypes.
 
     Raises:
         CheckpointError: an unknown class, settings it does not take, or weights that do not fit
@@ -112,8 +112,8 @@ def build_network(class_name: str, config: Mapping[str, Any], state: Mapping[str
         )
     _check_settings(class_name, config, len(state))
     try:
-        # On the meta device a network takes no memory, however large its settings make it:
-        # it grows only as far as the file has weights for it.
+        # On the meta device a network takes no memory, however large its settings make it.
+        # Memory is used only for the weights that the file has.
         with torch.device("meta"):
             net = NETWORKS[class_name](**config)
     except (TypeError, ValueError, RuntimeError, ArithmeticError, IndexError) as error:
@@ -124,16 +124,16 @@ def build_network(class_name: str, config: Mapping[str, Any], state: Mapping[str
 
 
 def _aligned(value: Tensor) -> Tensor:
-    """The weights in memory that begins where torch's own allocations do, on 64 bytes.
+    """Return the weights in memory aligned to 64 bytes, as torch's own allocations are.
 
-    The CPU's kernels choose their way by alignment and round differently, so that a network
-    would depend, in its last digits, on the file it came from.
+    The CPU's kernels choose their method by alignment, and the methods round differently. Without
+    this, the last digits of a network's output would depend on the file it came from.
     """
     return value if value.data_ptr() % 64 == 0 else value.clone()
 
 
 def build_encoder(class_name: str, config: Mapping[str, Any]) -> Encoder:
-    """The encoder of that class.
+    """Build the encoder of that class.
 
     Raises:
         CheckpointError: an unknown class, or settings it does not take.
@@ -148,7 +148,7 @@ def build_encoder(class_name: str, config: Mapping[str, Any]) -> Encoder:
 
 
 def bind(cls: type, args: list[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Constructor arguments by name."""
+    """Return constructor arguments by name."""
     names = [
         p for p in inspect.signature(cls).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD
     ]
@@ -160,7 +160,7 @@ def bind(cls: type, args: list[Any], kwargs: Mapping[str, Any]) -> dict[str, Any
 
 
 def _check_settings(class_name: str, config: Mapping[str, Any], tensors: int) -> None:
-    """Types and ranges, before anything is built: a constructor trusts its arguments."""
+    """Refuse wrong types and ranges before anything is built: a constructor trusts them."""
     kinds = SETTINGS[class_name]
     for name, value in config.items():
         if name not in kinds:
@@ -200,12 +200,12 @@ def _some(names: list[str]) -> str:
 
 
 def describe_encoder(encoder: Encoder) -> dict[str, Any]:
-    """Class name and settings, as files carry them."""
+    """Return class name and settings, as files store them."""
     return _describe(encoder, ENCODERS)
 
 
 def describe_network(net: nn.Module) -> dict[str, Any]:
-    """Class name and settings, as files carry them.
+    """Return class name and settings, as files store them.
 
     Raises:
         ErkGuidError: the network is not one of ours.

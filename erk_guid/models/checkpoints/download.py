@@ -1,4 +1,4 @@
-"""Fetching files once: into a cache, resumed, verified, safe among many processes."""
+"""Fetching files once into a cache: resumed, verified, safe with many processes."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ CHUNK = 1 << 20
 LICENSES = {
     "nvlabs-fi-cdn.nvidia.com": "weights by NVIDIA, licensed CC BY-NC-SA 4.0 (non-commercial use)",
 }
-"""Hosts whose files come under terms that the user must be told."""
+"""Hosts whose files have license terms that the user must be told."""
 
 
 class DownloadError(ErkGuidError):
-    """A file could not be fetched, or is not the one that was asked for."""
+    """A file that could not be fetched, or is not the one that was asked for."""
 
 
 def cache_dir() -> Path:
-    """$ERK_GUID_CACHE, else $XDG_CACHE_HOME/erk_guid, else ~/.cache/erk_guid."""
+    """Return $ERK_GUID_CACHE, else $XDG_CACHE_HOME/erk_guid, else ~/.cache/erk_guid."""
     if os.environ.get(CACHE_VARIABLE):
         return Path(os.environ[CACHE_VARIABLE]).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -43,17 +43,17 @@ def cache_dir() -> Path:
 
 
 def is_url(source: str) -> bool:
-    """Whether `source` is a web address rather than a path."""
+    """Return whether `source` is a web address rather than a path."""
     return source.startswith(("http://", "https://"))
 
 
 def download(url: str, *, sha256: str | None = None, cache: Path | None = None) -> Path:
-    """The local copy of `url`, fetched if it is not in the cache.
+    """Return the local copy of `url`, fetched if it is not in the cache.
 
     Args:
-        url: http or https. A fragment ``#sha256=<hex>`` asks for that content.
+        url: http or https. A fragment ``#sha256=<hex>`` gives the expected hash.
         sha256: the same, as an argument.
-        cache: folder of the copies, by default `cache_dir`.
+        cache: folder of the copies; by default `cache_dir`.
 
     An interrupted transfer is continued if the server still has the same file. Any number of
     processes may ask at once: one fetches, the others wait for it.
@@ -109,15 +109,15 @@ def _verify(path: Path, url: str, sha256: str) -> None:
 
 
 class _InterruptedError(Exception):
-    """The transfer stopped early; what arrived is kept."""
+    """A transfer that stopped early; what arrived is kept."""
 
 
 def _fetch(url: str, partial: Path) -> None:
-    """Fetch into `partial`, continuing what is there; try again when the line breaks."""
+    """Fetch into `partial`, continuing what is there; retry when the connection breaks."""
     attempt, arrived = 0, 0
     while True:
         size = partial.stat().st_size if partial.exists() else 0
-        # A line that breaks often but brings something each time is not given up on.
+        # Attempts count from 1 again whenever something arrived.
         attempt, arrived = (1 if size > arrived else attempt + 1), size
         try:
             _transfer(url, partial)
@@ -141,8 +141,8 @@ def _fetch(url: str, partial: Path) -> None:
 
 
 def _transfer(url: str, partial: Path) -> None:
-    # What is there is continued only under the validator it began with, so that two versions of
-    # a file are never joined.
+    # A partial file is continued only under the validator it began with, so that two versions
+    # of a file are never joined.
     tag_file = partial.with_name(partial.name + ".etag")
     tag = tag_file.read_text() if partial.exists() and tag_file.exists() else ""
     have = partial.stat().st_size if tag else 0
@@ -153,7 +153,7 @@ def _transfer(url: str, partial: Path) -> None:
     try:
         response = urllib.request.urlopen(request, timeout=30)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # the partial file is longer than the real one: begin anew
+        if error.code == 416:  # the partial file is longer than the real one: start again
             partial.unlink(missing_ok=True)
             raise _InterruptedError("range refused") from error
         raise

@@ -1,9 +1,9 @@
-"""EDM2 networks as diffusers keeps models: a folder with config.json and safetensors.
+"""EDM2 networks in diffusers' layout: a folder with config.json and safetensors.
 
-Others have converted the published networks so (on Hugging Face, BiliSakura/EDM2-diffusers). A
+Others have converted the published networks to it (on Hugging Face, BiliSakura/EDM2-diffusers). A
 model's folder has ``unet/diffusion_pytorch_model.safetensors`` with ``unet/config.json``, and a
-VAE in ``vae/``. The tensors have the names of our own state dict. What shapes decide is read from
-the tensors; config.json gives the rest, and must not contradict them.
+VAE in ``vae/``. The tensors have the names of our own state dict. Settings that the shapes decide
+are read from the tensors. config.json gives the rest, and must not contradict them.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ NAMES = {
     "out_channels": "img_channels",
     "num_class_embeds": "label_dim",
 }
-"""What config.json calls some settings, and what we call them."""
+"""Names of some settings in config.json, and our names for them."""
 
 HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?P<folder>(/[\w.-]+)*)(@(?P<revision>[\w.-]+))?")
 """A name on the hub: owner/name, a folder in it, a revision: owner/name/folder@revision."""
 
 
 def weights_in(folder: Path) -> Path:
-    """The weights in a model's folder, or in its `unet` folder.
+    """Return the path of the weights in a model's folder, or in its `unet` folder.
 
     Raises:
-        ErkGuidError: there are none; if models lie in it, they are named.
+        ErkGuidError: there are none. If the folder holds models, the message names them.
     """
     for place in (folder / UNET, folder):
         if (place / WEIGHTS).is_file():
@@ -57,16 +57,16 @@ def weights_in(folder: Path) -> Path:
 
 
 def fetch_from_hub(name: str) -> Path | None:
-    """The weights of ``owner/name[/folder][@revision]`` on the Hugging Face hub.
+    """Fetch the weights of ``owner/name[/folder][@revision]`` from the Hugging Face hub.
 
-    They are kept in the hub's own cache. Returns None if `name` is no such name.
+    They are kept in the hub's own cache. Returns None if `name` is not a name on the hub.
 
     Raises:
         ErkGuidError: it cannot be fetched, or holds no network.
     """
     match = HUB.fullmatch(name)
     if name.startswith((".", "~")) or Path(name.partition("/")[0]).exists():
-        return None  # somewhere here, where it is not
+        return None  # meant as a local path, but not there
     if match is None or Path(name).suffix in (".pkl", ".safetensors", ".pt", ".pth", ".ckpt"):
         return None
     try:
@@ -90,12 +90,12 @@ def fetch_from_hub(name: str) -> Path | None:
 
 
 def is_model(path: Path) -> bool:
-    """Whether a safetensors file has a config.json beside it."""
+    """Return whether a safetensors file has a config.json beside it."""
     return path.suffix == ".safetensors" and (path.parent / CONFIG).is_file()
 
 
 def read_model(path: Path) -> tuple[Any, Encoder]:
-    """Network and encoder of weights with a config.json beside them.
+    """Read network and encoder from weights with a config.json beside them.
 
     Raises:
         CheckpointError: a file is damaged, or the network is not EDM2's.
@@ -130,7 +130,7 @@ def _settings(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[st
             told = 0 if ours == "label_dim" and value is None else value
             if isinstance(told, list) and len(set(map(str, told))) == 1:  # height and width
                 told = told[0]
-            # Channels may be told as factors of another base, which comes to the same.
+            # Channels may be given as factors of another base, with the same result.
             if ours in NAMES.values() and told != found[ours]:
                 raise CheckpointError(f"{CONFIG} says {name} {told}, its tensors {found[ours]}")
         elif ours in SETTINGS["Precond"]:
@@ -143,7 +143,7 @@ def _settings(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[st
 
 
 def shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The settings of `Precond` that the shapes of its tensors decide.
+    """Return the settings of `Precond` that the shapes of its tensors decide.
 
     Raises:
         CheckpointError: they are not those of an EDM2 network.

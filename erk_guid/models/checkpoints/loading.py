@@ -1,4 +1,4 @@
-"""One way to open a network, whatever it lies in."""
+"""One function to open a network from any source."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from erk_guid.models.encoders import ENCODERS, Encoder, StandardRGBEncoder
 from erk_guid.models.networks import Unconditional
 
 UNCONDITIONAL = "uncond:"
-"""Prefix of a source whose class-conditional network is to run without classes."""
+"""Prefix of a source whose class-conditional network is run without classes."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Checkpoint:
     Attributes:
         net: the network, in evaluation mode, asking for no gradients; called as
             ``net(x, sigma, class_labels)``, with `img_resolution`, `img_channels`, `label_dim`.
-        encoder: turns what the network makes into pixels.
-        source: what was asked for: a preset's name, a path or a URL.
+        encoder: turns the network's output into pixels.
+        source: the name given to `load`: a preset's name, a path or a URL.
         path: the local file.
         format: "safetensors", "diffusers", "pkl", or "pkl (trusted)".
         metadata: further text from the header, such as how the network was trained.
-        preset: the preset of that name, if `source` is one: it also names the guiding network.
+        preset: the preset named `source`, if there is one; it also names the guiding network.
         unconditional: whether `net` was wrapped to ignore class labels ("uncond:" sources).
     """
 
@@ -59,7 +59,7 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> str:
-        """What the network computes depends on: the file's hash, and how it is used."""
+        """The file's hash and how it is used; what the network computes depends on both."""
         return (UNCONDITIONAL if self.unconditional else "") + self.sha256
 
 
@@ -70,8 +70,9 @@ def load(
 ) -> Checkpoint:
     """Open a network: a preset's name, a `.pkl` or `.safetensors` file, or a URL of either.
 
-    EDM2 networks in diffusers' layout open, too: a model's folder (``unet/config.json``, a VAE in
-    ``vae/``), or its name on the Hugging Face hub, ``owner/name[/folder][@revision]``.
+    EDM2 networks in diffusers' layout can be opened too, by a model's folder
+    (``unet/config.json``, a VAE in ``vae/``) or by its name on the Hugging Face hub,
+    ``owner/name[/folder][@revision]``.
 
     Args:
         name_or_path_or_url: for a preset, its main network is opened. With "uncond:" in front,
@@ -98,7 +99,7 @@ def load(
     except MemoryError as error:
         raise CheckpointError(f"{source}: it needs more memory than there is") from error
     except Exception as error:
-        # A backstop for files made to hit what the checks before did not think of.
+        # The last check, for files made to pass all checks before it.
         reason = f"damaged ({type(error).__name__}: {error})"
         raise CheckpointError(f"{source}: {printable(reason)}") from error
     loaded.net.to(device or "cpu")
@@ -106,10 +107,10 @@ def load(
 
 
 def locate(source: str) -> Path:
-    """The local file behind anything `load` takes, downloaded if need be.
+    """Return the local file behind anything `load` takes; download it if needed.
 
     Raises:
-        ErkGuidError: there is none; close preset names are suggested.
+        ErkGuidError: there is none; the message suggests close preset names.
     """
     source = source.removeprefix(UNCONDITIONAL)
     if source in PRESETS:
@@ -160,7 +161,7 @@ def _read(path: Path, source: str, trust: bool) -> Checkpoint:
 
 
 class _ForeignEncoder:
-    """An encoder from a trusted file, which spells decode and encode as EDM2 does."""
+    """An encoder from a trusted file, with `decode` and `encode` named as in EDM2."""
 
     def __init__(self, encoder: Any) -> None:
         self._encoder = encoder
@@ -190,7 +191,7 @@ def convert(source: str | Path, dest: str | Path) -> Checkpoint:
     """
     loaded = load(source)
     try:
-        # The file's name only: where it lay is nobody else's business.
+        # The file's name only: its folder is private.
         origin = loaded.source if is_url(loaded.source) or loaded.preset else loaded.path.name
         save_network(dest, loaded.net, loaded.encoder, {"source": origin, **loaded.metadata})
     except OSError as error:

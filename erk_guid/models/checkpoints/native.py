@@ -54,7 +54,7 @@ def save_network(
 
 
 def has_header(path: Path) -> bool:
-    """Whether a safetensors file says that it is of our format."""
+    """Return whether the header of a safetensors file says that it has our format."""
     try:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get("format") == FORMAT
@@ -63,10 +63,10 @@ def has_header(path: Path) -> bool:
 
 
 def read_native(path: Path) -> tuple[Any, Encoder, dict[str, str]]:
-    """Network, encoder and the remaining header text.
+    """Read a file of our format; return network, encoder and the remaining header text.
 
     Raises:
-        CheckpointError: it is no such file, or see `build.build_network`.
+        CheckpointError: the file does not have our format, or as `build.build_network`.
     """
     try:
         with safe_open(path, framework="pt") as file:

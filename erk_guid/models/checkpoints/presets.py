@@ -34,7 +34,7 @@ def _edm(*names: str) -> dict[str, Preset]:
 
 
 def _edm2(table: str) -> dict[str, Preset]:
-    """Rows of `name net gnet guidance metric score`; '-' for none, '~' for edm2-img512-."""
+    """Read rows of `name net gnet guidance metric score`; '-' is none, '~' is edm2-img512-."""
     presets = {}
     for row in table.split("\n"):
         if not row.strip():
@@ -101,5 +101,5 @@ edm2-img64-s-autog-fid  edm2-img64-s-1073741-0.045 edm2-img64-xs-0134217-0.110 1
 edm2-img64-s-autog-dino edm2-img64-s-1073741-0.105 edm2-img64-xs-0134217-0.175 2.20 FD-DINOv2 31.85
 """),
 }
-"""Name to preset; the EDM2 ones are those of NVIDIA's generate_images.py, the EDM ones are named
+"""Presets by name. The EDM2 ones are those of NVIDIA's generate_images.py. The EDM ones are named
 after their files."""

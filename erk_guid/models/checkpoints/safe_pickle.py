@@ -1,14 +1,14 @@
-"""Reading a pickle without letting it do anything.
+"""Reading a pickle without running anything in it.
 
 Python's unpickler is an interpreter: a pickle tells it which functions to import and call. Here
-a pickle is only ever *data*. `pickletools` (which parses, and runs nothing) splits the file into
-instructions, and the small machine below follows those that published snapshots use. A global
-is a name, never an imported object; what may be done with a name is one of the handlers at the
-end of this module, and each of them builds a plain value or an inert record. Any other name, and
-any other instruction, ends the reading with an error that says which.
+a pickle is only *data*. `pickletools` (which parses, and runs nothing) splits the file into
+instructions. The small machine below follows those that published snapshots use. A global is a
+name, never an imported object. The handlers at the end of this module say what may be done with a
+name; each of them builds a plain value or an inert record. Any other name or instruction stops
+the reading with an error that names it.
 
-Sizes are believed only as far as there are bytes behind them: nothing is allocated on the word
-of the file alone.
+A size that the file gives is trusted only if the file has that many bytes. Nothing is allocated
+because of a number alone.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ MAX_NUMBER = 1 << 128
 cost time whenever they are hashed or printed."""
 
 MAX_KEY = 1 << 60
-"""Whole numbers as dict keys: below Python's hash modulus no two of them collide."""
+"""Bound on whole numbers as dict keys. Below Python's hash modulus no two of them collide."""
 
 
 class UnsafePickleError(CheckpointError):
-    """The file asks for something that a snapshot does not need."""
+    """A file that asks for something that a snapshot does not need."""
 
 
 class _Source(Protocol):
@@ -57,14 +57,14 @@ class _Source(Protocol):
 
 @dataclass(frozen=True)
 class Global:
-    """A name the pickle mentioned. Immutable, not callable, imported by nobody."""
+    """A name in the pickle. It is immutable, not callable and never imported."""
 
     name: str
 
 
 @dataclass
 class Record:
-    """An object of a class that stays uninterpreted: its constructor's name and its state."""
+    """An object whose class is not interpreted: its constructor's name and its state."""
 
     kind: str
     state: Any = None
@@ -118,16 +118,19 @@ _MODULES = frozenset(f"torch.nn.modules.container.{n}" for n in ("ModuleDict", "
 
 @dataclass
 class _Machine:
-    """Runs the pickles of one file of `size` bytes; nested archives share the counters."""
+    """A machine that runs the pickles of one file of `size` bytes.
+
+    Nested archives share the counters.
+    """
 
     size: int
     instructions: int = 0
     copied: int = 0
 
     def charge(self, count: int) -> None:
-        """Note `count` bytes made into a tensor or an array: in all, no more than the file has.
+        """Record `count` bytes made into a tensor or an array; refuse more than the file has.
 
-        A pickle may name the same bytes many times.
+        The file's size bounds the sum of all calls: a pickle may name the same bytes many times.
         """
         self.copied += count
         if self.copied > self.size:
@@ -136,7 +139,7 @@ class _Machine:
     def run(self, source: _Source, nested: bool = False) -> Any:
         """Follow one pickle to its STOP and return what it built.
 
-        In a `nested` one nothing is called; it may name storages and use persistent ids.
+        A `nested` pickle calls nothing. It may name storages and use persistent ids.
         """
         stack: list[Any] = []
         memo: dict[int, Any] = {}
@@ -280,7 +283,7 @@ def read_pickle(source: Path | bytes) -> Any:
     except CheckpointError:
         raise
     except (ValueError, IndexError, TypeError, ArithmeticError, EOFError, RuntimeError) as error:
-        # What pickletools, NumPy and torch say of bytes that make no sense to them.
+        # pickletools, NumPy and torch raise these for bytes that they cannot read.
         raise CheckpointError(f"damaged, or not a pickle ({_short(error)})") from error
 
 
@@ -290,7 +293,7 @@ def _short(error: Exception) -> str:
 
 
 def _check_key(key: Any) -> None:
-    """Keys of dicts and sets are hashed: only what hashes quickly and without collisions."""
+    """Refuse a key of a dict or set unless it hashes quickly and without collisions."""
     if not isinstance(key, (str, int, bytes, type(None))):
         raise UnsafePickleError(f"a dict key of type {type(key).__name__}")
     if isinstance(key, int) and abs(key) >= MAX_KEY:
@@ -308,7 +311,7 @@ def _allowed(module: Any, name: Any, nested: bool) -> Global:
 
 
 def _build(machine: _Machine, target: Any, state: Any) -> None:
-    """BUILD: only our own records take a state."""
+    """Run the instruction BUILD; refuse to set the state of anything but our own records."""
     if isinstance(target, Record) and target.state is None:
         target.state = state
     elif isinstance(target, _Array) and target.value is None and isinstance(state, tuple):
@@ -354,7 +357,7 @@ def _tensor(machine: _Machine, name: str, args: tuple[Any, ...]) -> Tensor:
         raise CheckpointError("a tensor without a storage")
     for numbers in (size, stride, (offset,)):
         if not isinstance(numbers, tuple) or not all(_is_size(n) for n in numbers):
-            raise CheckpointError("a tensor whose shape, strides or offset are no such thing")
+            raise CheckpointError("a tensor whose shape, strides or offset are not valid")
     if len(size) != len(stride) or len(size) > 32:
         raise CheckpointError("a tensor whose shape and strides do not match")
     count = math.prod(size)
@@ -377,7 +380,7 @@ def _parameter(machine: _Machine, name: str, args: tuple[Any, ...]) -> Tensor:
 
 
 def _storage(machine: _Machine, name: str, args: tuple[Any, ...]) -> _Storage:
-    """torch.storage._load_from_bytes: a legacy torch archive that holds one storage."""
+    """Read a legacy torch archive that holds one storage (torch.storage._load_from_bytes)."""
     if len(args) != 1 or not isinstance(args[0], bytes):
         raise CheckpointError("a storage that is not made of bytes")
     machine.charge(len(args[0]))
@@ -414,7 +417,7 @@ def _storage(machine: _Machine, name: str, args: tuple[Any, ...]) -> _Storage:
 def _new_dtype(machine: _Machine, name: str, args: tuple[Any, ...]) -> _Dtype:
     if not args or not isinstance(args[0], str):
         raise CheckpointError("a NumPy dtype without a name")
-    # NumPy's own parser of such names takes far more than numbers.
+    # NumPy's own parser of such names accepts far more than numbers.
     if not re.fullmatch(r"[<>|=]?(b1|[iu][1248]|f[248])", args[0]):
         raise UnsafePickleError(f"a NumPy array of {args[0][:20]!r}, which is not a number")
     return _Dtype(np.dtype(args[0]))
@@ -438,7 +441,7 @@ def _array_from(machine: _Machine, state: tuple[Any, ...]) -> np.ndarray:
         raise CheckpointError("a NumPy array without its five-part state")
     _, shape, record, fortran, data = state
     if not isinstance(shape, tuple) or len(shape) > 32 or not all(_is_size(n) for n in shape):
-        raise CheckpointError("a NumPy array whose shape is no such thing")
+        raise CheckpointError("a NumPy array whose shape is not valid")
     count = math.prod(shape)
     if not isinstance(data, bytes) or len(data) != count * record.dtype.itemsize:
         raise CheckpointError(
@@ -480,12 +483,12 @@ _HANDLERS: dict[str, _Handler] = {
 
 
 def plain(value: Any) -> Any:
-    """A value of JSON's types (tuples and arrays as lists) from what `read_pickle` built.
+    """Convert what `read_pickle` built to JSON's types (tuples and arrays become lists).
 
     Raises:
-        CheckpointError: something else is in there, it nests too deeply, or it is too large.
+        CheckpointError: it contains something else, nests too deeply, or is too large.
     """
-    left = MAX_SETTINGS  # counts what is visited: a few shared lists can stand for billions
+    left = MAX_SETTINGS  # counts visits: a few shared lists can stand for billions
 
     def convert(value: Any, depth: int) -> Any:
         nonlocal left
@@ -494,7 +497,7 @@ def plain(value: Any) -> Any:
             raise CheckpointError("its settings are nested too deeply, or too many")
         array = array_of(value)
         if array is not None:
-            # An axis of length 0 does not keep the others from being listed.
+            # With an axis of length 0, `tolist` still lists the other axes.
             if math.prod(max(n, 1) for n in array.shape) > left:
                 raise CheckpointError(f"an array of shape {list(array.shape)[:8]} as a setting")
             value = array.tolist()
@@ -512,5 +515,5 @@ def plain(value: Any) -> Any:
 
 
 def array_of(value: Any) -> np.ndarray | None:
-    """The NumPy array in a value that `read_pickle` built, or None."""
+    """Return the NumPy array in a value that `read_pickle` built, or None."""
     return value.value if isinstance(value, _Array) else None

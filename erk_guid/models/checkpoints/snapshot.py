@@ -1,4 +1,4 @@
-"""The published snapshots of EDM2 (`.pkl`): safely, and on request with the code inside."""
+"""Safe reading of the published snapshots of EDM2 (`.pkl`); `trusted` runs the code inside."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from erk_guid.models.encoders import ENCODERS, Encoder, StandardRGBEncoder
 
 MAX_DEPTH = 64
 MAX_MEMBERS = 50_000
-"""Modules, parameters and buffers in all; one object may stand in many places of the file."""
+"""Modules, parameters and buffers in all; one object may appear in many places of the file."""
 MAX_NAME = 500
 
 
 def read_snapshot(path: Path) -> tuple[Any, Encoder]:
-    """Network and encoder of a published snapshot; nothing in the file runs.
+    """Read network and encoder of a published snapshot; nothing in the file runs.
 
     Raises:
-        CheckpointError: see `inert.read_pickle` and `build.build_network`.
+        CheckpointError: see `safe_pickle.read_pickle` and `build.build_network`.
     """
     data = read_pickle(path)
     if not isinstance(data, dict) or not isinstance(data.get("ema"), Persistent):
@@ -47,13 +47,15 @@ def _settings(record: Persistent, known: Any) -> dict[str, Any]:
     args = plain(record.state.get("_init_args", []))
     kwargs = plain(record.state.get("_init_kwargs", {}))
     if not isinstance(args, list) or not isinstance(kwargs, dict):
-        raise CheckpointError(f"the settings of its {record.class_name[:80]} are no such thing")
+        raise CheckpointError(
+            f"the settings of its {record.class_name[:80]} are not a list and a dict"
+        )
     cls = known.get(record.class_name)
     return bind(cls, args, kwargs) if cls is not None else kwargs
 
 
 def _state_dict(root: Persistent) -> dict[str, Tensor]:
-    """Parameters, persistent buffers and submodules, as torch would name them."""
+    """Return parameters and persistent buffers, with submodules, as torch would name them."""
     found: dict[str, Tensor] = {}
     left = MAX_MEMBERS
 
@@ -92,7 +94,7 @@ def _state_dict(root: Persistent) -> dict[str, Tensor]:
 
 
 def _check_sharing(state: dict[str, Tensor]) -> None:
-    """Refuse a small file whose tensors, views of one storage, unfold to a huge network."""
+    """Refuse a small file whose tensors are views of one storage and make a huge network."""
     stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state.values()}
     wanted = sum(t.numel() * t.itemsize for t in state.values())
     if wanted > 2 * sum(stored.values()) + 4096:

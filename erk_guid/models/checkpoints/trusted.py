@@ -1,9 +1,9 @@
-"""The escape hatch: run the code that a published snapshot carries.
+"""Reading a published snapshot by running the code inside it.
 
 Only for files whose author is trusted: this is Python's own unpickler, and the file's source is
-executed. It serves networks whose class is not ours (variants with changed source). Published
-sources import three packages of their training repositories; small stand-ins offer what such
-sources use of them, for as long as the file is being read.
+executed. It is for networks whose class is not ours (variants with changed source). Published
+sources import three packages of their training repositories. Small stand-ins offer what such
+sources use of them, while the file is being read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from erk_guid.models.encoders import ENCODERS
 
 
 class EasyDict(dict):
-    """A dict whose items are attributes, too."""
+    """A dict whose items are also attributes."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -41,7 +41,7 @@ class EasyDict(dict):
 
 
 def read_trusted(path: Path) -> dict[str, Any]:
-    """Unpickle `path` the way its own program does, executing the source inside.
+    """Unpickle `path` as its own program does, executing the source inside.
 
     Raises:
         CheckpointError: it cannot be read that way either, or holds no network 'ema'.
@@ -76,7 +76,7 @@ class _Sources:
 
     def reconstruct(self, meta: dict[str, Any]) -> Any:
         if meta["class_name"] in ENCODERS:
-            # Ours computes the same, and needs none of the training repository later on.
+            # Ours computes the same, and does not need the training repository later.
             state = meta["state"]
             args, kwargs = state.get("_init_args", ()), state.get("_init_kwargs", {})
             cls = ENCODERS[meta["class_name"]]
@@ -85,7 +85,7 @@ class _Sources:
         if source not in self._modules:
             name = f"_erk_guid_trusted_{len(self._modules)}"
             module = types.ModuleType(name)
-            # Classes look their module up by name, dataclasses among them.
+            # Some classes, such as dataclasses, look up their module by name.
             sys.modules[name] = module
             exec(
                 compile(source, f"<{meta['class_name']} in the snapshot>", "exec"), module.__dict__
@@ -103,7 +103,7 @@ class _Sources:
 
 @contextlib.contextmanager
 def _stand_ins() -> Iterator[_Sources]:
-    """Install the stand-in packages, and take them away again."""
+    """Install the stand-in packages, and remove them when the block ends."""
     sources = _Sources()
 
     def package(name: str, **members: Any) -> types.ModuleType:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @runtime_checkable
 class Network(Protocol):
-    """What images are generated with: any network with EDM's call and attributes.
+    """A network that images are generated with: it has EDM's call and attributes.
 
     Attributes:
         img_resolution, img_channels: shape of x, [N, img_channels, img_resolution, img_resolution].
@@ -26,15 +26,15 @@ class Network(Protocol):
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Return the weights, which say where the network lies."""
+        """Return the weights; they are on the device of the network."""
         ...
 
 
 class Unconditional(nn.Module):
     """A class-conditional network that is never told the class.
 
-    A network trained with label dropout is its own unconditional model: this makes it the guiding
-    network of classifier-free guidance.
+    A network trained with label dropout is also an unconditional model. This class makes it the
+    guiding network of classifier-free guidance.
     """
 
     label_dim = 0

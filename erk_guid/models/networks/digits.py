@@ -1,4 +1,4 @@
-"""A small convolutional digit classifier: the offline judge of the shipped model."""
+"""A small convolutional digit classifier that scores the shipped model offline."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ FILE = "digits-classifier.safetensors"
 class DigitClassifier(nn.Module):
     """Three convolutions and two linear layers over 32x32 grey digits.
 
-    `features` [N, 64] serve as a feature space for Frechet distances and the like, the forward
-    pass gives the ten logits.
+    `features` [N, 64] are a feature space for Frechet distances and similar scores. The forward
+    pass returns the ten logits.
     """
 
     feature_dim = 64
@@ -28,23 +28,23 @@ class DigitClassifier(nn.Module):
         self.logits = nn.Linear(self.feature_dim, 10)
 
     def features(self, images: Tensor) -> Tensor:
-        """uint8 [N, 1, 32, 32] to [N, 64]: the hidden layer before its nonlinearity."""
+        """Map uint8 [N, 1, 32, 32] to [N, 64]: the hidden layer before its nonlinearity."""
         x = images.to(self.conv0.weight.dtype) / 127.5 - 1
         for conv in (self.conv0, self.conv1, self.conv2):
             x = F.max_pool2d(F.silu(conv(x)), 2)
         return self.hidden(x.flatten(1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 [N, 1, 32, 32] to logits [N, 10]."""
+        """Map uint8 [N, 1, 32, 32] to logits [N, 10]."""
         return self.classify(self.features(images))
 
     def classify(self, features: Tensor) -> Tensor:
-        """Features [N, 64] to logits [N, 10]."""
+        """Map features [N, 64] to logits [N, 10]."""
         return self.logits(F.dropout(F.silu(features), 0.3, self.training))
 
 
 def load_digit_classifier() -> DigitClassifier:
-    """The shipped classifier, in evaluation mode, float32."""
+    """Return the shipped classifier, in evaluation mode, float32."""
     from safetensors.torch import load_file
 
     net = DigitClassifier()

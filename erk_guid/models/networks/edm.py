@@ -19,7 +19,7 @@ from erk_guid.models.networks.edm2 import preconditioned
 
 
 class Linear(nn.Module):
-    """Linear layer; the weight may be stored in another dtype than it is used in."""
+    """Linear layer. The weight may be stored in one dtype and used in another."""
 
     def __init__(self, cin: int, cout: int, bias: bool = True) -> None:
         super().__init__()
@@ -35,9 +35,9 @@ class Conv2d(nn.Module):
     """Convolution that may also halve or double the resolution.
 
     Args:
-        kernel: 1 or 3; 0 resamples and has no weight.
-        up, down: resample with `resample_filter`, before the convolution.
-        fused: let the padding of both steps together keep the size.
+        kernel: 1 or 3; with 0 the layer only resamples and has no weight.
+        up, down: resample with `resample_filter`, before the convolution (a fused `down`: after).
+        fused: combine the padding of both steps, so that together they keep the size.
     """
 
     resample_filter: Tensor | None
@@ -114,12 +114,12 @@ class GroupNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual block with embedding and, where asked for, self-attention.
+    """Residual block with embedding and optional self-attention.
 
     Args:
         heads: attention heads; 0 for no attention.
-        adaptive_scale: let the embedding scale and shift, not only shift.
-        resample_proj: give a resampling skip connection weights of its own.
+        adaptive_scale: if true, the embedding scales and shifts; else it only shifts.
+        resample_proj: give the skip connection of a resampling block its own weights.
     """
 
     def __init__(
@@ -349,7 +349,7 @@ class SongUNet(nn.Module):
 
 
 class DhariwalUNet(nn.Module):
-    """ADM."""
+    """The ADM U-Net."""
 
     def __init__(
         self,
@@ -458,11 +458,11 @@ MODELS: dict[str, type[nn.Module]] = {"SongUNet": SongUNet, "DhariwalUNet": Dhar
 class EDMPrecond(nn.Module):
     """The denoiser D(x; sigma) around one of the U-Nets (Karras et al. 2022, table 1, "EDM").
 
-    Parameters that are not named here go to the U-Net of type `model_type`.
+    Parameters not named here are passed to the U-Net of type `model_type`.
 
     Attributes:
         config: the constructor's arguments, JSON-compatible.
-        sigma_min, sigma_max: the range the network was made for, as far as its file says.
+        sigma_min, sigma_max: range of sigma the network was made for, as far as its file says.
     """
 
     def __init__(

@@ -4,9 +4,9 @@ Written from Karras et al. 2024, "Analyzing and Improving the Training Dynamics 
 Diffusion Models" (arXiv 2312.02696), figure 21 and the equations named below. The
 parameter names are those of the published checkpoints, so that their state dicts load.
 
-What differs from a plain transcription is speed at inference: the *effective* weight of a
-layer (normalized, scaled by its gain) is a constant once training is over, so it is computed
-once and kept (`MPConv`), and attention runs through `scaled_dot_product_attention`.
+Inference is faster than in a plain transcription. The *effective* weight of a layer (normalized,
+scaled by its gain) is constant after training, so it is computed once and kept (`MPConv`).
+Attention runs through `scaled_dot_product_attention`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ Resampling = Literal["keep", "up", "down"]
 def normalize(x: Tensor, dim: Sequence[int] | int | None = None, eps: float = 1e-4) -> Tensor:
     """Scale `x` to unit root-mean-square over `dim` (eq. 66): x / (eps + ||x|| / sqrt(n)).
 
-    `dim` defaults to every dimension but the first; n counts the elements a norm runs over.
-    The norm is taken in float32 at least, the result has the dtype of `x`.
+    `dim` defaults to every dimension but the first; n is the number of elements in one norm.
+    The norm is computed in at least float32. The result has the dtype of `x`.
     """
     if dim is None:
         dim = tuple(range(1, x.ndim))
@@ -50,18 +50,18 @@ SILU_SCALE = 1 / 0.596
 
 
 def mp_silu(x: Tensor) -> Tensor:
-    """Magnitude-preserving SiLU (eq. 81)."""
+    """Apply the magnitude-preserving SiLU (eq. 81)."""
     return F.silu(x) * SILU_SCALE
 
 
 def sum_weights(t: float) -> tuple[float, float]:
-    """Weights of a and b in the magnitude-preserving sum mp_sum(a, b, t) (eq. 88)."""
+    """Return the weights of a and b in the magnitude-preserving sum mp_sum(a, b, t) (eq. 88)."""
     norm = math.sqrt((1 - t) ** 2 + t**2)
     return (1 - t) / norm, t / norm
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
-    """Magnitude-preserving concatenation over channels (eq. 103)."""
+    """Concatenate over channels, preserving magnitudes (eq. 103)."""
     na, nb = a.shape[1], b.shape[1]
     scale = math.sqrt((na + nb) / ((1 - t) ** 2 + t**2))
     return torch.cat([a * (scale * (1 - t) / math.sqrt(na)), b * (scale * t / math.sqrt(nb))], 1)
@@ -71,8 +71,10 @@ def mp_cat(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
 def _resampling_kernel(
     f: tuple[float, ...], total: float, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Outer product of `f` with itself, summing to `total`; kept, so that no call waits for a
-    copy to the device."""
+    """Return the outer product of `f` with itself, scaled to sum to `total`.
+
+    It is cached, so that no call waits for a copy to the device.
+    """
     with torch.inference_mode(False), torch.no_grad():
         taps = torch.tensor(f, dtype=torch.float32, device="cpu")
         kernel = torch.outer(taps, taps)
@@ -122,16 +124,15 @@ class _CachedWeight:
 class MPConv(nn.Module):
     """Magnitude-preserving convolution or linear layer (eq. 47, 66); no bias.
 
-    The stored `weight` [cout, cin, *kernel] enters through its *effective* value,
+    The stored `weight` [cout, cin, *kernel] is used through its *effective* value,
     ``normalize(weight) * gain / sqrt(fan_in)``. In training mode the stored weight is first
-    overwritten by its normalized self (forced weight normalization).
+    replaced by its normalized value (forced weight normalization).
 
     In evaluation mode, when no gradient of the weight is wanted, the effective weight is
-    computed once and reused. What it was computed from is compared at every call (the
-    parameters' identity, storage and version counter, the dtype asked for), so loading,
-    moving, casting or editing in place all lead to a new one. The one edit that PyTorch lets
-    nobody see is an in-place write through ``weight.data``: call ``train()`` or ``eval()``
-    after that.
+    computed once and reused. Every call compares what it was computed from: the parameters'
+    identity, storage and version counter, and the requested dtype. So loading, moving, casting
+    and editing in place all lead to a new one. PyTorch does not report one kind of edit, an
+    in-place write through ``weight.data``: call ``train()`` or ``eval()`` after it.
     """
 
     def __init__(self, cin: int, cout: int, kernel: Sequence[int]) -> None:
@@ -149,14 +150,14 @@ class MPConv(nn.Module):
     def effective_weight(
         self, dtype: torch.dtype, gain: Tensor | float = 1.0, scale: float = 1.0
     ) -> Tensor:
-        """The weight that is convolved with, in `dtype`."""
+        """Return the weight that `forward` uses, in `dtype`."""
         if self.training:
             with torch.no_grad():
                 self.weight.copy_(normalize(self.weight))
             return self._compute(dtype, gain, scale)
         sources = [self.weight, gain] if isinstance(gain, Tensor) else [self.weight]
         wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in sources)
-        # Tensors born in inference mode carry no version counter, so an edit would go unseen.
+        # Tensors made in inference mode have no version counter, so an edit would not be noticed.
         if wants_grad or any(t.is_inference() for t in sources) or torch.compiler.is_compiling():
             return self._compute(dtype, gain, scale)
         key = (
@@ -166,7 +167,7 @@ class MPConv(nn.Module):
             *((id(t), t.data_ptr(), t._version, t.dtype) for t in sources),
         )
         if self._cached is None or self._cached.key != key:
-            # A normal tensor even inside inference_mode: it may serve a backward pass later.
+            # A normal tensor even inside inference_mode: a backward pass may use it later.
             with torch.inference_mode(False), torch.no_grad():
                 self._cached = _CachedWeight(key, self._compute(dtype, gain, scale))
         return self._cached.value
@@ -183,17 +184,17 @@ class MPConv(nn.Module):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> MPConv:
-        # Moving and casting may reuse a freed address, which the key could not tell apart.
+        # Moving and casting may reuse a freed address; the key would then look unchanged.
         self._cached = None
         super()._apply(fn, recurse)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}  # copies and pickles start without
+        return {**self.__dict__, "_cached": None}  # copies and pickles start without it
 
 
 def attention(qkv: Tensor, heads: int) -> Tensor:
-    """Cosine attention over pixels (eq. 40): [N, 3 C, H, W] to [N, C, H, W].
+    """Apply cosine attention over pixels (eq. 40): [N, 3 C, H, W] to [N, C, H, W].
 
     The channel axis factors as (head, channel in head, q|k|v); each vector is normalized
     before the product.
@@ -256,7 +257,7 @@ class Block(nn.Module):
             x = normalize(x, dim=1)
 
         # Constant factors (of mp_silu and mp_sum) are folded into the weights that follow or
-        # precede them, which saves a pass over the activations each.
+        # precede them, each of which saves a pass over the activations.
         y = self.conv_res0(F.silu(x), scale=SILU_SCALE)
         c = self.emb_linear(emb, gain=self.emb_gain) + 1
         y = F.silu(y * c[:, :, None, None].to(y.dtype))
@@ -281,7 +282,7 @@ class Block(nn.Module):
 
 
 class BlockOptions(TypedDict, total=False):
-    """The settings every block of a U-Net shares."""
+    """The settings that all blocks of a U-Net share."""
 
     resample_filter: Sequence[float]
     channels_per_head: int
@@ -327,7 +328,7 @@ class UNet(nn.Module):
         def block(cin: int, cout: int, flavor: Flavor, **special: Any) -> Block:
             return Block(cin, cout, cemb, flavor, **special, **block_options)
 
-        # Encoder. `skips` lists the width of each output: the decoder takes them back in turn.
+        # Encoder. `skips` lists the width of each output; the decoder takes them in reverse order.
         self.enc = nn.ModuleDict()
         width = img_channels + 1
         skips: list[int] = []
@@ -383,7 +384,7 @@ class UNet(nn.Module):
 class Precond(nn.Module):
     """The denoiser D(x; sigma) around the U-Net (Karras et al. 2022, table 1, "EDM").
 
-    Parameters that are not named here go to `UNet` (and from there to `Block`).
+    Parameters not named here are passed to `UNet` (and from there to `Block`).
 
     Attributes:
         config: the constructor's arguments, JSON-compatible; ``Precond(**net.config)`` has
@@ -430,10 +431,10 @@ class Precond(nn.Module):
         """Denoise `x` [N, C, H, W] at noise level `sigma` (a scalar or [N]).
 
         `class_labels` are one-hot rows [N, label_dim], or whole class numbers [N]; None means
-        unconditional (a zero vector for a conditional network). Computes in float32, inside in
-        float16 on CUDA when `use_fp16` holds and `force_fp32` does not. Returns float32 like
-        x; with `return_logvar` also u(sigma) (arXiv 2312.02696, eq. 21), shaped [N, 1, 1, 1] or
-        [1, 1, 1, 1].
+        unconditional (a zero vector for a conditional network). Computes in float32; the U-Net
+        computes in float16 on CUDA if `use_fp16` is set and `force_fp32` is not. Returns float32
+        shaped like x; with `return_logvar` also u(sigma) (arXiv 2312.02696, eq. 21), shaped
+        [N, 1, 1, 1] or [1, 1, 1, 1].
 
         Raises:
             ValueError: labels of another shape, or class numbers out of range.
@@ -445,7 +446,7 @@ class Precond(nn.Module):
 
 
 def one_hot_rows(labels: Tensor, label_dim: int, count: int) -> Tensor:
-    """Class labels as a network takes them: rows, float32 [count or 1, label_dim].
+    """Return class labels as a network takes them: rows, float32 [count or 1, label_dim].
 
     Args:
         labels: rows [count, label_dim], one row for all [1, label_dim], or class numbers: whole
@@ -454,8 +455,8 @@ def one_hot_rows(labels: Tensor, label_dim: int, count: int) -> Tensor:
         count: number of images.
 
     Raises:
-        ValueError: any other shape, or a class number out of range (on the CPU; elsewhere a look
-            at the numbers would wait for the device).
+        ValueError: any other shape, or a class number out of range. The range is checked only on
+            the CPU; elsewhere the check would wait for the device.
     """
     whole = not labels.is_floating_point() and labels.dtype != torch.bool
     if whole and labels.ndim < 2:
@@ -483,7 +484,7 @@ def preconditioned(
     class_labels: Tensor | None,
     force_fp32: bool,
 ) -> tuple[Tensor, Tensor]:
-    """EDM's preconditioning around a U-Net: the denoised x, and c_noise [N] or [1].
+    """Apply EDM's preconditioning around a U-Net; return the denoised x, and c_noise [N] or [1].
 
     Args:
         precond: has `label_dim`, `sigma_data` and `use_fp16`.

@@ -1,10 +1,10 @@
-"""How near a solver comes to the exact solution of the ODE, at how many evaluations.
+"""Distance of a solver's results to the exact solution of the ODE, by number of evaluations.
 
 `Problem` is a denoiser with start points and their exact end points: the mixtures of
 `erk_guid.studies.accuracy.problems`, or a network with a fine solution of its own. `METHODS` are
-the solvers compared, diffusers' schedulers among them as a check from outside. `measure` runs them.
+the solvers compared. They include diffusers' schedulers as an outside check. `measure` runs them.
 
-This is fidelity to the ODE. Which images look better, or score better, is another question.
+This is fidelity to the ODE. It does not say which images look better, or score better.
 """
 
 from __future__ import annotations

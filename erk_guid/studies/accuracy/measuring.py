@@ -1,4 +1,4 @@
-"""Running methods on a problem, and the table that comes of it."""
+"""Runs of methods on a problem, and the table of their errors."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from erk_guid.studies.accuracy.problems import Problem
 
 
 class Error(NamedTuple):
-    """Of one method at one number of evaluations."""
+    """The error of one method at one number of evaluations."""
 
     mean: float
     """Mean Euclidean distance of the end points."""
     standard_error: float
-    """Of that mean, over the points."""
+    """Standard error of that mean, over the points."""
     worst: float
     """The largest distance."""
 
@@ -41,7 +41,7 @@ class Table:
     errors: dict[str, list[Error]]
 
     def markdown(self) -> str:
-        """The mean errors, the best of each column in bold."""
+        """Return the mean errors as Markdown, the best of each column in bold."""
         finite = [
             [row[k].mean for row in self.errors.values() if math.isfinite(row[k].mean)]
             for k in range(self._width)
@@ -60,7 +60,7 @@ class Table:
         return "\n".join(lines) + "\n"
 
     def csv(self) -> str:
-        """One line for each entry."""
+        """Return the table as CSV, one line for each entry."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["problem", "method", "evaluations", *Error._fields])
@@ -79,12 +79,12 @@ def _short(value: float) -> str:
 
 
 def distances(found: Tensor, end: Tensor) -> Tensor:
-    """Euclidean distance per sample, [N], float64."""
+    """Return the Euclidean distance per sample, [N], float64."""
     return (found.double() - end.double()).flatten(1).norm(dim=1).cpu()
 
 
 def error_of(apart: Tensor) -> Error:
-    """Mean, its standard error, and the worst of the distances [N]."""
+    """Return the mean of the distances [N], its standard error, and the largest distance."""
     count = len(apart)
     spread = float(apart.std()) / count**0.5 if count > 1 else float("nan")
     return Error(float(apart.mean()), spread, float(apart.max()))

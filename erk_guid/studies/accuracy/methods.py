@@ -30,7 +30,7 @@ from erk_guid.solvers import (
 )
 
 SIGMA_DATA = 0.5
-"""EDM schedulers scale by it on the way in and out; it cancels."""
+"""EDM schedulers scale inputs and outputs by it; it cancels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Method(ABC):
     Attributes:
         name: for the table.
         schedule: see `erk_guid.schedules.make_sigmas`.
-        stages: evaluations an interval.
+        stages: evaluations per interval.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Method(ABC):
         """Return the end points.
 
         Raises:
-            MissingExtraError: what runs it is not installed.
+            MissingExtraError: the package that runs it is not installed.
         """
 
 
@@ -95,7 +95,7 @@ class OutsideMethod(Method):
 def _run_outside(
     name: str, options: dict[str, Any], denoiser: Denoiser, x: Tensor, sigmas: Tensor
 ) -> Tensor:
-    """A diffusers scheduler over our noise levels: theirs are overwritten, the rest is theirs."""
+    """Run a diffusers scheduler over our noise levels, which replace its own."""
     try:
         import diffusers
     except ImportError as error:
@@ -108,7 +108,7 @@ def _run_outside(
     if is_heun:  # every level but the first is visited twice
         levels = torch.cat([levels[:1], levels[1:].repeat_interleave(2)])
     if len(scheduler.timesteps) < len(levels) - 1:
-        raise RuntimeError(f"{name} made {len(scheduler.timesteps)} steps")  # not its interface
+        raise RuntimeError(f"{name} made {len(scheduler.timesteps)} steps")  # no public interface
     scheduler.sigmas = levels
     # Discrete schedulers other than Heun's work on x scaled to unit variance.
     scaled = not is_edm and not is_heun
@@ -118,7 +118,7 @@ def _run_outside(
 
     x = x / scale(levels[0]).to(x)
     for sigma, time in zip(levels[:-1].to(x), scheduler.timesteps, strict=False):
-        scheduler.scale_model_input(x, time)  # the result is not wanted, but they insist
+        scheduler.scale_model_input(x, time)  # not used, but step() requires the call
         at = x * scale(sigma)
         denoised = denoiser(at, sigma)
         if is_edm:  # undo the preconditioning that the scheduler will do
@@ -193,14 +193,14 @@ def _methods() -> list[Method]:
 
 
 METHODS: dict[str, Method] = {method.name: method for method in _methods()}
-"""By name, in the tables' order."""
+"""Methods by name, in the tables' order."""
 
 
 def choose_methods(patterns: list[str], outside: bool = True) -> list[Method]:
-    """The methods whose names begin with one of the patterns; all for none.
+    """Return the methods whose names begin with one of the patterns; all if there are none.
 
     Raises:
-        ValueError: a pattern that fits none.
+        ValueError: a pattern fits no method, or no method is left.
     """
     chosen: list[Method] = []
     matches: Callable[[str, str], bool] = lambda name, start: name.startswith(start)  # noqa: E731

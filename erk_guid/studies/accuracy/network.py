@@ -29,22 +29,22 @@ def network_problem(
     dtype: torch.dtype = torch.float32,
     fine: int = 256,
 ) -> Problem:
-    """The images of some seeds, and where `fine` evaluations of DEIS of order 4 take them.
+    """Return the problem of some seeds, solved by `fine` evaluations of DEIS of order 4.
 
     Args:
-        name: for the table.
+        name: name for the table.
         net, seeds, gnet, class_idx: see `erk_guid.generate`.
         guidance: strength of model guidance; with 1 `gnet` is not run.
         batch: images at a time.
-        sigma_min, sigma_max: the range.
-        dtype: of the sampling loop.
+        sigma_min, sigma_max: range of the noise levels.
+        dtype: dtype of the sampling loop.
         fine: evaluations of the solution that stands for the exact one.
     """
     check_networks(net, gnet, class_idx)
     random = SeededNoise(seeds, next(net.parameters()).device)
     noise, labels = draw(net, random, class_idx)
     start = sigma_max * noise.to(dtype)
-    # All samples at a time to the samplers, `batch` of them to the network.
+    # The samplers get all samples at once, the network gets `batch` of them.
     denoiser = in_batches(guided_denoiser(net, gnet, guidance), labels, batch)
     with tqdm(total=fine, desc="Fine solution", unit="evaluation") as bar:
 

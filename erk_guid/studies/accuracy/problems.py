@@ -16,15 +16,15 @@ from erk_guid.solvers import DEIS
 
 SIGMA_MIN = 0.002
 FINE_LEVELS = 1001
-"""Of the solution that mixtures are held against. With half as many it moves by less than 1e-8."""
+"""Levels of the solution that mixtures are compared with. Half as many move it by under 1e-8."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A denoiser, where to start, and where the ODE leads from there.
+    """A denoiser, start points, and the end points that the ODE leads to.
 
     Attributes:
-        name: of the problem.
+        name: name of the problem.
         denoiser: see `erk_guid.Denoiser`.
         start: x at sigma_max, [N, ...].
         end: x at sigma_min, like start.
@@ -42,7 +42,7 @@ class Problem:
 def solve_finely(
     denoiser: Denoiser, start: Tensor, sigma_min: float, sigma_max: float, levels: int
 ) -> Tensor:
-    """The end points, by exact-weights DEIS of order 4: none of the methods' own programs."""
+    """Return the end points by exact-weights DEIS of order 4, which is no compared method."""
     sigmas = make_sigmas("polynomial", levels, sigma_min, sigma_max, 7)[:-1]
     return sample(denoiser, start, sigmas, solver=DEIS(4, "rhoab"))
 
@@ -50,7 +50,7 @@ def solve_finely(
 def mixture_problem(
     name: str, mixture: GaussianMixture, count: int, seed: int, sigma_max: float
 ) -> Problem:
-    """Draws from the mixture with noise of sigma_max added, and their fine solution."""
+    """Return the problem of draws from the mixture plus noise of sigma_max, solved finely."""
     generator = torch.Generator().manual_seed(seed)
     clean = mixture.sample(count, generator)
     noise = torch.randn(clean.shape, dtype=clean.dtype, generator=generator)
@@ -60,7 +60,7 @@ def mixture_problem(
 
 
 def gaussian_problem(count: int, seed: int) -> Problem:
-    """Independent Gaussians of five sizes; the solution is known in closed form."""
+    """Return independent Gaussians of five sizes, whose solution is known in closed form."""
     stds = torch.tensor([1, 0.5, 0.2, 0.05, 0.01], dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     unit = torch.randn(count, len(stds), dtype=torch.float64, generator=generator)
@@ -70,9 +70,9 @@ def gaussian_problem(count: int, seed: int) -> Problem:
 
 
 def high_dimensional_mixture(dim: int = 64, components: int = 20) -> GaussianMixture:
-    """Twenty Gaussians in 64 dimensions, with the falling spectra that images have.
+    """Return twenty Gaussians in 64 dimensions, with the falling spectra that images have.
 
-    Axes are rotated at random for each component; standard deviations fall as 1 / k from 0.5,
+    Axes are rotated at random for each component. Standard deviations fall as 1 / k from 0.5,
     and so do those of the means.
     """
     generator = torch.Generator().manual_seed(0)
@@ -86,10 +86,10 @@ def high_dimensional_mixture(dim: int = 64, components: int = 20) -> GaussianMix
 
 
 def discrete_set(dim: int = 16, points: int = 64) -> GaussianMixture:
-    """An empirical distribution: 64 points in 16 dimensions, off the origin, with no width at all.
+    """Return an empirical distribution: 64 points without width in 16 dimensions, off the origin.
 
-    The denoiser jumps from one point to another where two are about as far. A sample that ends
-    at another point than the exact solution does is off by the distance between the two.
+    The denoiser jumps from one point to another where both are about equally far. A sample that
+    ends at another point than the exact solution is off by the distance between the two.
     """
     generator = torch.Generator().manual_seed(0)
     stds = 0.5 / torch.arange(1, dim + 1, dtype=torch.float64)
@@ -101,9 +101,9 @@ def discrete_set(dim: int = 16, points: int = 64) -> GaussianMixture:
 
 
 def wide_mixture(dim: int = 16, components: int = 6) -> GaussianMixture:
-    """Six Gaussians far off the origin, each with standard deviations from 1 to 0.001.
+    """Return six Gaussians far off the origin, each with standard deviations from 1 to 0.001.
 
-    The covariances' condition number is 1e6; axes are rotated at random.
+    The covariances' condition number is 1e6. Axes are rotated at random.
     """
     generator = torch.Generator().manual_seed(0)
     stds = torch.logspace(0, -3, dim, dtype=torch.float64)
@@ -126,14 +126,14 @@ PROBLEMS: dict[str, Callable[[int, int], Problem]] = {
 }
 """Exact problems by name: the 2-D tree from sigma = 5 and from 80, independent Gaussians, a mixture
 in 64 dimensions, one off the origin with condition numbers of a million, and a discrete set of
-points. Called with a number of points and a seed."""
+points. Each is called with a number of points and a seed."""
 
 
 def make_problem(name: str, count: int = 200, seed: int = 0) -> Problem:
-    """One of `PROBLEMS`.
+    """Return one of `PROBLEMS`.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no problem of that name.
     """
     if name not in PROBLEMS:
         raise ValueError(f"unknown problem {name!r}; known: {', '.join(PROBLEMS)}")

@@ -11,20 +11,20 @@ from erk_guid.common.plots import Curve, draw
 from erk_guid.studies.accuracy.measuring import Table
 
 SUFFIXES = (".csv", ".md", ".json", ".svg")
-"""Of the files written."""
+"""Suffixes of the files written."""
 
 PLOTTED = (
     "heun", "heun + ERK 0.5/0.5", "heun + ERK auto", "deis tab 4", "dpmpp 2 data", "unipc 3 data",
     "diffusers DEIS 3", "modal", "modal (logsnr)",
 )  # fmt: skip
-"""What the plot shows of a table with many rows."""
+"""The rows that the plot shows of a table with many rows."""
 
 
 def write_table(table: Table, outdir: Path, settings: dict[str, Any]) -> None:
     """Write accuracy.csv, .md, .svg and .json.
 
     Raises:
-        MissingExtraError: matplotlib is not installed; the other files are there by then.
+        MissingExtraError: matplotlib is not installed; the other files are written before.
     """
     write_bytes(outdir / "accuracy.csv", table.csv().encode())
     write_bytes(outdir / "accuracy.md", table.markdown().encode())
@@ -33,7 +33,7 @@ def write_table(table: Table, outdir: Path, settings: dict[str, Any]) -> None:
 
 
 def plot(table: Table) -> bytes:
-    """An SVG of the errors over evaluations; of a long table, the rows in `PLOTTED`."""
+    """Return an SVG of the errors over evaluations; of a long table, the rows in `PLOTTED`."""
     few = len(table.errors) <= len(PLOTTED) + 1
     curves = [
         Curve(

@@ -1,4 +1,4 @@
-"""Settings of ERK guidance for one's own model: the search, and the file they are kept in."""
+"""Settings of ERK guidance for your own model: the search, and the file that keeps them."""
 
 from erk_guid.studies.calibration.search import Calibration, Trial, calibrate
 

@@ -1,17 +1,17 @@
-"""Settings of ERK guidance for one's own model, solver and noise levels, in minutes.
+"""Search for settings of ERK guidance for your own model, solver and noise levels, in minutes.
 
 The paper leaves w_stiff and w_con to a sweep of 50,000-image FID runs for each model and step
-count. Here a few dozen images are solved finely, and what is looked for is the setting that ends
-nearest to them from the same noise. That is fidelity to the ODE. It is not FID, nor what
-FD-DINOv2 likes, which may prefer images that are sharper than the ODE's.
+count. Here a few dozen images are solved finely. The search looks for the setting that ends nearest
+to them from the same noise. That is fidelity to the ODE. It is neither FID nor FD-DINOv2, which may
+prefer images that are sharper than the ODE's.
 
 How evaluations of the network are saved:
 
-- all settings of a round are walked together and share what they have in common
+- all settings of a round run together and share their common evaluations
   (`erk_guid.studies.calibration.sweep`);
-- w_con matters only by the steps at which it opens the gate, so one value between the stiffness
-  of each step and the next stands for all;
-- a coarse ladder of w_stiff is tried on a few images; on all of them only what did best there.
+- w_con only decides at which steps the gate opens, so one value between two neighbouring
+  stiffnesses of the steps stands for all values between them;
+- a coarse ladder of w_stiff is tried on a few images, and only the best of it on all images.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from erk_guid.studies.calibration.sweep import (
 OBJECTIVES = ("end", "steps")
 
 FEWEST = 4
-"""Samples that are needed to judge at all."""
+"""Fewest samples that a search can judge by."""
 SCREENED = 8
 """Samples that the ladder is tried on."""
 PROMISING = 24
@@ -50,7 +50,7 @@ PROMISING = 24
 LADDER = (0.2, 0.3, 0.45, 0.67, 1.0, 1.5, 2.25)
 RUNG = 1.5
 EXTENSIONS = 4
-"""Rungs added at most where the ladder ends on its best."""
+"""Rungs added at most where the best value is at an end of the ladder."""
 THRESHOLDS = 12
 """Values of w_con tried, at most."""
 FINALISTS = 4
@@ -58,11 +58,11 @@ FINALISTS = 4
 BRACKET = 1.15
 """Factor between neighbours when w_stiff is refined."""
 CLOSE = 0.02
-"""Ratios that differ by less may change places when w_stiff is refined."""
+"""Ratios that differ by less may change their order when w_stiff is refined."""
 REFINED = 3
 """Further values of w_stiff, at most."""
 CAUTION = 2.0
-"""Standard errors that a setting is charged when it is compared with others."""
+"""Standard errors that are added to a setting's ratio when settings are compared."""
 CERTAINTY = 3.0
 """Standard errors by which settings must beat the plain solver to be recommended."""
 ROUNDING = 10.0
@@ -70,9 +70,9 @@ ROUNDING = 10.0
 
 REFERENCE_EVALUATIONS = 42
 REFERENCE_SUBSTEPS = 4
-"""Of the fine solution: evaluations in all, and in each interval, at least."""
+"""Fewest evaluations of the fine solution, in all and in each interval."""
 REFERENCE_ERROR = 0.03
-"""It is refined, twice at most, until its own error is below this multiple of plain's."""
+"""The fine solution is refined, twice at most, until its error is below this part of plain's."""
 REFINEMENTS = 2
 
 PLAIN = ERKGuidance()
@@ -83,16 +83,16 @@ NOT_FINITE = "the plain solver does not end at finite values; look at the denois
 
 @dataclass(frozen=True)
 class Trial:
-    """What one setting did.
+    """The result of one setting.
 
     Attributes:
         guidance: the setting.
         error: mean over the samples of the objective.
-        ratio: that over the plain solver's on the same samples.
-        ratio_error: standard error of `ratio`; the samples are the same, so that it is small.
+        ratio: `error` over the plain solver's on the same samples.
+        ratio_error: standard error of `ratio`; small, because the samples are the same.
         step_ratio: the error of single steps from the exact solution, summed over the steps, over
             the plain solver's; nan where it was not computed.
-        samples: how many.
+        samples: number of samples.
     """
 
     guidance: Guidance
@@ -104,21 +104,21 @@ class Trial:
 
     @property
     def score(self) -> float:
-        """What settings are ranked by: the ratio and two of its standard errors.
+        """The value that settings are ranked by: the ratio plus two of its standard errors.
 
-        The best of many noisy means is the luckiest; and a setting whose errors scatter ruins
-        some images even if it is good for most.
+        The best of many noisy means is partly luck. A setting whose errors scatter ruins some
+        images even if it is good for most.
         """
         return self.ratio + CAUTION * self.ratio_error
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` found.
+    """The result of `calibrate`.
 
     Attributes:
-        guidance: the recommendation: the setting with the least `score`, or `PLAIN`, no
-            guidance, if its error is not below the plain solver's by three standard errors.
+        guidance: the recommendation: the setting with the lowest `score`. It is `PLAIN` (no
+            guidance) unless that setting is better than plain by three standard errors.
         trials: all settings that were tried; those on all samples first, each by rising score.
         objective: "end" or "steps".
         reference_error: estimate of the fine solution's own error at the end, as a multiple of
@@ -143,7 +143,7 @@ class Calibration:
         return self.trial(PLAIN)
 
     def trial(self, guidance: Guidance) -> Trial:
-        """The trial of one of the settings.
+        """Return the trial of one of the settings.
 
         Raises:
             KeyError: it was not tried.
@@ -154,7 +154,7 @@ class Calibration:
         raise KeyError(guidance)
 
     def table(self, rows: int = 12) -> str:
-        """The trials on all samples as Markdown, best first, the plain solver among them."""
+        """Return the trials on all samples as Markdown, best first, with the plain solver."""
         final = [t for t in self.trials if t.samples == self.plain.samples]
         shown = final[:rows]
         if self.plain not in shown:
@@ -187,24 +187,24 @@ def calibrate(
     auto: bool = True,
     batch: int = 32,
 ) -> Calibration:
-    """Look for the settings of guidance that keep nearest to the ODE's solution.
+    """Search for the settings of guidance that stay nearest to the ODE's solution.
 
     Args:
-        denoiser: called as ``denoiser(x, sigma)``, or with the labels of x's rows behind them:
-            ``denoiser(x, sigma, labels)``. Rows come in another order than in `x`, and more than
-            once, so that a denoiser that has labels must take them from there.
+        denoiser: called as ``denoiser(x, sigma)``, or as ``denoiser(x, sigma, labels)`` with the
+            labels of x's rows. Rows come in another order than in `x`, and more than once. So a
+            denoiser that needs labels must use this argument.
         x: where to start, [N, ...], already scaled by ``sigmas[0]``; 64 samples serve well.
         sigmas: the noise levels, as in `erk_guid.sample`. The step to a trailing 0 is not guided,
             and left out.
         labels: one row for each of x's, or None.
         solver: "heun", "dpm2", "deis", or one with its options (`erk_guid.solvers`).
         guidance: gate and bound of all candidates; its w_stiff and w_con are not used.
-        process: what x is, as in `erk_guid.sample`; `sigmas` are then its times. Settings found so
-            are for sampling with that process: w_con is per unit of noise over signal.
+        process: what x is, as in `erk_guid.sample`; `sigmas` are then its times. The settings
+            are then for sampling with that process: w_con is per unit of noise over signal.
         objective: "end": the distance of the end points. "steps": the errors of single steps
-            from the exact solution, summed over the steps. The first also rewards a step that
-            makes up for the errors of those before it.
-        auto: whether the parameter-free form is among the candidates, where the solver has it.
+            from the exact solution, summed over the steps. "end" also rewards a step that
+            corrects the errors of earlier steps.
+        auto: also try the parameter-free form, if the solver has it.
         batch: samples at a time.
 
     Returns:
@@ -261,7 +261,7 @@ def calibrate(
     ]
     best = found[0]
     certain = best.ratio + CERTAINTY * best.ratio_error < 1
-    # Where the plain solver errs by no more than rounding does, there is nothing to judge by.
+    # If the plain solver's error is no more than rounding, settings cannot be judged.
     rounding = ROUNDING * torch.finfo(x.dtype).eps * float(norm(x).mean())
     certain = certain and trials.trial(PLAIN).error > rounding
     screened = [trials.trial(setting) for setting in trials.values if setting not in final]
@@ -275,7 +275,7 @@ def calibrate(
 
 
 def written(guidance: Guidance) -> tuple[str, str]:
-    """Return w_stiff and w_con as tables show them; empty where they have no part."""
+    """Return w_stiff and w_con as tables show them; empty where they are not used."""
     shown = settings_of(guidance)
     strength = shown["w_stiff"]
     if isinstance(strength, str):
@@ -284,13 +284,13 @@ def written(guidance: Guidance) -> tuple[str, str]:
 
 
 def is_published(guidance: Guidance) -> TypeGuard[ERKGuidance]:
-    """Return whether it is the published form, and corrects anything."""
+    """Return whether `guidance` is the published form, and active."""
     return isinstance(guidance, ERKGuidance) and guidance.active
 
 
 @dataclass(frozen=True)
 class _Labelled:
-    """The denoiser of a problem that was written in sigma, with labels behind x and sigma."""
+    """The denoiser of a problem rewritten in sigma, called with x, sigma and labels."""
 
     denoiser: Callable[..., Tensor]
     problem: InSigma
@@ -301,7 +301,7 @@ class _Labelled:
 
 @dataclass
 class _Counted:
-    """The denoiser, and how many samples it was given."""
+    """A denoiser that counts the samples it is given."""
 
     denoiser: Callable[..., Tensor]
     rows: int = 0
@@ -312,9 +312,9 @@ class _Counted:
 
 
 def _reference(task: Task, steps: Sequence[Step], solver: Solver) -> tuple[Tensor, float]:
-    """The fine solution at all levels, and its own error at the end over the plain solver's.
+    """Return the fine solution at all levels, and its own error at the end over plain's.
 
-    It is judged on few samples, by one of half the step length.
+    The error is measured on few samples, against a solution with half the step length.
     """
     few = task.rows(slice(FEWEST))
     substeps = max(REFERENCE_SUBSTEPS, -(-REFERENCE_EVALUATIONS // len(steps)))
@@ -333,21 +333,21 @@ def _reference(task: Task, steps: Sequence[Step], solver: Solver) -> tuple[Tenso
 
 @dataclass
 class _Trials:
-    """Errors of settings, measured when they are asked for."""
+    """Errors of settings, measured on demand."""
 
     task: Task
     steps: Sequence[Step]
     path: Tensor
     objective: str
     values: dict[Guidance, Tensor] = field(default_factory=dict)
-    """Of the objective, on the first samples, [n]."""
+    """Values of the objective on the first samples, [n]."""
 
     @property
     def samples(self) -> int:
         return len(self.task.x)
 
     def measure(self, settings: Iterable[Guidance], samples: int) -> None:
-        """See to it that these settings were tried on that many samples."""
+        """Try these settings on that many samples, except where that was done."""
         waiting: dict[int, list[Guidance]] = {}
         for setting in dict.fromkeys(settings):
             known = len(self.values.get(setting, ()))
@@ -365,11 +365,11 @@ class _Trials:
                 self.values[setting] = torch.cat([before, values])
 
     def trial(self, setting: Guidance, step_ratio: float = math.nan) -> Trial:
-        """What is known of a setting that was measured."""
+        """Return the trial of a setting that was measured."""
         values = self.values[setting]
         plain = self.values[PLAIN][: len(values)]
         mean = float(plain.mean())
-        if mean == 0:  # nothing to be better than
+        if mean == 0:  # plain has no error to improve on
             ratio = 1.0 if float(values.mean()) == 0 else math.inf
             return Trial(setting, float(values.mean()), ratio, 0.0, step_ratio, len(values))
         ratio = float(values.mean()) / mean
@@ -384,20 +384,20 @@ class _Trials:
         return sorted(map(self.trial, full), key=lambda trial: trial.score)
 
     def published(self) -> list[tuple[ERKGuidance, float]]:
-        """Return those of the published form, with their scores, by rising score."""
+        """Return the published forms among `all_of`, with their scores, by rising score."""
         return [(t.guidance, t.score) for t in self.all_of() if is_published(t.guidance)]
 
 
 def _search(
     trials: _Trials, base: ERKGuidance, readings: list[float], others: Sequence[Guidance]
 ) -> None:
-    """Try settings, so that the best is among those tried on all samples.
+    """Try settings so that the best is among those tried on all samples.
 
     Args:
-        trials: to be filled.
+        trials: filled with the results.
         base: the candidates' bound and gate.
-        readings: what the gate reads at each step, by the median.
-        others: settings to try besides.
+        readings: the median of the gate's readings at each step.
+        others: further settings to try.
     """
     few = min(SCREENED, trials.samples)
     thresholds = _thresholds(readings)
@@ -406,7 +406,7 @@ def _search(
     def setting(w_stiff: float, w_con: float) -> ERKGuidance:
         return replace(base, w_stiff=w_stiff, w_con=w_con)
 
-    # A coarse ladder at every threshold on few samples, longer where it ends on its best.
+    # Try a coarse ladder at every threshold on few samples; extend it where its end is its best.
     for _ in range(EXTENSIONS + 1):
         rungs = [setting(w_stiff, w_con) for w_con in thresholds for w_stiff in ladder[w_con]]
         trials.measure([PLAIN, *rungs], few)
@@ -419,7 +419,7 @@ def _search(
             break
         ladder[best].append(_rounded(valleys[best].place))
 
-    # What that says is best at each threshold, on more; and the best of those on all of them.
+    # Try the best of each threshold on more samples, and the best of those on all samples.
     first = [setting(_rounded(valleys[w_con].place), w_con) for w_con in thresholds]
     trials.measure([PLAIN, *first], min(PROMISING, trials.samples))
     first = sorted(first, key=lambda s: trials.trial(s).score)[:FINALISTS]
@@ -427,7 +427,7 @@ def _search(
     if not math.isfinite(trials.trial(PLAIN).error):
         raise ValueError(NOT_FINITE)
 
-    # Near the best: stronger and weaker, and the gate half open at one step more or one less.
+    # Near the best try stronger and weaker, and the gate half open at one step more or less.
     ranked = [(g, score) for g, score in trials.published() if g in first]
     close = [ranked[0][0]]
     close += [g for g, score in ranked[1:2] if score < ranked[0][1] + CLOSE]
@@ -454,18 +454,18 @@ def _search(
 
 
 class _Valley(NamedTuple):
-    """Where w_stiff does best."""
+    """The best w_stiff."""
 
     place: float
-    """By a parabola; or, where the best known is the largest or the least, beyond it."""
+    """The minimum of a parabola, or a value beyond the known ones if the best is at an end."""
     score: float
-    """Least known."""
+    """The lowest known score."""
     inside: bool
-    """Whether it lies between known ones."""
+    """Whether `place` lies between known values."""
 
 
 def _valley(known: dict[float, float], factor: float) -> _Valley:
-    """From scores by w_stiff; `factor` is how far to look beyond the ends."""
+    """Return the best w_stiff from scores; `factor` is how far to look beyond the ends."""
     places = sorted(known)
     k = min(range(len(places)), key=lambda i: known[places[i]])
     score = known[places[k]]
@@ -478,15 +478,15 @@ def _valley(known: dict[float, float], factor: float) -> _Valley:
     if not math.isfinite(y0 + y2):
         return _Valley(places[k], score, True)
     curvature, slope, _ = np.polyfit([x0, x1, x2], [y0, y1, y2], 2)
-    if not curvature > 1e-12 * abs(y1):  # level
+    if not curvature > 1e-12 * abs(y1):  # flat
         return _Valley(places[k], score, True)
     return _Valley(math.exp(-slope / (2 * curvature)), score, True)
 
 
 def _thresholds(readings: Sequence[float]) -> list[float]:
-    """Values of w_con that shut the gate at none of the steps, at one, at two, and so on.
+    """Return values of w_con that shut the gate at none of the steps, at one, at two, and so on.
 
-    Between the medians of the gate's readings, of which there is one for each step.
+    They lie between the medians of the gate's readings. There is one median for each step.
     """
     ordered = sorted(r for r in readings if r > 0)
     between = [_rounded(math.sqrt(a * b)) for a, b in pairwise(ordered) if b > 1.05 * a]
@@ -497,5 +497,5 @@ def _thresholds(readings: Sequence[float]) -> list[float]:
 
 
 def _rounded(value: float) -> float:
-    """To two digits: more would not be meant."""
+    """Round to two digits, because further ones mean nothing."""
     return float(f"{value:.2g}")

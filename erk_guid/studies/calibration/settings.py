@@ -1,4 +1,4 @@
-"""The file that settings are kept in: JSON that says what they are, and what they are for."""
+"""The file that keeps settings: JSON with the settings and what they are for."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from erk_guid.guidance import Guidance, make_guidance, settings_of
 FORMAT = "erk_guid_settings"
 VERSION = 1
 LARGEST_NUMBER = 10**15
-"""Whole numbers beyond this belong nowhere in the file, and may be beyond any float."""
+"""Largest whole number in the file; larger ones have no use there and may exceed any float."""
 LARGEST = 1_000_000
-"""Bytes of a file that is read."""
+"""Largest size of a file that is read, in bytes."""
 
 _GUIDANCE: dict[str, tuple[type, ...]] = {
     "w_stiff": (float, int, str),
@@ -46,8 +46,8 @@ class Settings:
         guidance: the settings.
         made_for: options of the command lines that they belong to: the solver and its options,
             and the noise levels, under the names of `GenerationConfig`'s fields.
-        measured: how they were found, for the reader: network, seeds, errors. Not interpreted,
-            but for `net` and `guidance`, which other values of are remarked on.
+        measured: how they were found, for the reader: network, seeds, errors. It is not
+            interpreted, except that a run with another `net` or `guidance` gets a remark.
     """
 
     guidance: Guidance
@@ -66,10 +66,10 @@ class Settings:
 
 
 def read_settings(path: str | Path) -> Settings:
-    """Read the file and check it.
+    """Read the file of settings and check it.
 
     Raises:
-        ErkGuidError: it cannot be read, or is no such file; the message says what is wrong in it.
+        ErkGuidError: it cannot be read, or is no file of settings; the message says what is wrong.
     """
     path = Path(path)
     try:
@@ -120,5 +120,5 @@ def _check(path: Path, found: dict[str, Any], known: dict[str, tuple[type, ...]]
 def _is_a(value: Any, types: tuple[type, ...]) -> bool:
     if isinstance(value, int) and abs(value) > LARGEST_NUMBER:
         return False
-    # To Python a bool is an int; not to a reader of the file.
+    # In Python a bool is an int, but not for a reader of the file.
     return isinstance(value, types) and not isinstance(value, bool)

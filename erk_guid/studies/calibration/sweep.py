@@ -1,9 +1,9 @@
 """Sweep many settings of guidance in one run: compute once what they have in common.
 
-Two settings differ from the first step on that they correct differently. Before that, and for
-every image whose gate is shut in both, they walk the same path, and one call of the denoiser serves
-both. `distances` walks all of them at once, as rows that split. The result is that of separate
-runs of `erk_guid.sample`, for a fraction of the evaluations.
+Two settings follow the same path until the first step that they correct differently, and for every
+image whose gate is shut in both. There one call of the denoiser serves both. `distances` follows
+all settings at once, as rows that split. The results equal those of separate runs of
+`erk_guid.sample`, for a fraction of the evaluations.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from erk_guid.solvers import Memory, Solver, Step, StepResult
 
 @dataclass(frozen=True)
 class Task:
-    """What is solved: a denoiser and where to start.
+    """A problem to solve: a denoiser and where to start.
 
     Attributes:
-        denoiser: called as ``denoiser(x, sigma)``, or with the labels of x's rows behind them.
+        denoiser: called as ``denoiser(x, sigma)``, or with the labels of x's rows after them.
         x: start points, [N, ...], already scaled by sigmas[0].
         labels: [N, ...], one row for each of x, or None.
         sigmas: noise levels, falling strictly to the last one above 0.
@@ -42,18 +42,18 @@ class Task:
     batch: int
 
     def rows(self, chosen: slice | Tensor) -> Task:
-        """The task for some of the samples."""
+        """Return the task for some of the samples."""
         labels = None if self.labels is None else self.labels[chosen]
         return replace(self, x=self.x[chosen], labels=labels)
 
     def on(self, owner: Tensor) -> Denoiser:
-        """The denoiser for rows that belong to the samples `owner`."""
+        """Return the denoiser for rows that belong to the samples `owner`."""
         labels = None if self.labels is None else self.labels[owner]
         return in_batches(self.denoiser, labels, self.batch)
 
 
 class Distances(NamedTuple):
-    """How far from the end points the settings led."""
+    """Distances of the settings' results from the end points."""
 
     values: Tensor
     """Euclidean, [settings, samples], float64 on the CPU; NaN or inf where a run overflowed."""
@@ -65,26 +65,26 @@ class _Rows(NamedTuple):
     x: Tensor
     memory: Memory | None
     owner: Tensor
-    """Whose path it is, [R]."""
+    """The sample that each row belongs to, [R]."""
     walks: Tensor
-    """Which settings walk it, [R, settings] bool."""
+    """Which settings follow each row, [R, settings] bool."""
 
 
 @torch.no_grad()
 def distances(
     task: Task, steps: Sequence[Step], settings: Sequence[Guidance], ends: Tensor
 ) -> Distances:
-    """Where all settings lead, as distances from `ends`.
+    """Compute the distances of all settings' results from `ends`.
 
     Args:
         task: what to solve.
         steps: one for each interval between its noise levels.
         settings: of guidance; `ERKGuidance()` is the plain solver.
-        ends: [N, ...], what the results are held against.
+        ends: [N, ...], what the results are compared with.
     """
     found = []
     nfe = 0
-    # A few samples at a time: their rows are as many as the settings, at most.
+    # A few samples at a time: each becomes at most as many rows as there are settings.
     for i in range(0, len(task.x), task.batch):
         part = slice(i, i + task.batch)
         values, spent = _walk(task.rows(part), steps, settings, ends[part])
@@ -97,11 +97,11 @@ def distances(
 def step_errors(
     task: Task, steps: Sequence[Step], settings: Sequence[Guidance], path: Tensor
 ) -> Tensor:
-    """How far one step from the exact solution leads away from it, [settings, steps, samples].
+    """Compute the errors of single steps from the exact solution, [settings, steps, samples].
 
-    Float64 on the CPU. Every step begins on the path, with the state (the companion that
-    guidance needs, the past) that the step before it left behind there. The denoiser is asked as
-    often as in one plain run, whatever the number of settings.
+    The result is float64 on the CPU. Every step begins on the path, with the state (the companion
+    that guidance needs, the past) that the step before it left there. The denoiser is called as
+    often as in one plain run, for any number of settings.
 
     Args:
         task, steps, settings: see `distances`.
@@ -122,7 +122,7 @@ def step_errors(
 
 @torch.no_grad()
 def readings(task: Task, steps: Sequence[Step], guidance: ERKGuidance) -> Tensor:
-    """Return what the gate reads in a plain run, [steps that have a pair, samples], on the CPU."""
+    """Return the gate's readings in a plain run, [steps that have a pair, samples], on the CPU."""
     denoiser = task.on(torch.arange(len(task.x), device=task.x.device))
     x = task.x
     memory: Memory | None = None
@@ -138,12 +138,12 @@ def readings(task: Task, steps: Sequence[Step], guidance: ERKGuidance) -> Tensor
 
 @torch.no_grad()
 def fine_path(task: Task, substeps: int, solver: Solver) -> Tensor:
-    """x at each of the task's noise levels, [levels, N, ...], by small steps.
+    """Return x at each of the task's noise levels, [levels, N, ...], by small steps.
 
     Args:
         task: what to solve.
-        substeps: to each interval, at equal distances in log sigma.
-        solver: what takes them.
+        substeps: number of steps in each interval, at equal distances in log sigma.
+        solver: the solver that takes them.
     """
     shares = torch.arange(substeps, dtype=torch.float64) / substeps
     levels = task.sigmas.double().cpu()
@@ -176,7 +176,7 @@ def _walk(
 
 
 def _apart(rows: _Rows, ends: Tensor) -> Tensor:
-    """Distances from `ends` [N, ...], [settings, N], float64 on the CPU."""
+    """Return the distances from `ends` [N, ...] as [settings, N], float64 on the CPU."""
     apart = norm(rows.x - ends[rows.owner]).cpu().double()
     row, setting = rows.walks.cpu().nonzero(as_tuple=True)
     values = torch.empty(rows.walks.shape[1], len(ends), dtype=torch.float64)
@@ -187,7 +187,7 @@ def _apart(rows: _Rows, ends: Tensor) -> Tensor:
 def _split(
     rows: _Rows, result: StepResult, memory: Memory | None, settings: Sequence[Guidance]
 ) -> _Rows:
-    """Return one row for each result that the settings walking a row come to."""
+    """Return one row for each different result of the settings that follow a row."""
     left = rows.walks.clone()
     branches: list[tuple[Tensor, Tensor]] = []  # x, which settings took it
     for alike in _alike(settings):
@@ -217,7 +217,7 @@ def _split(
 
 
 def _alike(settings: Sequence[Guidance]) -> list[list[int]]:
-    """Return the places of the settings that differ in w_con alone, together."""
+    """Group the indices of settings that differ in w_con alone."""
     groups: dict[Guidance, list[int]] = {}
     for k, setting in enumerate(settings):
         groups.setdefault(_opened(setting), []).append(k)

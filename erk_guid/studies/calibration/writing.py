@@ -13,7 +13,7 @@ from erk_guid.guidance import ERKGuidance, settings_of
 from erk_guid.studies.calibration.search import Calibration, Trial, is_published, written
 
 FILES = ("settings.json", "trials.csv", "calibration.md", "calibration.svg")
-"""What the command leaves in its folder."""
+"""Files that the command writes to its folder."""
 
 COLUMNS = (
     "w_stiff", "w_con", "bound", "gate", "error", "ratio", "ratio_error", "step_ratio", "samples",
@@ -21,7 +21,7 @@ COLUMNS = (
 WORST_DRAWN = 1.3
 """Ratio to plain beyond which a setting is left out of the plot."""
 FEWEST_DRAWN = 3
-"""Points that make a line."""
+"""Fewest points that make a line."""
 TICKS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0)
 
 
@@ -30,12 +30,12 @@ def write_trials(calibration: Calibration, outdir: Path, title: str, heading: st
 
     Args:
         calibration: what was found.
-        outdir: where to.
-        title: of the plot.
+        outdir: folder to write to.
+        title: title of the plot.
         heading: what was measured, above the table.
 
     Raises:
-        MissingExtraError: matplotlib is not installed; the other files are there by then.
+        MissingExtraError: matplotlib is not installed; the other files are written before.
     """
     write_bytes(outdir / "trials.csv", trials_csv(calibration).encode())
     write_bytes(outdir / "calibration.md", f"{heading}\n\n{calibration.table()}".encode())
@@ -43,7 +43,7 @@ def write_trials(calibration: Calibration, outdir: Path, title: str, heading: st
 
 
 def trials_csv(calibration: Calibration) -> str:
-    """One line for each setting that was tried."""
+    """Return a CSV with one line for each setting that was tried."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -63,7 +63,7 @@ def trials_csv(calibration: Calibration) -> str:
 
 
 def plot(calibration: Calibration, title: str) -> bytes:
-    """An SVG: the error over plain's, over w_stiff, a line for each of the best w_con.
+    """Return an SVG: the error over plain's against w_stiff, a line for each of the best w_con.
 
     Settings that were tried on few samples have no error bar.
     """

@@ -40,7 +40,7 @@ from erk_guid.studies.reproduce.tables import CAPTIONS, NOTES, PAPER_NUM, TABLES
 
 METRIC_NAMES = {"fid": "FID", "fd_dinov2": "FD-DINOv2", "fd_digits": "FD-digits"}
 CLEAR = 2.0
-"""Standard errors from which on a difference is called one."""
+"""A difference counts as clear if it exceeds this many standard errors."""
 
 EMPTY = "–"
 
@@ -132,14 +132,14 @@ class Findings:
 
     @property
     def model(self) -> str:
-        """What the rows were made with, in a word or two."""
+        """The model that the rows were made with, in a word or two."""
         if self.job.model is not None:
             return self.job.model
         return ", ".join(dict.fromkeys(row.model for row in self.rows))
 
     @property
     def comparable(self) -> bool:
-        """Whether the paper has numbers of these very models, scored alike."""
+        """Whether the paper has numbers of the same models, scored in the same way."""
         numbers = any(row.paper for row in self.rows)
         return numbers and bool(self.plans) and all(p.papers for p in self.plans.values())
 
@@ -176,7 +176,7 @@ class Findings:
         return found
 
     def _features(self, row: Row, metric: str) -> np.ndarray | None:
-        """The features of a row that kept them; read when needed, for they may be large."""
+        """Return the features of a row that kept them; read when needed, as they may be large."""
         path = self.plans[row.id].features
         if row.id not in self.by_row or not path.is_file():
             return None
@@ -210,7 +210,7 @@ class Findings:
             distances = bootstrap_distances(
                 kept, reference.of(metric), self.job.bootstrap or RESAMPLES
             )
-        except ValueError:  # features that do not go together: then there is nothing to pair
+        except ValueError:  # features that do not match cannot be paired
             return {}
         spread = (distances - distances[:, [plain]]).std(0, ddof=1)
         return {(r.id, metric): float(e) for r, e in zip(rows, spread, strict=True)}
@@ -235,7 +235,7 @@ class Findings:
         return found
 
     def quality(self, row: Row) -> dict[str, float]:
-        """Precision, recall and inception score of a row, as far as they were computed."""
+        """Return precision, recall and inception score of a row, as far as they were computed."""
         quality = self.by_row.get(row.id, {}).get("quality", {})
         if row.id not in self.plans or quality.get("asked") != asked(self.job, self.plans[row.id]):
             return {}
@@ -243,12 +243,12 @@ class Findings:
         return found
 
     def precision_recall(self, row: Row, metric: str) -> tuple[float, float] | None:
-        """Where the row's and the reference's features were kept."""
+        """Return both if the row's and the reference's features were kept, else None."""
         return self._qualities.get((row.id, metric))
 
 
 def write_report(job: Reproduction) -> list[Path]:
-    """Write `report.html`, `report.md` and the plots into the job's folder; returns the two.
+    """Write `report.html`, `report.md` and the plots into the job's folder; return the two.
 
     Raises:
         ErkGuidError: a file cannot be read or written.
@@ -292,7 +292,7 @@ def _number(value: float | None, sign: bool = False) -> str:
 
 
 def _stated(value: float | None) -> str:
-    """A number of the paper's, with its own digits."""
+    """Return a number of the paper, with the paper's digits."""
     return EMPTY if value is None else f"{value:g}"
 
 
@@ -301,7 +301,7 @@ def _name(metric: str) -> str:
 
 
 def _facts(findings: Findings) -> list[tuple[str, str]]:
-    """What the numbers depend on; all values that occur, should rows differ."""
+    """Return what the numbers depend on; all values that occur if rows differ."""
     seeds = findings.job.chosen_seeds
     spelled = spell(seeds)
     several = spelled if len(spelled) < 60 else f"{spelled[:57]}…"
@@ -330,7 +330,7 @@ def _detector_fact(detector: Mapping[str, Any]) -> str:
 
 
 def _summary(findings: Findings) -> list[str]:
-    """What the tables say, in sentences."""
+    """Return what the tables say, in sentences."""
     rows = findings.rows
     done = [r for r in rows if r.id in findings.by_row]
     lines = [f"{len(done)} of {len(rows)} rows measured."]
@@ -371,7 +371,7 @@ def _table(findings: Findings, table: str) -> Table:
     metrics = findings.metrics or paper_metrics
     shared = [m for m in metrics if m in paper_metrics] if findings.comparable else []
     scored = any(findings.quality(r) for r in rows)
-    # Else from features, where they and the reference's were kept.
+    # Otherwise from features, if these and the reference's were kept.
     quality = [
         m for m in metrics if not scored and any(findings.precision_recall(r, m) for r in rows)
     ]
@@ -419,7 +419,7 @@ _QUALITY = (
     ("Recall", "recall"),
     ("Inception score", "inception_score_mean"),
 )
-"""Columns and what they show."""
+"""Columns and the scores that they show."""
 
 
 def _measured(findings: Findings, row: Row, metric: str, shared: bool) -> list[Cell]:
@@ -439,7 +439,7 @@ def _measured(findings: Findings, row: Row, metric: str, shared: bool) -> list[C
 
 
 def _best(findings: Findings) -> Table | None:
-    """For every group of rows the setting with the lowest score."""
+    """Return the setting with the lowest score for every group of rows."""
     body = []
     for metric in findings.metrics:
         for group in dict.fromkeys(r.group for r in findings.rows):
@@ -472,7 +472,7 @@ def _best(findings: Findings) -> Table | None:
 
 
 def _curves(findings: Findings) -> list[tuple[str, str, list[Curve], dict[str, Any]]]:
-    """Plots: (file name, title, curves, axis labels)."""
+    """Return the plots as (file name, title, curves, axis labels)."""
     plots: list[tuple[str, str, list[Curve], dict[str, Any]]] = []
     for metric in findings.metrics:
         y_label = f"{_name(metric)} (lower is better)"
@@ -497,7 +497,7 @@ def _curves(findings: Findings) -> list[tuple[str, str, list[Curve], dict[str, A
 def _sweep(
     findings: Findings, metric: str, rows: list[Row], y_label: str
 ) -> list[tuple[str, str, list[Curve], dict[str, Any]]]:
-    """Score against w_stiff, a curve for each w_con, the unguided run at 0."""
+    """Return a plot of score against w_stiff, a curve for each w_con, the unguided run at 0."""
     known = [r for r in rows if isinstance(r.w_stiff, float | int) and r.id in findings.by_row]
     plain = [(0.0, r) for r in known if not r.guided]
     curves = []
@@ -530,7 +530,7 @@ def _short(table: str) -> str:
 
 
 def _samples(findings: Findings) -> list[tuple[str, list[Picture]]]:
-    """By group of rows, the grids of the same seeds."""
+    """Return the grids of the same seeds, by group of rows."""
     groups: dict[str, list[Picture]] = {}
     for row in findings.rows:
         if row.id not in findings.by_row or not is_whole_png(findings.plans[row.id].grid):
@@ -543,7 +543,7 @@ def _samples(findings: Findings) -> list[tuple[str, list[Picture]]]:
 
 
 def _embedded(path: Path) -> str:
-    """A picture as a data URI; large ones as JPEG, so that the report stays mailable."""
+    """Return a picture as a data URI; large ones as JPEG, so that the report can be mailed."""
     data, kind = path.read_bytes(), "png"
     if len(data) > 100_000:
         buffer = io.BytesIO()
@@ -559,6 +559,6 @@ def _picture(outdir: Path, title: str, relative: Path, svg: bytes) -> Picture:
 
 
 def _commands(findings: Findings) -> list[str]:
-    """Of the first row that was run: how every row is made."""
+    """Return the commands of the first row that was run; every row is made in this way."""
     latest = next(iter(findings.by_row.values()), None)
     return list(latest["commands"]) if latest else []

@@ -1,4 +1,4 @@
-"""Running rows: generate, score, write down, delete the images; continued where it was."""
+"""Runs of rows: generate, score, record, delete the images; continued after an interruption."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ QUALITY_SCORES = (
     "precision", "recall", "inception_score_mean", "inception_score_std",
 )  # fmt: skip
 RESAMPLES = 200
-"""For standard errors, where features are small enough that they cost nothing."""
+"""For standard errors by default, where features are small enough to make them cheap."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reproduction:
-    """What to run, and where. Field names are those of reproduce.sh."""
+    """Settings of a run: which rows, and where. Field names are those of reproduce.sh."""
 
     rows: Sequence[Row]
     outdir: Path = Path("output")
@@ -70,7 +70,8 @@ class Reproduction:
     keep_images: bool = False
 
     def check(self) -> None:
-        """
+        """Refuse options that no run can follow.
+
         Raises:
             ErkGuidError: options that cannot be followed, or contradict each other.
         """
@@ -99,7 +100,7 @@ class Reproduction:
 
     @property
     def processes(self) -> int:
-        """One for each GPU, one without."""
+        """Number of processes: one for each GPU, or one without a GPU."""
         if self.gpus is not None:
             return self.gpus
         return max(torch.cuda.device_count(), 1) if self.device in (None, "cuda") else 1
@@ -111,10 +112,9 @@ class Plan:
 
     Attributes:
         generate, score: command lines; 'python' and 'torchrun' stand for this interpreter's.
-        quality: likewise, for precision, recall and inception score; empty where they are left
-            out.
+        quality: likewise, for precision, recall and inception score; empty if they are left out.
         key: all that the scores depend on; a result with the same key need not be made again.
-        name: of the row's files: its id, and a few digits that stand for the key.
+        name: name of the row's files: its id, and a few digits that stand for the key.
         papers: whether model, reference and detectors are the paper's, so that its numbers can
             be compared.
     """
@@ -149,7 +149,7 @@ class Plan:
         return self.outdir / "grids" / f"{self.name}.png"
 
     def lines(self, keep_images: bool) -> Iterator[str]:
-        """The commands as a shell would take them."""
+        """Yield the commands as a shell would take them."""
         yield shlex.join(self.generate)
         yield shlex.join(self.score)
         if self.quality:
@@ -159,10 +159,10 @@ class Plan:
 
 
 def plan(job: Reproduction, row: Row) -> Plan:
-    """The commands of one row.
+    """Return the plan of one row.
 
     Raises:
-        ErkGuidError: something is left to choose.
+        ErkGuidError: a setting is still to be chosen.
     """
     row = settled(job, row)
     if not row.settled:
@@ -188,7 +188,7 @@ def plan(job: Reproduction, row: Row) -> Plan:
         "metrics": metrics,
         "ref": ref,
         "detector_weights": dict(job.detector_weights),
-        "device": device,  # each kind has random numbers of its own
+        "device": device,  # each kind has its own random numbers
         "files": _fingerprints([*model, ref, *job.detector_weights.values(), *job.plugin]),
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
@@ -207,24 +207,24 @@ def plan(job: Reproduction, row: Row) -> Plan:
 
 
 def _may_have_a_vae(job: Reproduction, row: Row) -> bool:
-    """Whether images depend on how a VAE's pixels are taken, which has changed once."""
+    """Return whether images depend on how a VAE's pixels are taken, which has changed once."""
     model = job.model or row.model
     return model not in PRESETS or model.startswith("edm2-img512")
 
 
 def settled(job: Reproduction, row: Row) -> Row:
-    """The row with the user's settings where the paper's are not known."""
+    """Return the row, with the user's settings where the paper's are not known."""
     if row.w_stiff is not None:
         return row
     return replace(row, w_stiff=job.w_stiff, w_con=job.w_con)
 
 
 def commands(job: Reproduction, row: Row) -> list[str]:
-    """The row's commands as a shell would take them, '?' standing for what is left to choose."""
+    """Return the row's commands for a shell, with '?' for settings still to be chosen."""
     one = settled(job, row)
     if one.settled:
         return list(plan(job, row).lines(job.keep_images))
-    # Any numbers will do to make the commands with: they are taken out again.
+    # Any numbers serve to make the commands: they are replaced below.
     lines = plan(replace(job, w_stiff=1.0, w_con=1.0), row).lines(job.keep_images)
     marked = [re.sub(r"--(w_stiff|w_con)=1\b", r"--\1=?", line) for line in lines]
     return [re.sub(rf"{row.id}-[0-9a-f]{{8}}", f"{row.id}-?", line) for line in marked]
@@ -233,7 +233,7 @@ def commands(job: Reproduction, row: Row) -> list[str]:
 def _launcher(job: Reproduction) -> list[str]:
     if job.processes == 1:
         return ["python", "-m", "erk_guid"]
-    # Behind '--' torchrun does not take --num for an abbreviation of an option of its own.
+    # After '--' torchrun does not take --num for an abbreviation of its own options.
     nproc = f"--nproc_per_node={job.processes}"
     return ["torchrun", "--standalone", nproc, "-m", "--", "erk_guid"]
 
@@ -270,7 +270,10 @@ def _score_command(job: Reproduction, one: Plan, metrics: list[str], ref: str) -
 
 
 def _precision_recall_command(job: Reproduction, one: Plan) -> list[str]:
-    """Precision, recall and inception score, as the published script has them for every row."""
+    """Return the command of precision, recall and inception score, as in the published script.
+
+    That script computes them for every row.
+    """
     if job.skip_quality:
         return []
     real, detector = quality_of(job, one.row)
@@ -285,9 +288,9 @@ def _precision_recall_command(job: Reproduction, one: Plan) -> list[str]:
 
 
 def quality_of(job: Reproduction, row: Row) -> tuple[str | None, str | None]:
-    """The real images that a row's are compared with, and the detector if not the usual ones.
+    """Return the real images to compare a row with, and the detector if not the usual ones.
 
-    Real images are None where none are known for the model, and none were named.
+    The real images are None if none are known for the model and none were named.
     """
     model = job.model or row.model
     if model in PRESETS:
@@ -301,14 +304,14 @@ _KNOWN_REAL: dict[str, tuple[str, str | None]] = {
     "digits": ("digits", "fd_digits"),
     "edm2-img512": (REAL, None),
 }
-"""Beginning of a preset's name to real images and detector."""
+"""Real images and detector, by the beginning of a preset's name."""
 
 
 def _check_quality(job: Reproduction, plans: Sequence[Plan]) -> None:
-    """Say what is missing before hours of work.
+    """Refuse missing images before hours of work; print a note if no real ones are known.
 
     Raises:
-        ErkGuidError: there are no real images where they should be.
+        ErkGuidError: the seeds are too few, or there are no real images where they should be.
     """
     if any(one.quality for one in plans) and len(job.chosen_seeds) < SPLITS:
         raise ErkGuidError(
@@ -338,14 +341,14 @@ def _check_real(row: Row, real: str) -> None:
             f"row {row.id}: precision and recall need real images, and there is no {real}; {hint}"
         )
     try:
-        if path.suffix != ".npz":  # which may hold features
+        if path.suffix != ".npz":  # an .npz may hold features
             open_images(path)
     except ErkGuidError as error:
         raise ErkGuidError(f"row {row.id}: {error}; {hint}") from error
 
 
 def _weights(job: Reproduction, detectors: Sequence[str]) -> list[str]:
-    """The user's files of weights for these detectors."""
+    """Return the options for the user's files of weights for these detectors."""
     return [
         f"--detector-weights={name}={path}"
         for name, path in job.detector_weights.items()
@@ -358,7 +361,7 @@ def _device(job: Reproduction) -> list[str]:
 
 
 def _fingerprints(options: Sequence[str]) -> dict[str, str]:
-    """SHA-256 of the local files among the options' values."""
+    """Return the SHA-256 of the local files among the options' values."""
     found = {}
     for option in options:
         value = option.partition("=")[2] if option.startswith("--") else option
@@ -370,14 +373,14 @@ def _fingerprints(options: Sequence[str]) -> dict[str, str]:
 
 
 def _model_options(job: Reproduction, row: Row) -> list[str]:
-    """The paper's preset for a row, or what takes its place with --model."""
+    """Return the options of a row's preset, or of what replaces it with --model."""
     strength = [] if row.guidance is None else [f"--guidance={row.guidance:g}"]
     if job.model is None:
         return [f"--preset={row.model}", *strength]
     given = PRESETS.get(job.model)
     net = [f"--preset={job.model}" if given else f"--net={job.model}"]
     if row.family == "plain":
-        # A preset may bring model guidance with it, which these rows are without.
+        # A preset may include model guidance, which these rows do not have.
         return [*net, "--guidance=1"] if given and given.gnet else net
     gnet = job.gnet if row.family == "autog" else None
     if gnet is None:
@@ -403,7 +406,7 @@ _KNOWN_SCORING = {
         "https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/imagenet-64x64.npz",
     ),
 }
-"""Beginning of a preset's name to metrics and reference."""
+"""Metrics and reference, by the beginning of a preset's name."""
 
 
 def _known_scoring(model: str) -> tuple[list[str], str] | None:
@@ -433,17 +436,17 @@ def _resamples(job: Reproduction, metrics: Sequence[str]) -> int:
 
 
 def spell(seeds: Sequence[int]) -> str:
-    """'100000-100499', or the list itself where it is no range."""
+    """Return '100000-100499', or the list itself if it is not a range."""
     if list(seeds) == list(range(seeds[0], seeds[0] + len(seeds))):
         return f"{seeds[0]}-{seeds[-1]}"
     return ",".join(map(str, seeds))
 
 
 def read_results(outdir: Path) -> list[dict[str, Any]]:
-    """What `results.jsonl` says, oldest first; a last line that was cut short is left out.
+    """Read the results in `results.jsonl`, oldest first, without a last line that was cut short.
 
     Raises:
-        ErkGuidError: another line is no result.
+        ErkGuidError: another line is not a result.
     """
     path = outdir / RESULTS
     try:
@@ -463,7 +466,7 @@ def read_results(outdir: Path) -> list[dict[str, Any]]:
 
 
 def _result(line: str) -> dict[str, Any] | None:
-    """A line of `results.jsonl`, or None if it is not a whole result."""
+    """Parse a line of `results.jsonl`; return None if it is not a whole result."""
     try:
         result = json.loads(line)
     except (ValueError, RecursionError):
@@ -497,10 +500,10 @@ def _result(line: str) -> dict[str, Any] | None:
 def result_of(
     job: Reproduction, results: Sequence[Mapping[str, Any]], one: Plan, complete: bool = True
 ) -> Any:
-    """The latest result of that plan that has the standard errors asked for, or None.
+    """Return the latest result of that plan that has the standard errors asked for, or None.
 
     Args:
-        complete: with precision and recall against the same real images, too, if asked for.
+        complete: also require precision and recall against the same real images, if asked for.
     """
     needed = set(one.key["metrics"]) if _resamples(job, one.key["metrics"]) else set()
     return next(
@@ -519,7 +522,7 @@ def result_of(
 
 
 def asked(job: Reproduction, one: Plan) -> dict[str, Any]:
-    """What precision, recall and inception score depend on besides the images."""
+    """Return what precision, recall and inception score depend on besides the images."""
     real, detector = quality_of(job, one.row)
     return {"real": real, "detector": detector}
 
@@ -534,7 +537,7 @@ def run(job: Reproduction) -> None:
     plans = [plan(job, row) for row in job.rows]
     before_now = read_results(job.outdir)
     _check_quality(job, [one for one in plans if not result_of(job, before_now, one)])
-    # So that a polite end of this process ends the command it waits for, too.
+    # So that SIGTERM to this process also ends the command that it waits for.
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         job.outdir.mkdir(parents=True, exist_ok=True)
@@ -564,9 +567,9 @@ def run(job: Reproduction) -> None:
 
 
 def _mend(outdir: Path) -> None:
-    """Settle the line that a killed run left unfinished, so that the next begins a new one."""
+    """Remove or end the line that a killed run left unfinished, before the next is added."""
     path = outdir / RESULTS
-    results = read_results(outdir)  # refuses what is not ours to mend
+    results = read_results(outdir)  # raises if more than the last line is damaged
     if path.exists():
         lines = path.read_text().splitlines()
         if len(lines) > len(results) or not path.read_bytes().endswith(b"\n"):
@@ -587,7 +590,7 @@ def _run_row(job: Reproduction, one: Plan) -> None:
         try:
             quality = _quality_of_row(job, one)
         except ErkGuidError as error:
-            failure = error  # what was scored before is written down first
+            failure = error  # raised below, after the scores are recorded
     seeds = job.chosen_seeds
     if scored["images"]["available"] != len(seeds):
         raise ErkGuidError(
@@ -601,7 +604,7 @@ def _run_row(job: Reproduction, one: Plan) -> None:
         "standard_errors": scored.get("standard_errors", {}),
         "quality": quality,
         "num": scored["num"],
-        # Of a run that was continued, the time would be that of the rest.
+        # For a continued run this would be the time of the rest only.
         "seconds_generating": round(seconds, 1) if whole else None,
         "commands": list(one.lines(job.keep_images)),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -650,13 +653,13 @@ def _call(row: Row, command: Sequence[str]) -> None:
 
 
 def _die_with_parent() -> None:
-    """In the child: be told to end when the parent is killed, lest two runs write one folder."""
+    """Make this child end when its parent is killed, so that two runs never write one folder."""
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def _keep_grid(one: Plan, seeds: Sequence[int]) -> None:
-    """The first images, small, for the report."""
+    """Save the first images, small, for the report."""
     pictures = []
     for seed in seeds[:GRID_IMAGES]:
         with Image.open(image_path(one.images, seed, subdirs=True)) as image:

@@ -20,7 +20,7 @@ PAPER_BATCH = 125
 
 @dataclass(frozen=True)
 class Row:
-    """One run: what is generated, and what the paper says came of it.
+    """One run: what is generated, and the paper's results for it.
 
     Attributes:
         id: names the row in files and on the command line.
@@ -28,10 +28,10 @@ class Row:
         steps: noise levels.
         model: the paper's preset.
         family: which kind of model guidance it has.
-        guidance: its strength, where it is not the preset's own.
+        guidance: strength of model guidance, if it is not the preset's own.
         w_stiff: strength of ERK guidance; 0 for a baseline, 'auto' for the parameter-free form,
             None where it is not known.
-        w_con: its gate.
+        w_con: gate of ERK guidance.
         denoise_to_zero: whether it ends with a step to sigma = 0.
         options: further options of the command line, by name.
         paper: the paper's value by metric, as far as known.
@@ -63,7 +63,7 @@ class Row:
 
     @property
     def group(self) -> tuple[str, int, str, str]:
-        """Rows of one group differ in ERK guidance alone; its unguided row is the baseline."""
+        """The row's group: its rows differ in ERK guidance only; the unguided is the baseline."""
         return self.table, self.steps, self.family, self.solver
 
     @property
@@ -154,9 +154,9 @@ def _table3() -> list[Row]:
 
 def _table4() -> list[Row]:
     rows = []
-    # As in the toolbox the paper used: from the first to the last of these noise levels, without
-    # a step to 0; a step of Heun's or DPM-Solver-2 takes two evaluations, one of DEIS's takes one.
-    # The unguided numbers stand in that toolbox's README, DEIS's (tAB3) with this schedule.
+    # As in the toolbox that the paper used: from the first to the last of these noise levels,
+    # without a step to 0. A step of Heun or DPM-Solver-2 takes two evaluations, one of DEIS one.
+    # The unguided numbers are in that toolbox's README, DEIS's (tAB3) with this schedule.
     deis: Mapping[str, float | str] = {"order": 4, "schedule": "time_uniform", "rho": 2}
     settings: tuple[tuple[str, int, Mapping[str, float | str], float, float], ...] = (
         ("heun", 4, {}, 89.63, 85.19),
@@ -222,7 +222,7 @@ PAPER_TABLES = ("2", "3", "4")
 
 
 def choose_rows(tables: Iterable[str], ids: Iterable[str] = ()) -> list[Row]:
-    """The rows of these tables, or those with these ids alone.
+    """Return the rows of these tables, or only those with these ids.
 
     Raises:
         ErkGuidError: there is no such row.
