@@ -87,7 +87,7 @@ def sample(
         solver: a solver with its options (`erk_guid.solvers`), or a name for one with its
             defaults: "heun", "euler", "dpm2", "deis", "ipndm", "ipndm_v", "dpmpp", "unipc", "res",
             "modal". None is Heun, EDM's; with another process it is the modal solver, or Heun
-            where there is guidance.
+            where there is guidance or churn.
         guidance: `ERKGuidance` (the paper), `ParameterFreeGuidance`, or None for the plain solver.
             Costs no evaluation of the denoiser. With ``ERKGuidance(w_stiff=0)`` the result is that
             of the plain solver, bit for bit.
@@ -122,7 +122,8 @@ def sample(
         )
     transformed = process is not None and not isinstance(process, VE)
     if solver is None:
-        solver = "modal" if transformed and guidance is None else "heun"
+        bare = guidance is None and (churn is None or not churn.active)
+        solver = "modal" if transformed and bare else "heun"
     solver = as_solver(solver)
     if guidance is not None:
         guidance.check(solver)

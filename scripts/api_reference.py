@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 MODULES = {
     "erk_guid": "What most programs need; `import erk_guid` asks for torch alone.",
-    "erk_guid.solvers": "The solvers with their options, and what a loop of one's own needs.",
+    "erk_guid.solvers": "The solvers with their options, and what a loop of your own needs.",
     "erk_guid.guidance": "Guidance: the paper's form, the parameter-free form, their protocol.",
     "erk_guid.processes": "What x is: processes, and the way to sigma and back.",
     "erk_guid.schedules": "Noise levels.",

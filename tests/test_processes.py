@@ -207,3 +207,24 @@ def test_times_that_a_process_does_not_have() -> None:
             erk_guid.sample(lambda x, t: x, x, torch.tensor(times), process=process)
     # Some callers' 1 is rounded.
     erk_guid.sample(lambda x, t: x, x, torch.tensor([1.00001, 0.5]), process=RectifiedFlow())
+
+
+def test_the_default_solver_suits_the_process() -> None:
+    # Plain Heun from pure noise would end far off: its first step goes from sigma 10,000 to 9.
+    times = torch.tensor([1.0, 0.9, 0.6, 0.3, 0.1, 0.0], dtype=torch.float64)
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        return (1 - t) * 0.25 / ((1 - t) ** 2 * 0.25 + t**2) * x
+
+    def run(**options: Any) -> Tensor:
+        return erk_guid.sample(denoiser, noise(), times, **options)
+
+    flow = {"process": RectifiedFlow()}
+    assert torch.equal(run(**flow), run(**flow, solver="modal"))
+    guidance = ParameterFreeGuidance()
+    assert torch.equal(
+        run(**flow, guidance=guidance), run(**flow, guidance=guidance, solver="heun")
+    )
+    assert torch.equal(run(), run(solver="heun"))
+    exact = 0.5 * noise()
+    assert (run(**flow) - exact).norm() < 0.1 * exact.norm()

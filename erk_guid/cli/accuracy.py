@@ -36,7 +36,7 @@ RECORDED = (
     "--problem",
     "problem_name",
     metavar="NAME",
-    help="Exact problem in place of a network: tree5, tree80, gauss, mixture64.",
+    help="Exact problem in place of a network: tree5, tree80, gauss, mixture64, wide, discrete.",
 )
 @click.option(
     "--num",

@@ -326,7 +326,10 @@ def _schedule(value: str) -> str | tuple[float, ...]:
             raise click.BadParameter(
                 f"{value!r} is none of {', '.join(SCHEDULES)}, no list such as 80,5,0.1, no file"
             )
-        text = path.read_text(errors="replace")
+        try:
+            text = path.read_text(errors="replace")
+        except OSError as error:
+            raise click.BadParameter(f"cannot read {value}: {error.strerror}") from error
     try:
         levels = [float(part) for part in re.split(r"[\s,]+", text.strip())]
     except ValueError as error:

@@ -28,7 +28,8 @@ COLUMNS = (
     "relative_correction",
 )
 """`stiffness` is rho (unit 1/sigma), `h_stiffness` is rho times the step's length, `gate` is 1
-where rho exceeds w_con. Sizes are Euclidean norms. Empty (NaN) at steps with no embedded pair."""
+where the correction acts. Sizes are Euclidean norms. Empty (NaN) at steps with no embedded pair;
+`gate` also in the parameter-free form, which has none."""
 
 MOST_STEPS = 10_000
 """Largest number of steps of a trace that is read."""

@@ -12,7 +12,8 @@ def flow_process(solver: Solver, guidance: Guidance | None) -> Process:
 
     diffusers and ComfyUI integrate in t itself, where the drift (x - D) / t has the same form as
     in sigma. The adapters do so too for Euler, Heun and DPM-Solver-2, plain or with the published
-    guidance, as `VE` with t for sigma. The results are then those programs' own, bit for bit.
+    guidance, as `VE` with t for sigma. Without guidance the results are those programs' own:
+    Euler's and Heun's bit for bit, DPM-Solver-2's up to the rounding of its midpoint.
     Methods that assume Gaussian modes go through `RectifiedFlow`: the modal solver, and the
     parameter-free form of Heun. That form of DPM-Solver-2 stays in t. Its midpoint is the geometric
     mean of the step's ends, which is poor where sigma begins at infinity: in sigma the form was

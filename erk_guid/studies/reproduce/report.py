@@ -273,7 +273,9 @@ def write_report(job: Reproduction) -> list[Path]:
     }  # fmt: skip
     written = []
     for suffix, escape in (("html", True), ("md", False)):
-        template = (files("erk_guid.studies.reproduce") / f"report.{suffix}.j2").read_text()
+        template = (files("erk_guid.studies.reproduce") / f"report.{suffix}.j2").read_text(
+            encoding="utf-8"
+        )
         environment = Environment(autoescape=escape, trim_blocks=True, lstrip_blocks=True)
         path = job.outdir / f"report.{suffix}"
         try:
