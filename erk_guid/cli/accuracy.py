@@ -12,7 +12,8 @@ import click
 import torch
 
 from erk_guid.cli.common import Names, SeedList, reporting_errors
-from erk_guid.cli.sampler import chosen_options, preset_fields
+from erk_guid.cli.options import chosen_options
+from erk_guid.cli.sampler import preset_fields
 from erk_guid.common.errors import MissingExtraError
 from erk_guid.common.files import check_writable
 from erk_guid.generation.config import GenerationConfig

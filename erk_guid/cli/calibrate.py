@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from erk_guid.cli.common import SeedList, compact, reporting_errors
-from erk_guid.cli.sampler import chosen_options, config_fields
+from erk_guid.cli.options import chosen_options
+from erk_guid.cli.sampler import config_fields
 from erk_guid.common.errors import ErkGuidError, MissingExtraError
 from erk_guid.common.files import check_writable
 from erk_guid.generation.config import GenerationConfig

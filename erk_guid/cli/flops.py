@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from erk_guid.cli.common import reporting_errors
-from erk_guid.cli.sampler import chosen_options
+from erk_guid.cli.options import chosen_options
 
 
 @click.command()

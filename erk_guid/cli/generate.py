@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from erk_guid.cli.common import SeedList, reporting_errors
-from erk_guid.cli.sampler import config_fields, sampler_options
+from erk_guid.cli.options import sampler_options
+from erk_guid.cli.sampler import config_fields
 from erk_guid.generation.jobs import GenerationJob, run_job
 from erk_guid.generation.process_groups import launched_rank
 

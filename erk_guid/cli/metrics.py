@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import click
 
 from erk_guid.cli.common import Names, load_plugins, name_and_path, reporting_errors
-from erk_guid.cli.sampler import config_fields, sampler_options
+from erk_guid.cli.options import sampler_options
+from erk_guid.cli.sampler import config_fields
 from erk_guid.generation.config import GenerationConfig
 from erk_guid.generation.process_groups import launched_rank
 from erk_guid.metrics.scoring import Scoring, calc, gen, make_reference

@@ -10,8 +10,9 @@ import click
 
 from erk_guid.cli.common import Names, SeedList, load_plugins, name_and_path, reporting_errors
 from erk_guid.metrics.comparison import REAL
+from erk_guid.studies.reproduce.planning import Reproduction, commands
 from erk_guid.studies.reproduce.report import write_report
-from erk_guid.studies.reproduce.runner import RESULTS, Reproduction, commands, run
+from erk_guid.studies.reproduce.runner import RESULTS, run
 from erk_guid.studies.reproduce.tables import PAPER_NUM, PAPER_TABLES, TABLES, choose_rows
 
 JOB = Reproduction

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from erk_guid.studies.reproduce.planning import Reproduction, plan
 from erk_guid.studies.reproduce.report import write_report
-from erk_guid.studies.reproduce.runner import Reproduction, plan, run
+from erk_guid.studies.reproduce.runner import run
 from erk_guid.studies.reproduce.tables import PAPER_TABLES, TABLES, Row, choose_rows
 
 __all__ = [

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment
 from PIL import Image
 
@@ -22,48 +19,18 @@ from erk_guid.common.errors import ErkGuidError
 from erk_guid.common.files import write_bytes
 from erk_guid.common.pictures import is_whole_png
 from erk_guid.common.plots import Curve, draw
-from erk_guid.metrics.scores import bootstrap_distances
-from erk_guid.metrics.scores.neighbours import NEIGHBOURS, precision_recall
-from erk_guid.metrics.statistics.references import Reference, read_reference
-from erk_guid.studies.reproduce.runner import (
-    RESAMPLES,
-    Plan,
-    Reproduction,
-    asked,
-    plan,
-    read_results,
-    result_of,
-    settled,
-    spell,
+from erk_guid.metrics.scores.neighbours import NEIGHBOURS
+from erk_guid.studies.reproduce.findings import (
+    CLEAR,
+    EMPTY,
+    Findings,
+    name_of_metric,
+    number,
+    stated,
 )
-from erk_guid.studies.reproduce.tables import CAPTIONS, NOTES, PAPER_NUM, TABLES, Row
-
-METRIC_NAMES = {"fid": "FID", "fd_dinov2": "FD-DINOv2", "fd_digits": "FD-digits"}
-CLEAR = 2.0
-"""A difference counts as clear if it exceeds this many standard errors."""
-
-EMPTY = "–"
-
-
-@dataclass(frozen=True)
-class Change:
-    """Guided minus unguided, with the standard error of the difference where it is known."""
-
-    value: float
-    relative: float
-    error: float | None = None
-
-    @property
-    def verdict(self) -> str:
-        """'better', 'worse', or '' where it is not clear."""
-        if self.error is None or abs(self.value) <= CLEAR * self.error:
-            return ""
-        return "better" if self.value < 0 else "worse"
-
-    def __str__(self) -> str:
-        scatter = "" if self.error is None else f" ± {_number(self.error, sign=False)}"
-        percent = f"{100 * self.relative:+.0f} %".replace("-", "−")
-        return f"{_number(self.value, sign=True)}{scatter} ({percent})"
+from erk_guid.studies.reproduce.planning import Reproduction, spell
+from erk_guid.studies.reproduce.runner import read_results
+from erk_guid.studies.reproduce.tables import CAPTIONS, NOTES, PAPER_NUM, Row
 
 
 @dataclass(frozen=True)
@@ -87,164 +54,6 @@ class Picture:
     """Relative to the report."""
     uri: str
     """The picture itself, for the self-contained file."""
-
-
-@dataclass
-class Findings:
-    """Results of one job's tables, read once."""
-
-    job: Reproduction
-    results: Sequence[Mapping[str, Any]]
-    rows: list[Row] = field(init=False)
-
-    def __post_init__(self) -> None:
-        tables = dict.fromkeys(row.table for row in self.job.rows)
-        self.rows = [settled(self.job, row) for table in tables for row in TABLES[table]]
-
-    @cached_property
-    def plans(self) -> dict[str, Plan]:
-        """Plan by row id, for rows that this job can run."""
-        found = {}
-        for row in self.rows:
-            try:
-                found[row.id] = plan(self.job, row)
-            except ErkGuidError:
-                continue
-        return found
-
-    @cached_property
-    def by_row(self) -> dict[str, Any]:
-        """Result by row id, for rows that were run with this job's settings."""
-        found = {
-            name: result_of(self.job, self.results, p)
-            or result_of(self.job, self.results, p, complete=False)
-            for name, p in self.plans.items()
-        }
-        return {name: result for name, result in found.items() if result}
-
-    @cached_property
-    def metrics(self) -> list[str]:
-        return list(dict.fromkeys(m for r in self.by_row.values() for m in r["scores"]))
-
-    @property
-    def tables(self) -> list[str]:
-        return list(dict.fromkeys(row.table for row in self.rows))
-
-    @property
-    def model(self) -> str:
-        """The model that the rows were made with, in a word or two."""
-        if self.job.model is not None:
-            return self.job.model
-        return ", ".join(dict.fromkeys(row.model for row in self.rows))
-
-    @property
-    def comparable(self) -> bool:
-        """Whether the paper has numbers of the same models, scored in the same way."""
-        numbers = any(row.paper for row in self.rows)
-        return numbers and bool(self.plans) and all(p.papers for p in self.plans.values())
-
-    def baseline(self, row: Row) -> Row | None:
-        return next((r for r in self.rows if r.group == row.group and not r.guided), None)
-
-    def score(self, row: Row, metric: str) -> float | None:
-        value = self.by_row.get(row.id, {}).get("scores", {}).get(metric)
-        return None if value is None else float(value)
-
-    def error(self, row: Row, metric: str) -> float | None:
-        value = self.by_row.get(row.id, {}).get("standard_errors", {}).get(metric)
-        return None if value is None else float(value)
-
-    def change(self, row: Row, metric: str) -> Change | None:
-        baseline = self.baseline(row)
-        if baseline is None or not row.guided:
-            return None
-        ours, plain = self.score(row, metric), self.score(baseline, metric)
-        if ours is None or plain is None:
-            return None
-        relative = ours / plain - 1 if plain else math.inf
-        return Change(ours - plain, relative, self._paired.get((row.id, metric)))
-
-    @cached_property
-    def references(self) -> dict[str, Reference]:
-        sources = {r["key"]["ref"] for r in self.by_row.values()}
-        found = {}
-        for source in sources:
-            try:
-                found[source] = read_reference(source)
-            except ErkGuidError:
-                continue  # scored elsewhere; the scores stand without it
-        return found
-
-    def _features(self, row: Row, metric: str) -> np.ndarray | None:
-        """Return the features of a row that kept them; read when needed, as they may be large."""
-        path = self.plans[row.id].features
-        if row.id not in self.by_row or not path.is_file():
-            return None
-        try:
-            features = read_reference(path).features.get(metric)
-        except ErkGuidError:
-            return None  # a damaged file: the scores stand without it
-        sound = features is not None and len(features) == self.by_row[row.id]["num"]
-        return features if sound else None
-
-    @cached_property
-    def _paired(self) -> dict[tuple[str, str], float]:
-        """Standard errors of differences: all rows of a group are resampled alike."""
-        errors: dict[tuple[str, str], float] = {}
-        for group in dict.fromkeys(row.group for row in self.rows):
-            members = [r for r in self.rows if r.group == group and r.id in self.by_row]
-            for metric in self.metrics:
-                errors |= self._paired_in(members, metric)
-        return errors
-
-    def _paired_in(self, members: Sequence[Row], metric: str) -> dict[tuple[str, str], float]:
-        rows = [r for r in members if self._features(r, metric) is not None]
-        plain = next((k for k, r in enumerate(rows) if not r.guided), None)
-        if plain is None or self.job.bootstrap == 0:
-            return {}
-        reference = self._reference(rows[plain], metric)
-        kept = [f for r in rows if (f := self._features(r, metric)) is not None]
-        if reference is None:
-            return {}
-        try:
-            distances = bootstrap_distances(
-                kept, reference.of(metric), self.job.bootstrap or RESAMPLES
-            )
-        except ValueError:  # features that do not match cannot be paired
-            return {}
-        spread = (distances - distances[:, [plain]]).std(0, ddof=1)
-        return {(r.id, metric): float(e) for r, e in zip(rows, spread, strict=True)}
-
-    def _reference(self, row: Row, metric: str) -> Reference | None:
-        reference = self.references.get(self.by_row[row.id]["key"]["ref"])
-        return reference if reference and metric in reference.statistics else None
-
-    @cached_property
-    def _qualities(self) -> dict[tuple[str, str], tuple[float, float]]:
-        found = {}
-        for row in self.rows:
-            for metric in self.metrics if row.id in self.by_row else ():
-                features = self._features(row, metric)
-                reference = self._reference(row, metric) if features is not None else None
-                if reference is None or features is None or len(features) <= NEIGHBOURS:
-                    continue
-                if metric in reference.features:
-                    found[row.id, metric] = precision_recall(
-                        real=reference.features[metric].astype(np.float32), generated=features
-                    )
-        return found
-
-    def quality(self, row: Row) -> dict[str, float]:
-        """Return precision, recall and inception score of a row, as far as they were computed."""
-        quality = self.by_row.get(row.id, {}).get("quality", {})
-        if row.id not in self.plans or quality.get("asked") != asked(self.job, self.plans[row.id]):
-            return {}
-        found: dict[str, float] = quality.get("scores", {})
-        return found
-
-    def precision_recall(self, row: Row, metric: str) -> tuple[float, float] | None:
-        """Return both if the row's and the reference's features were kept, else None."""
-        return self._qualities.get((row.id, metric))
 
 
 def write_report(job: Reproduction) -> list[Path]:
@@ -284,22 +93,6 @@ def write_report(job: Reproduction) -> list[Path]:
             raise ErkGuidError(f"cannot write {path}: {error}") from error
         written.append(path)
     return written
-
-
-def _number(value: float | None, sign: bool = False) -> str:
-    if value is None:
-        return EMPTY
-    digits = max(0, min(3, 2 - math.floor(math.log10(abs(value))))) if value else 2
-    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
-
-
-def _stated(value: float | None) -> str:
-    """Return a number of the paper, with the paper's digits."""
-    return EMPTY if value is None else f"{value:g}"
-
-
-def _name(metric: str) -> str:
-    return METRIC_NAMES.get(metric, metric)
 
 
 def _facts(findings: Findings) -> list[tuple[str, str]]:
@@ -353,15 +146,15 @@ def _summary(findings: Findings) -> list[str]:
         if all(c.error is None for c in changes):
             lower = sum(c.value < 0 for c in changes)
             lines.append(
-                f"{_name(metric)}: with ERK-Guid lower in {lower} of {len(changes)} guided rows "
-                "(no standard errors were computed; see --bootstrap)."
+                f"{name_of_metric(metric)}: with ERK-Guid lower in {lower} of {len(changes)} guided "
+                "rows (no standard errors were computed; see --bootstrap)."
             )
             continue
         better = sum(c.verdict == "better" for c in changes)
         worse = sum(c.verdict == "worse" for c in changes)
         lines.append(
-            f"{_name(metric)}: of {len(changes)} guided rows, {better} are better than the "
-            f"unguided run of the same steps by more than {CLEAR:g} standard errors, {worse} are "
+            f"{name_of_metric(metric)}: of {len(changes)} guided rows, {better} are better than "
+            f"the unguided run of the same steps by more than {CLEAR:g} standard errors, {worse} are "
             f"worse, and {len(changes) - better - worse} show no clear difference."
         )
     return lines
@@ -379,11 +172,11 @@ def _table(findings: Findings, table: str) -> Table:
     ]
     columns = ["Steps", "Run"]
     for metric in [m for m in paper_metrics if m not in shared]:
-        columns.append(f"Paper's {_name(metric)}")
+        columns.append(f"Paper's {name_of_metric(metric)}")
     for metric in metrics:
         if metric in shared:
-            columns.append(f"{_name(metric)}, paper")
-        columns.append(f"{_name(metric)}, measured")
+            columns.append(f"{name_of_metric(metric)}, paper")
+        columns.append(f"{name_of_metric(metric)}, measured")
         if metric in shared:
             columns.append("Difference")
         columns.append("Change by ERK-Guid")
@@ -395,7 +188,7 @@ def _table(findings: Findings, table: str) -> Table:
     for row in rows:
         cells = [Cell(str(row.steps)), Cell(row.title + (f" ({row.note})" if row.note else ""))]
         for metric in [m for m in paper_metrics if m not in shared]:
-            cells.append(Cell(_stated(row.paper.get(metric)), "paper"))
+            cells.append(Cell(stated(row.paper.get(metric)), "paper"))
         for metric in metrics:
             cells += _measured(findings, row, metric, metric in shared)
         if scored:
@@ -426,15 +219,15 @@ _QUALITY = (
 
 def _measured(findings: Findings, row: Row, metric: str, shared: bool) -> list[Cell]:
     score, error = findings.score(row, metric), findings.error(row, metric)
-    scatter = "" if error is None else f" ± {_number(error)}"
+    scatter = "" if error is None else f" ± {number(error)}"
     cells = []
     if shared:
-        cells.append(Cell(_stated(row.paper.get(metric)), "paper"))
-    cells.append(Cell(_number(score) + scatter, "measured"))
+        cells.append(Cell(stated(row.paper.get(metric)), "paper"))
+    cells.append(Cell(number(score) + scatter, "measured"))
     if shared:
         known = score is not None and metric in row.paper
         apart = score - row.paper[metric] if known and score is not None else None
-        cells.append(Cell(_number(apart, sign=True)))
+        cells.append(Cell(number(apart, sign=True)))
     change = findings.change(row, metric)
     cells.append(Cell(str(change), change.verdict) if change else Cell(EMPTY))
     return cells
@@ -458,8 +251,8 @@ def _best(findings: Findings) -> Table | None:
                 [
                     Cell(str(row.steps)),
                     Cell(row.title),
-                    Cell(_name(metric)),
-                    Cell(_number(score)),
+                    Cell(name_of_metric(metric)),
+                    Cell(number(score)),
                     Cell(str(change), change.verdict) if change else Cell(EMPTY),
                 ]
             )
@@ -477,7 +270,7 @@ def _curves(findings: Findings) -> list[tuple[str, str, list[Curve], dict[str, A
     """Return the plots as (file name, title, curves, axis labels)."""
     plots: list[tuple[str, str, list[Curve], dict[str, Any]]] = []
     for metric in findings.metrics:
-        y_label = f"{_name(metric)} (lower is better)"
+        y_label = f"{name_of_metric(metric)} (lower is better)"
         for table in findings.tables:
             rows = [r for r in findings.rows if r.table == table]
             curves = []
@@ -488,7 +281,7 @@ def _curves(findings: Findings) -> list[tuple[str, str, list[Curve], dict[str, A
                 if len(curve.x) > 1 or (curve.x and table == "2"):
                     curves.append(curve)
             if sum(len(c.x) for c in curves) > 1 and len({x for c in curves for x in c.x}) > 1:
-                title = f"{_name(metric)} against steps, {_short(table)}"
+                title = f"{name_of_metric(metric)} against steps, {_short(table)}"
                 labels = {"x_label": "steps", "y_label": y_label, "log_x": True}
                 plots.append((f"{metric}-steps-{table}", title, curves, labels))
             for group in dict.fromkeys(r.group for r in rows):
@@ -511,7 +304,7 @@ def _sweep(
         return []
     row = known[0]
     name = f"{metric}-w_stiff-{row.table}-{row.steps:02d}-{row.family}"
-    title = f"{_name(metric)} against w_stiff, {row.steps} steps, {_short(row.table)}"
+    title = f"{name_of_metric(metric)} against w_stiff, {row.steps} steps, {_short(row.table)}"
     return [(name, title, curves, {"x_label": "w_stiff (0: no guidance)", "y_label": y_label})]
 
 
