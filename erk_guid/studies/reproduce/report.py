@@ -146,16 +146,16 @@ def _summary(findings: Findings) -> list[str]:
         if all(c.error is None for c in changes):
             lower = sum(c.value < 0 for c in changes)
             lines.append(
-                f"{name_of_metric(metric)}: with ERK-Guid lower in {lower} of {len(changes)} guided "
-                "rows (no standard errors were computed; see --bootstrap)."
+                f"{name_of_metric(metric)}: with ERK-Guid lower in {lower} of {len(changes)} "
+                "guided rows (no standard errors were computed; see --bootstrap)."
             )
             continue
         better = sum(c.verdict == "better" for c in changes)
         worse = sum(c.verdict == "worse" for c in changes)
         lines.append(
             f"{name_of_metric(metric)}: of {len(changes)} guided rows, {better} are better than "
-            f"the unguided run of the same steps by more than {CLEAR:g} standard errors, {worse} are "
-            f"worse, and {len(changes) - better - worse} show no clear difference."
+            f"the unguided run of the same steps by more than {CLEAR:g} standard errors, {worse} "
+            f"are worse, and {len(changes) - better - worse} show no clear difference."
         )
     return lines
 
