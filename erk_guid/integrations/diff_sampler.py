@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -48,6 +48,21 @@ DRIVER_OPTIONS = frozenset({
 })  # fmt: skip
 """Options that the toolbox's driver passes to every sampler."""
 
+
+class ToolboxNetwork(Protocol):
+    """A network of the toolbox: called with labels or conditions, and knows its own time."""
+
+    def __call__(self, x: Tensor, t: Tensor, **conditions: Any) -> Tensor: ...
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Return the noise level at a time."""
+        ...
+
+    def sigma_inv(self, sigma: Tensor) -> Tensor:
+        """Return the time of a noise level."""
+        ...
+
+
 Sampled = Any
 """The end points. With `return_inters` the trajectory; with `return_eps` too (except UniPC), the
 pair of trajectory and drifts."""
@@ -57,7 +72,7 @@ def _sampler(name: str, *takes: str) -> Callable[..., Sampled]:
     """Return the function for our solver `name`, which uses these of the toolbox's options."""
 
     def sampler(
-        net: Any,
+        net: ToolboxNetwork,
         latents: Tensor,
         class_labels: Tensor | None = None,
         condition: Any = None,
@@ -119,7 +134,7 @@ def _sampler(name: str, *takes: str) -> Callable[..., Sampled]:
 
 
 def _schedule(
-    net: Any,
+    net: ToolboxNetwork,
     num_steps: int,
     sigma_min: float,
     sigma_max: float,
@@ -141,7 +156,7 @@ def _schedule(
 
 
 def _denoiser(
-    net: Any, class_labels: Tensor | None, condition: Any, unconditional_condition: Any
+    net: ToolboxNetwork, class_labels: Tensor | None, condition: Any, unconditional_condition: Any
 ) -> Callable[[Tensor, Tensor], Tensor]:
     if hasattr(net, "guidance_type"):
         return lambda x, t: net(

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from erk_guid.models.networks import Network
+
 
 class Cost(NamedTuple):
     """Cost of one evaluation for one image."""
@@ -18,7 +20,7 @@ class Cost(NamedTuple):
     """`multiply_adds`, split by torch's name of the operation."""
 
 
-def count(net: Any) -> Cost:
+def count(net: Network) -> Cost:
     """Count the parameters of a network, and the multiply-adds of one evaluation.
 
     torch counts them (`torch.utils.flop_counter`) on shapes alone. Nothing is computed, so a large
@@ -32,9 +34,10 @@ def count(net: Any) -> Cost:
 
     from erk_guid.models.checkpoints.build import NETWORKS
 
-    if type(net) in NETWORKS.values():  # ours: built again without its weights
+    kind: Any = type(net)
+    if kind in NETWORKS.values():  # ours: built again without its weights
         with torch.device("meta"):
-            shapes = type(net)(**net.config).eval()
+            shapes = kind(**getattr(net, "config")).eval()  # noqa: B009 (not in the protocol)
     else:
         shapes = copy.deepcopy(net).to("meta")
     size = [1, net.img_channels, net.img_resolution, net.img_resolution]

@@ -27,6 +27,7 @@ from erk_guid.models.encoders import (
     StabilityVAEEncoder,
     StandardRGBEncoder,
 )
+from erk_guid.models.networks import Network
 
 config_presets: dict[str, EasyDict] = {
     name: EasyDict(
@@ -106,8 +107,8 @@ class _Images:
 
 
 def generate_images(
-    net: Any,
-    gnet: Any = None,
+    net: str | Path | Checkpoint | Network,
+    gnet: str | Path | Checkpoint | Network | None = None,
     encoder: Encoder | None = None,
     outdir: str | Path | None = None,
     subdirs: bool = False,
@@ -179,11 +180,13 @@ def generate_images(
     )
 
 
-def _network(net: Any, device: torch.device, verbose: bool) -> tuple[Any, Encoder | None]:
-    if isinstance(net, torch.nn.Module):
-        return net.to(device), None
+def _network(
+    net: str | Path | Checkpoint | Network, device: torch.device, verbose: bool
+) -> tuple[Network, Encoder | None]:
     if isinstance(net, Checkpoint):
         return net.net.to(device), net.encoder
+    if not isinstance(net, (str, Path)):
+        return net.to(device), None
     if verbose and _place()[0] == 0:
         print(f"Loading network from {net} ...", file=sys.stderr)
     loaded = load(net, device)

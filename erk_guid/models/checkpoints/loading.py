@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from erk_guid.common.errors import CheckpointError, ErkGuidError, printable
 from erk_guid.common.files import sha256_of
@@ -21,7 +22,7 @@ from erk_guid.models.checkpoints.presets import PRESETS, SHIPPED, Preset
 from erk_guid.models.checkpoints.snapshot import read_snapshot
 from erk_guid.models.checkpoints.trusted import read_trusted
 from erk_guid.models.encoders import ENCODERS, Encoder, StandardRGBEncoder
-from erk_guid.models.networks import Unconditional
+from erk_guid.models.networks import Network, Unconditional
 
 UNCONDITIONAL = "uncond:"
 """Prefix of a source whose class-conditional network is run without classes."""
@@ -43,7 +44,7 @@ class Checkpoint:
         unconditional: whether `net` was wrapped to ignore class labels ("uncond:" sources).
     """
 
-    net: Any
+    net: Network
     encoder: Encoder
     source: str
     path: Path
@@ -190,6 +191,7 @@ def convert(source: str | Path, dest: str | Path) -> Checkpoint:
         ErkGuidError: as `load`; or the file cannot be written.
     """
     loaded = load(source)
+    assert isinstance(loaded.net, nn.Module)
     try:
         # The file's name only: its folder is private.
         origin = loaded.source if is_url(loaded.source) or loaded.preset else loaded.path.name

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @runtime_checkable
@@ -25,6 +29,10 @@ class Network(Protocol):
         """Return D(x; sigma), like x; `class_labels` are one-hot rows [N, label_dim]."""
         ...
 
+    def to(self, device: torch.device | str, /) -> Self:
+        """Move the weights, and return the network."""
+        ...
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """Return the weights; they are on the device of the network."""
         ...
@@ -39,14 +47,14 @@ class Unconditional(nn.Module):
 
     label_dim = 0
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: Network) -> None:
         super().__init__()
         self.net = net
-        self.img_resolution = int(net.img_resolution)  # type: ignore[arg-type]
-        self.img_channels = int(net.img_channels)  # type: ignore[arg-type]
+        self.img_resolution = net.img_resolution
+        self.img_channels = net.img_channels
 
     def forward(
         self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None, **options: Any
     ) -> Any:
         """Call the network without `class_labels`."""
-        return self.net(x, sigma, None, **options)
+        return self.net(x, sigma, None, **options)  # type: ignore[arg-type]
