@@ -150,7 +150,7 @@ def open_images(path: str | Path) -> ImageSource:
             raise DatasetError(f"no such folder, zip or .npz: {path}")
         if not path.is_file():
             raise DatasetError(f"{path} is neither a folder nor a file")
-        if path.suffix == ".npz":
+        if path.suffix.lower() == ".npz":
             arrays = _arrays_of(path)
             names = [f"image {k}" for k in range(len(arrays["images"]))]
             return ImageSource(path, names, [], None, arrays)
@@ -297,7 +297,13 @@ def load_image_set(path: str | Path) -> ImageSet:
     if source._arrays is not None:
         if "labels" not in source._arrays:
             raise DatasetError(f"{path} lacks the array labels")
-        return ImageSet(source._arrays["images"], source._arrays["labels"])
+        images, given = source._arrays["images"], source._arrays["labels"]
+        if given.ndim != 1 or len(given) != len(images) or given.dtype.kind not in "iu":
+            raise DatasetError(
+                f"{path}: labels must be one whole number for each of {len(images)} images, got "
+                f"{given.dtype} {list(given.shape)}"
+            )
+        return ImageSet(images, given.astype(np.int64))
     labels = _labels(source)
     (images,) = source.batches([range(len(source))])
     return ImageSet(images, np.asarray(labels, dtype=np.int64))
@@ -311,7 +317,14 @@ def _labels(source: ImageSource) -> list[int]:
         parents = [PurePosixPath(n).parent.as_posix() for n in source.names]
         number = {parent: k for k, parent in enumerate(sorted(set(parents)))}
         return [number[parent] for parent in parents]
-    classes = {str(name): int(label) for name, label in table}
+    except (ValueError, AttributeError) as error:
+        raise DatasetError(f"{source.path}: dataset.json is damaged ({error})") from error
+    try:
+        classes = {str(name): int(label) for name, label in table}
+    except (TypeError, ValueError) as error:
+        raise DatasetError(
+            f'{source.path}: dataset.json must hold {{"labels": [[file name, class], ...]}}'
+        ) from error
     absent = [n for n in source.names if n not in classes]
     if absent:
         raise DatasetError(f"{source.path}: dataset.json has no label for {absent[0]}")

@@ -84,7 +84,7 @@ def fetch_from_hub(name: str) -> Path | None:
     except Exception as error:  # its client raises errors of several packages
         raise ErkGuidError(
             f"{name!r} is no file and no preset, and cannot be fetched from the Hugging Face hub "
-            f"({type(error).__name__}: {str(error).strip().splitlines()[0][:160]})"
+            f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]})"
         ) from error
     return weights_in(Path(root) / folder)
 
