@@ -11,7 +11,7 @@ from erk_guid.churn import Churn
 from erk_guid.denoisers import ConditionalDenoiser, guided_denoiser
 from erk_guid.guidance import ERKGuidance, Guidance
 from erk_guid.sampling import Callback, sample
-from erk_guid.schedules import edm_sigmas, make_sigmas
+from erk_guid.schedules import RHO, SIGMA_MAX, SIGMA_MIN, edm_sigmas, make_sigmas
 from erk_guid.solvers import Solver
 
 
@@ -21,9 +21,9 @@ def edm_sampler(
     labels: Tensor | None = None,
     gnet: ConditionalDenoiser | None = None,
     num_steps: int = 32,
-    sigma_min: float = 0.002,
-    sigma_max: float = 80,
-    rho: float = 7,
+    sigma_min: float = SIGMA_MIN,
+    sigma_max: float = SIGMA_MAX,
+    rho: float = RHO,
     guidance: float = 1,
     S_churn: float = 0,
     S_min: float = 0,

@@ -9,13 +9,16 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80, 7
+"""EDM's noise levels: the last one above 0, the first one, and the exponent of their spacing."""
+
 __all__ = ["edm_sigmas", "karras_sigmas", "logsnr_sigmas", "make_sigmas", "time_uniform_sigmas"]
 
 
 def karras_sigmas(
-    num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80, rho: float = 7
+    num_steps: int, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX, rho: float = RHO
 ) -> Tensor:
-    """EDM's noise levels (Karras et al. 2022, arXiv 2206.00364, eq. 5) and a trailing 0.
+    """Return EDM's noise levels (Karras et al. 2022, arXiv 2206.00364, eq. 5) and a trailing 0.
 
     Computed in float64 on the CPU, whatever the device sampled on (MPS has no float64);
     `sample` casts them to the dtype and device of its x.
@@ -45,14 +48,14 @@ def karras_sigmas(
 
 def edm_sigmas(
     num_steps: int,
-    sigma_min: float = 0.002,
-    sigma_max: float = 80,
-    rho: float = 7,
+    sigma_min: float = SIGMA_MIN,
+    sigma_max: float = SIGMA_MAX,
+    rho: float = RHO,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The levels of `karras_sigmas` as EDM2's sampler computes them: in the loop's own dtype.
+    """Return the levels of `karras_sigmas` as EDM2's sampler does: in the loop's own dtype.
 
     In float32 the two differ by up to 1e-6 of a level, by which about one pixel in 12,000 rounds
     to the neighbouring value. The ends are what the powers give, not quite the numbers asked for.
@@ -107,13 +110,14 @@ def _finished(sigmas: Tensor, sigma_min: float, sigma_max: float, spacing: str) 
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 
-VP_SIGMA_MIN, VP_SIGMA_MAX, VP_EPSILON = 0.002, 80.0, 1e-3
+VP_EPSILON = 1e-3
+"""Time at which the variance-preserving SDE has the noise level `SIGMA_MIN`."""
 
 
 def vp_betas(
-    sigma_min: float = VP_SIGMA_MIN, sigma_max: float = VP_SIGMA_MAX, epsilon: float = VP_EPSILON
+    sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX, epsilon: float = VP_EPSILON
 ) -> tuple[float, float]:
-    """(beta_d, beta_min) of the variance-preserving SDE whose sigma is `sigma_min` at time
+    """Return (beta_d, beta_min) of the variance-preserving SDE whose sigma is `sigma_min` at time
     `epsilon` and `sigma_max` at time 1 (Song et al. 2021, in the notation of Karras et al. 2022).
     """
     low, high = math.log(sigma_min**2 + 1), math.log(sigma_max**2 + 1)
@@ -122,13 +126,13 @@ def vp_betas(
 
 
 def vp_sigma(time: float, betas: tuple[float, float] | None = None) -> float:
-    """The noise level at a time of the variance-preserving SDE."""
+    """Return the noise level at a time of the variance-preserving SDE."""
     beta_d, beta_min = betas or vp_betas()
     return math.sqrt(math.expm1(beta_d * time**2 / 2 + beta_min * time))
 
 
 def vp_time(sigma: float, betas: tuple[float, float] | None = None) -> float:
-    """The time at which `vp_sigma` reaches a noise level."""
+    """Return the time at which `vp_sigma` reaches a noise level."""
     beta_d, beta_min = betas or vp_betas()
     exponent = math.log1p(sigma**2)
     # The root that vanishes with sigma, without subtracting nearly equal numbers.
@@ -136,14 +140,16 @@ def vp_time(sigma: float, betas: tuple[float, float] | None = None) -> float:
 
 
 def vp_sigma_slope(time: float) -> float:
-    """d sigma / d time of `vp_sigma`."""
+    """Return d sigma / d time of `vp_sigma`."""
     beta_d, beta_min = vp_betas()
     sigma = vp_sigma(time)
     return (beta_d * time + beta_min) * (sigma**2 + 1) / (2 * sigma)
 
 
-def logsnr_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80) -> Tensor:
-    """Noise levels at equal distances in log sigma, and a trailing 0.
+def logsnr_sigmas(
+    num_steps: int, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX
+) -> Tensor:
+    """Return noise levels at equal distances in log sigma, and a trailing 0.
 
     Args, returns and raises as `karras_sigmas`.
     """
@@ -154,9 +160,9 @@ def logsnr_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 8
 
 
 def time_uniform_sigmas(
-    num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80, rho: float = 1
+    num_steps: int, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX, rho: float = 1
 ) -> Tensor:
-    """Noise levels at times of the variance-preserving SDE, from 1 down to 1e-3, and a trailing 0.
+    """Return noise levels at times of the variance-preserving SDE, from 1 to 1e-3, and a 0.
 
     Args:
         rho: 1 spaces the times equally, 2 quadratically (more of them near the end).
@@ -178,7 +184,7 @@ SCHEDULES = ("polynomial", "logsnr", "time_uniform")
 def make_sigmas(
     schedule: str, num_steps: int, sigma_min: float, sigma_max: float, rho: float
 ) -> Tensor:
-    """Noise levels by the name of their schedule, and a trailing 0.
+    """Return noise levels by the name of their schedule, and a trailing 0.
 
     Args:
         schedule: 'polynomial' (`karras_sigmas`), 'logsnr' (`rho` plays no part) or

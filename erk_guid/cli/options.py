@@ -27,6 +27,23 @@ JOB = GenerationConfig  # these options' defaults are its field defaults
 GUIDANCE_HELP = described(ERKGuidance)
 SOLVER_OPTIONS = tuple(dict.fromkeys(f.name for kind in SOLVERS.values() for f in fields(kind)))  # type: ignore[arg-type]
 
+
+def _options_of_solvers() -> dict[str, Callable[[Any], Any]]:
+    """Return the solvers' options.
+
+    Raises:
+        TypeError: a solver's field has the name of another option.
+    """
+    taken = {
+        "guidance",
+        *(f.name for kind in (GenerationConfig, Churn, ERKGuidance) for f in fields(kind)),
+    }
+    for name in SOLVER_OPTIONS:
+        if name in taken:
+            raise TypeError(f"a solver's field cannot be called {name!r}: that is another option")
+    return options_of_classes(SOLVERS)
+
+
 _OPTIONS: dict[str, Callable[[Any], Any]] = {
     "preset": click.option(
         "--preset",
@@ -64,7 +81,7 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         type=click.IntRange(min=1),
         default=JOB.num_steps,
         show_default=True,
-        help="Noise levels; N steps take 2N-1 network evaluations.",
+        help="Noise levels. N steps take 2N-1 network evaluations with heun and dpm2, else N.",
     ),
     "sigma_min": click.option(
         "--sigma_min",
@@ -168,7 +185,7 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         show_default=True,
         help=f"Solver. ERK guidance works with {', '.join(names_of_solvers(has_pair=True))}.",
     ),
-    **options_of_classes(SOLVERS),
+    **_options_of_solvers(),
     "schedule": click.option(
         "--schedule",
         metavar="|".join(SCHEDULES) + "|LIST|FILE",

@@ -11,12 +11,13 @@ from erk_guid._version import __version__
 from erk_guid.churn import Churn
 from erk_guid.common.errors import ErkGuidError
 from erk_guid.generation.devices import choose_device
-from erk_guid.generation.images import check_networks
+from erk_guid.generation.images import BATCH_SIZE, check_networks
 from erk_guid.generation.process_groups import ProcessGroup
 from erk_guid.guidance import ERKGuidance, Guidance, settings_of
 from erk_guid.models.checkpoints import Checkpoint, load
 from erk_guid.models.checkpoints.loading import locate
 from erk_guid.models.encoders import GENERATION_VAE_BATCH, PIXELS, Encoder, StabilityVAEEncoder
+from erk_guid.schedules import RHO, SIGMA_MAX, SIGMA_MIN
 from erk_guid.solvers import Heun, Solver, name_of, options_of, record_of
 
 
@@ -31,11 +32,11 @@ class GenerationConfig:
     gnet: str | None = None
     guidance: float = 1.0
     class_idx: int | None = None
-    batch: int = 32
+    batch: int = BATCH_SIZE
     num_steps: int = 32
-    sigma_min: float = 0.002
-    sigma_max: float = 80
-    rho: float = 7
+    sigma_min: float = SIGMA_MIN
+    sigma_max: float = SIGMA_MAX
+    rho: float = RHO
     churn: Churn = field(default_factory=Churn)
     erk: Guidance = field(default_factory=ERKGuidance)
     solver: Solver = field(default_factory=Heun)

@@ -15,6 +15,9 @@ from erk_guid.generation.seeds import SeededNoise
 from erk_guid.models.encoders import Encoder, StandardRGBEncoder
 from erk_guid.models.networks import Network
 
+BATCH_SIZE = 32
+"""Images at a time, where nothing else is asked for."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -112,7 +115,7 @@ def generate(
     encoder: Encoder | None = None,
     gnet: Network | None = None,
     class_idx: int | None = None,
-    batch_size: int = 32,
+    batch_size: int = BATCH_SIZE,
     device: torch.device | str | None = None,
     sampler_fn: Callable[..., Tensor] = edm_sampler,
     rank: int = 0,

@@ -6,7 +6,8 @@ r"""ERK-Guid, the published form of guidance.
     \qquad v = \frac{f_{high} - f_{low}}{|f_{high} - f_{low}|}
 
 Kong, Lee, Hong, Kim, "Error as Signal: Stiffness-Aware Diffusion Sampling via Embedded
-Runge-Kutta Guidance", ICLR 2026 (arXiv 2603.03692). Two solutions of different order at one noise
+Runge-Kutta Guidance", ICLR 2026 (arXiv 2603.03692). (The published program for DEIS adds the
+correction; `Pair.sign` says so.) Two solutions of different order at one noise
 level, x_high and x_low, differ along the direction in which the step erred. The drifts there,
 f_high and f_low, differ by the Jacobian applied to that. So rho estimates the dominant
 \|eigenvalue\| of the Jacobian and v its eigenvector. The step is corrected along v where rho

@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from erk_guid.guidance import FORMS, Gate, make_guidance
+from erk_guid.guidance import FORMS, ERKGuidance, Gate, make_guidance
 from erk_guid.integrations.k_diffusion import sample_erk_dpm_2, sample_erk_heun, sample_modal
 
 SOLVERS = {"heun": sample_erk_heun, "dpm_2": sample_erk_dpm_2, "modal": sample_modal}
@@ -82,7 +82,8 @@ class ERKGuidSampler:
             "required": {
                 "w_stiff": number(0.5, 10.0, "Strength of the published form."),
                 "w_con": number(
-                    0.5, 100.0, "The published form acts where the gate's quantity exceeds this."
+                    ERKGuidance.w_con, 100.0,
+                    "The published form acts where the gate's quantity exceeds this.",
                 ),
             },
             "optional": {

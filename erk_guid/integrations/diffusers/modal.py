@@ -23,7 +23,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from erk_guid.integrations.diffusers.variance import Samples, UnitVariance, in_float32
-from erk_guid.processes import VE, Level, Process, RectifiedFlow
+from erk_guid.integrations.flow import flow_process
+from erk_guid.processes import VE, Level, Process
 from erk_guid.solvers import Modal
 from erk_guid.solvers.multistep import PredictorCorrectorStep
 
@@ -184,7 +185,7 @@ class FlowMatchModalScheduler(_Modal, FlowMatchEulerDiscreteScheduler):  # type:
     The other arguments are those of `FlowMatchEulerDiscreteScheduler`.
     """
 
-    process = RectifiedFlow()
+    process = flow_process(Modal(), None)
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
