@@ -30,6 +30,16 @@ def lagrange_integrals(
         begin, end: the interval; reversed, the weights change sign.
         density: smooth on the interval; then the quadrature is good to about 1e-12.
     """
+    return list(_lagrange_integrals(tuple(nodes), begin, end, density))
+
+
+@lru_cache(maxsize=4096)
+def _lagrange_integrals(
+    nodes: tuple[float, ...],
+    begin: float,
+    end: float,
+    density: Callable[[float], float] | None,
+) -> tuple[float, ...]:
     length = end - begin
     # In the interval's own measure, powers of small or large differences stay sane.
     places = [(node - begin) / length for node in nodes]
@@ -39,7 +49,7 @@ def lagrange_integrals(
         for j, place in enumerate(places):
             others = places[:j] + places[j + 1 :]
             weights[j] += mass * math.prod((u - p) / (place - p) for p in others)
-    return weights
+    return tuple(weights)
 
 
 @cache

@@ -36,11 +36,9 @@ class RES(Solver):
         lambdas = [-math.log(level) for level in levels]
         steps = []
         for i, (s, t) in enumerate(pairwise(levels)):
-            nodes = lambdas[max(i + 1 - self.order, 0) : i + 1][::-1]
-
-            def decay(at: float, end: float = lambdas[i + 1]) -> float:
-                return math.exp(at - end)
-
-            weights = lagrange_integrals(nodes, lambdas[i], lambdas[i + 1], decay)
+            # Measured from the end of the step, where the density exp(lambda - end) is 1.
+            end = lambdas[i + 1]
+            nodes = [lam - end for lam in lambdas[max(i + 1 - self.order, 0) : i + 1][::-1]]
+            weights = lagrange_integrals(nodes, nodes[0], 0.0, math.exp)
             steps.append(MultistepStep(s, t, tuple(weights), t / s, predict_x0=True))
         return steps
