@@ -9,6 +9,7 @@ from conftest import golden
 import erk_guid
 from erk_guid.mixtures import GaussianMixture, tree_mixture
 from erk_guid.schedules import make_sigmas
+from erk_guid.solvers import make_solver
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,8 @@ def test_end_point_errors_on_the_tree(
         found = erk_guid.sample(
             tree, data[f"{problem}_start"],
             erk_guid.karras_sigmas(levels, sigma_max=sigma_max)[:-1],
-            solver=name, guidance=erk_guid.ERKGuidance(*guided) if guided else None, **options,
+            solver=make_solver(name, **options),
+            guidance=erk_guid.ERKGuidance(*guided) if guided else None,
         )  # fmt: skip
         error = (found - data[f"{problem}_end"]).norm(dim=1).mean()
         assert float(error) == pytest.approx(expected, rel=0.1), (name, options)
