@@ -202,7 +202,8 @@ def _erk(
     given = {
         name: value
         for name, value in (("w_con", w_con), ("bound", bound), ("gate", gate))
-        if _given(name) and value is not None
+        # A gate at its default says nothing, wherever it stands.
+        if _given(name) and value is not None and (name, value) != ("gate", ERKGuidance.gate)
     }
     if isinstance(w_stiff, str) and w_stiff in FORMS:
         for name, value in given.items():

@@ -370,3 +370,10 @@ def test_erk_guid_has_the_same_subcommands(tmp_path: Path) -> None:
         main, ["generate", "--net", str(dest), "--outdir", str(tmp_path / "o"), "--steps", "2"]
     )
     assert made.exit_code == 0, made.output
+
+
+@pytest.mark.parametrize("w_stiff", ["auto", "0", "0.5"])
+def test_a_gate_at_its_default_goes_with_every_form(w_stiff: str, tmp_path: Path) -> None:
+    done = generate("--preset", "digits", "--outdir", tmp_path, "--seeds", 0, "--steps", 2,
+                    "--device", "cpu", "--w_stiff", w_stiff, "--gate", "stiffness")  # fmt: skip
+    assert done.exit_code == 0, done.output
