@@ -77,6 +77,11 @@ def edm_sampler(
         ValueError: a value out of range, model guidance without `gnet`, or `erk` beside `w_stiff`
             or `w_con`.
     """
+    if isinstance(w_stiff, str):
+        raise TypeError(
+            f"w_stiff must be a number, got {w_stiff!r}; the parameter-free form is "
+            "erk=ParameterFreeGuidance()"
+        )
     if erk is not None and (w_stiff or w_con):
         raise ValueError(
             f"erk={erk!r} and w_stiff={w_stiff:g}, w_con={w_con:g} both say how to guide; leave "

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple
 
@@ -82,7 +83,9 @@ class Process(ABC):
             )
         t = min(t, self.last)
         sigma, alpha = self.sigma(t), self.alpha(t)
-        if sigma > largest * alpha:
+        if alpha <= 0 and math.isinf(largest):
+            raise ValueError(f"at time {t:g} of {type(self).__name__} there is only noise")
+        if alpha <= 0 or sigma > largest * alpha:
             return Level(largest, sigma / largest)
         return Level(sigma / alpha, alpha)
 
@@ -103,6 +106,8 @@ class Process(ABC):
         high = self.last if math.isfinite(self.last) else 1.0
         while math.isinf(self.last) and excess(high) < 0:
             high *= 2
+        if excess(high) < 0:
+            return math.inf  # more noise than the process has
         return float(brentq(excess, 0.0, high, xtol=1e-300, rtol=1e-15))
 
 
@@ -117,6 +122,9 @@ class VE(Process):
 
     def sigma(self, t: float) -> float:
         return t
+
+    def level(self, t: float, largest: float = LARGEST_SIGMA) -> Level:
+        return Level(t, 1.0)
 
     def time(self, sigma: float) -> float:
         return sigma
@@ -186,6 +194,12 @@ class _InSigma(LevelDenoiser):
 
     def at(self, x: Tensor, sigma: float) -> Tensor:
         t = self.times[sigma] if sigma in self.times else self.process.time(sigma)
+        if t > self.process.last * (1 + 1e-4):
+            raise ValueError(
+                f"noise over signal of {sigma:.4g} lies beyond the last time {self.process.last:g} "
+                f"of {type(self.process).__name__}; if churn added it, set S_max below "
+                f"{self.process.level(self.process.last).sigma / math.sqrt(2):.4g}"
+            )
         given = (x * self.alpha(sigma)).to(self.dtype)
         return self.denoiser(given, given.new_full((), t))
 
@@ -219,6 +233,21 @@ class InSigma:
         return x * self.denoiser.alpha(sigma)
 
 
+def levels_of(process: Process, times: Sequence[float]) -> list[Level]:
+    """Return the level at each of some times that fall strictly, but for a last one repeated.
+
+    Only the first may be without signal, see `Process.level`. If the second one is nearly so, the
+    first is taken to lie at twice its noise over signal, so that levels fall as the times do.
+
+    Raises:
+        ValueError: times that the process does not have.
+    """
+    process.level(times[0])  # raises where it is not one of its times
+    later = [process.level(t, math.inf) for t in times[1:]]
+    largest = max(LARGEST_SIGMA, 2 * later[0].sigma) if later else LARGEST_SIGMA
+    return [process.level(times[0], largest), *later]
+
+
 def in_sigma(denoiser: Denoiser, x: Tensor, times: Tensor, process: Process) -> InSigma:
     """Write a problem of some process in sigma.
 
@@ -236,10 +265,7 @@ def in_sigma(denoiser: Denoiser, x: Tensor, times: Tensor, process: Process) -> 
         ValueError: times that do not fall, or that the process does not have.
     """
     moments = check_levels(times)
-    levels = [process.level(t) for t in moments]
-    if levels[1].sigma >= LARGEST_SIGMA / 2:
-        levels = [process.level(t, math.inf) for t in moments[1:]]
-        levels.insert(0, process.level(moments[0], 2 * levels[0].sigma))
+    levels = levels_of(process, moments)
     sigmas = [level.sigma for level in levels]
     wide = torch.promote_types(x.dtype, torch.float32)
     return InSigma(

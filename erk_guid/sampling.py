@@ -98,7 +98,8 @@ def sample(
             ten or so: take the modal solver or `ParameterFreeGuidance`, or leave `process` out
             and integrate in t itself.
         callback: called with a `StepInfo` after each step.
-        churn: noise to add before steps (euler, heun and dpm2 without guidance), see `Churn`.
+        churn: noise to add before steps (euler, heun and dpm2 without guidance), see `Churn`. With
+            a process, its S_min and S_max are noise over signal.
         afs: analytical first step: at the first noise level the drift is taken to be
             x / sqrt(1 + sigma^2), which saves an evaluation.
 
@@ -114,12 +115,16 @@ def sample(
             another shape or edits its x.
         TypeError: `guidance` or `solver` is something else.
     """
-    if guidance is not None and not isinstance(guidance, Guidance):
+    if guidance is not None and (isinstance(guidance, type) or not isinstance(guidance, Guidance)):
         raise TypeError(
             f"guidance must be an erk_guid.ERKGuidance or another guidance object, e.g. "
             f"ERKGuidance(w_stiff=0.5), got {guidance!r}; for classifier-free guidance or "
             "autoguidance with a strength, wrap the denoisers: ModelGuidance(main, guide, strength)"
         )
+    if process is not None and not isinstance(process, Process):
+        raise TypeError(f"process must be an object such as RectifiedFlow(), got {process!r}")
+    if churn is not None and not isinstance(churn, Churn):
+        raise TypeError(f"churn must be an object such as Churn(S_churn=40), got {churn!r}")
     transformed = process is not None and not isinstance(process, VE)
     if solver is None:
         bare = guidance is None and (churn is None or not churn.active)
@@ -209,7 +214,7 @@ def _restating(callback: Callback, problem: InSigma, times: list[float]) -> Call
     """Return a callback for the problem in sigma that tells `callback` of it in the process."""
 
     def restate(info: StepInfo) -> None:
-        size = info.correction_size
+        size, dtype = info.correction_size, problem.denoiser.dtype
         end = float(problem.sigmas[info.step + 1])
         moved = info.sigma_hat != info.sigma
         callback(
@@ -217,9 +222,12 @@ def _restating(callback: Callback, problem: InSigma, times: list[float]) -> Call
                 info,
                 sigma=times[info.step],
                 sigma_next=times[info.step + 1],
-                sigma_hat=problem.process.time(info.sigma_hat) if moved else times[info.step],
-                x_before=problem.restored(info.x_before, info.sigma_hat),
-                x=problem.restored(info.x, end),
+                sigma_hat=max(problem.process.time(info.sigma_hat), times[info.step])
+                if moved
+                else times[info.step],
+                x_before=problem.restored(info.x_before, info.sigma_hat).to(dtype),
+                x=problem.restored(info.x, end).to(dtype),
+                denoised=info.denoised.to(dtype),
                 correction_size=None if size is None else problem.restored(size, end),
             )
         )

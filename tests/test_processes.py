@@ -228,3 +228,51 @@ def test_the_default_solver_suits_the_process() -> None:
     assert torch.equal(run(), run(solver="heun"))
     exact = 0.5 * noise()
     assert (run(**flow) - exact).norm() < 0.1 * exact.norm()
+
+
+def test_a_step_from_pure_noise_to_the_end_keeps_its_digits() -> None:
+    # Catches: x of size 10,000 subtracted from itself in float32 (2.8e-3 off).
+    x = torch.randn(1000, 4)
+    for solver in ("euler", "heun", "modal"):
+        found = erk_guid.sample(
+            lambda x, t: torch.full_like(x, 0.37), x, torch.tensor([1.0, 0.0]),
+            process=RectifiedFlow(), solver=solver,
+        )  # fmt: skip
+        torch.testing.assert_close(found, torch.full_like(x, 0.37), rtol=1e-6, atol=0)
+
+
+def test_more_noise_than_a_process_has_is_refused() -> None:
+    times = torch.tensor([1.0, 0.5, 0.1], dtype=torch.float64)
+
+    @dataclass(frozen=True)
+    class Own(Process):
+        def alpha(self, t: float) -> float:
+            return VP().alpha(t)
+
+        def sigma(self, t: float) -> float:
+            return VP().sigma(t)
+
+    for process in (VP(), Own()):
+        with pytest.raises(ValueError, match=r"lies beyond the last time 1 .* set S_max below"):
+            erk_guid.sample(
+                lambda x, t: x, noise(), times, process=process, churn=Churn(5.0), solver="heun"
+            )
+
+
+def test_callbacks_see_half_precision() -> None:
+    told: list[erk_guid.StepInfo] = []
+    erk_guid.sample(lambda x, t: x * 0.1, noise(torch.float16), torch.tensor([1.0, 0.5, 0.0]),
+                    process=RectifiedFlow(), callback=told.append)  # fmt: skip
+    for info in told:
+        assert info.x.dtype == info.x_before.dtype == info.denoised.dtype == torch.float16
+
+
+def test_edms_process_has_no_largest_level() -> None:
+    # diffusers' zero terminal SNR begins beyond 1e4.
+    assert VE().level(65536.0) == (65536.0, 1.0)
+
+
+@pytest.mark.parametrize("value", [RectifiedFlow, "flow"])
+def test_what_is_no_process_is_named(value: Any) -> None:
+    with pytest.raises(TypeError, match=r"process must be an object such as RectifiedFlow\(\)"):
+        erk_guid.sample(lambda x, t: x, noise(), torch.tensor([1.0, 0.5]), process=value)

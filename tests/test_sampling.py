@@ -285,6 +285,17 @@ def test_a_denoiser_that_edits_its_x(solver: str) -> None:
         assert torch.equal(start, x)
 
 
+def test_what_is_no_guidance_and_no_churn_is_named() -> None:
+    x, sigmas = torch.randn(2, 3), erk_guid.karras_sigmas(3)
+    for guidance in (erk_guid.ParameterFreeGuidance, ERKGuidance, "auto"):
+        with pytest.raises(TypeError, match=r"guidance must be an erk_guid\.ERKGuidance"):
+            erk_guid.sample(gaussian, x, sigmas, guidance=guidance)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="churn must be an object"):
+        erk_guid.sample(gaussian, x, sigmas, churn=10)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"erk=ParameterFreeGuidance\(\)"):
+        erk_guid.edm_sampler(gaussian, x, w_stiff="auto")  # type: ignore[arg-type]
+
+
 def test_what_is_no_solver_is_named() -> None:
     x, sigmas = torch.randn(2, 3), erk_guid.karras_sigmas(3)
     for solver, message in (

@@ -27,7 +27,7 @@ from erk_guid.guidance import (
 from erk_guid.models.checkpoints.presets import PRESETS
 from erk_guid.sampling import check_churn
 from erk_guid.schedules import edm_sigmas, make_sigmas
-from erk_guid.solvers import Solver, make_solver
+from erk_guid.solvers import Solver, make_solver, same_as_recorded
 
 
 def config_fields(
@@ -51,10 +51,12 @@ def config_fields(
         else:
             erk = _erk(w_stiff, w_con, bound, gate, options["num_steps"], preset)
         _check_levels(options)
-        solver = make_solver(
-            options.pop("solver"), **{name: options.pop(name, None) for name in SOLVER_OPTIONS}
-        )
-        erk.check(solver)
+        name = options.pop("solver")
+        solver = make_solver(name, **{o: options.pop(o, None) for o in SOLVER_OPTIONS})
+        try:
+            erk.check(solver)
+        except ValueError as error:
+            raise ValueError(f"--solver {name}: {error}") from error
         churn = _churn(options, solver, erk)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
@@ -151,8 +153,11 @@ def _from_file(path: Path, options: dict[str, Any]) -> tuple[Guidance, dict[str,
     for name in ("w_stiff", "w_con", "bound", "gate"):
         if _given(name):
             raise ValueError(f"--{name} and --settings both say how to guide; leave one out")
+    typed = {name: value for name, value in options.items() if _given(name)}
+    made_for = same_as_recorded(found.made_for)
+    typed = same_as_recorded({"solver": made_for.get("solver", options.get("solver")), **typed})
     for name, value in found.made_for.items():
-        if _given(name) and options[name] != value:
+        if name in typed and _given(name) and typed[name] != made_for[name]:
             option = f"--{shown.get(name, name)}"
             raise ValueError(
                 f"{option} {options[name]}: {path} was made for {option} {value}; leave {option} "

@@ -13,12 +13,23 @@ from erk_guid.common.errors import ErkGuidError
 from erk_guid.generation.devices import choose_device
 from erk_guid.generation.images import BATCH_SIZE, check_networks
 from erk_guid.generation.process_groups import ProcessGroup
-from erk_guid.guidance import ERKGuidance, Guidance, settings_of
+from erk_guid.guidance import ERKGuidance, Guidance, ParameterFreeGuidance, settings_of
 from erk_guid.models.checkpoints import Checkpoint, load
 from erk_guid.models.checkpoints.loading import locate
 from erk_guid.models.encoders import GENERATION_VAE_BATCH, PIXELS, Encoder, StabilityVAEEncoder
 from erk_guid.schedules import RHO, SIGMA_MAX, SIGMA_MIN
-from erk_guid.solvers import Heun, Solver, name_of, options_of, record_of
+from erk_guid.solvers import Heun, Modal, Solver, name_of, options_of, record_of
+
+NEAR_NOISE = 2
+"""Which rule near pure noise images were made by, see `erk_guid.quadrature.prior_response`."""
+
+
+def _spelled(erk: Guidance) -> dict[str, Any]:
+    """Return `settings_of`, or for guidance of the user's own its text in place of w_stiff."""
+    try:
+        return settings_of(erk)
+    except ValueError:
+        return {**settings_of(ERKGuidance()), "w_stiff": repr(erk)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +49,7 @@ class GenerationConfig:
     sigma_max: float = SIGMA_MAX
     rho: float = RHO
     churn: Churn = field(default_factory=Churn)
+    """Its `randn_like` is not used: noise is seeded for each image."""
     erk: Guidance = field(default_factory=ERKGuidance)
     solver: Solver = field(default_factory=Heun)
     schedule: str | tuple[float, ...] = "polynomial"
@@ -72,17 +84,24 @@ class GenerationConfig:
         given = self.sampler_options
         return {
             **{name: given[name] for name in given if name not in ("erk", "solver", "dtype")},
-            **settings_of(self.erk),
+            **_spelled(self.erk),
             **record_of(self.solver),
             "dtype": self.dtype,
             "class": self.class_idx,
+            # Earlier versions sampled otherwise near pure noise: such runs are not to be mixed.
+            **({"near_noise": NEAR_NOISE} if self.supposes_modes else {}),
         }
+
+    @property
+    def supposes_modes(self) -> bool:
+        """True if solver or guidance suppose Gaussian modes (`erk_guid.quadrature`)."""
+        return isinstance(self.solver, Modal) or isinstance(self.erk, ParameterFreeGuidance)
 
     def describe(self) -> str:
         """Return one line that says which settings were used; every image stores it."""
         chosen = "".join(f" {name}={value}" for name, value in options_of(self.solver).items())
         spaced = "" if self.schedule == "polynomial" else f", schedule {self.schedule}"
-        erk = settings_of(self.erk)
+        erk = _spelled(self.erk)
         parts = [
             f"model {self.net}", f"solver {name_of(self.solver)}{chosen}",
             f"steps {self.num_steps}{spaced}",

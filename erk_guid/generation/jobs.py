@@ -29,6 +29,7 @@ from erk_guid.generation.images import Batch, generate
 from erk_guid.generation.process_groups import ProcessGroup, process_group
 from erk_guid.generation.trace import Trace, check_trace_path, read_trace, write_trace
 from erk_guid.sampling import StepInfo
+from erk_guid.solvers import same_as_recorded
 
 RUN_FILE = "run.json"
 MAX_GRID = 400
@@ -198,7 +199,7 @@ def _read_run(path: Path) -> dict[str, Any] | None:
 
 def _refuse_mixture(outdir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     # Through JSON, so that 1 and 1.0 and infinities compare as they were written.
-    now = json.loads(json.dumps(now))
+    before, now = same_as_recorded(before), json.loads(json.dumps(now))
     changed = [k for k in {**before, **now} if before.get(k) != now.get(k)]
     if changed:
         what = "; ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in changed)

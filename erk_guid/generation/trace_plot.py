@@ -85,6 +85,10 @@ def draw_trace(summary: np.ndarray, title: str) -> bytes:
         for axes, (name, label, logarithmic) in zip(
             figure.subplots(2, 2).flat, panels, strict=True
         ):
+            if name == "gate_rate" and np.isnan(data[name]).all():
+                axes.set_axis_off()
+                axes.text(0, 0.5, "no gate", transform=axes.transAxes)
+                continue
             if name == "gate_rate":
                 axes.plot(data["sigma"], data[name], "o-", color="#2563eb")
                 axes.set_ylim(-0.03, 1.03)

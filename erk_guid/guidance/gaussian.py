@@ -79,7 +79,9 @@ class ParameterFreeGuidance:
         rho = None if pair is None else stiffness(*pair[:4])
         if len(result.weights) != 2:
             return Guided(result.x, rho)
-        inside = result.stages[1].sigma > result.sigma_next
+        # A pair within the step is DPM-Solver-2's, whose second evaluation may be at the end.
+        inside = pair is not None and not pair.one_level
+        inside = inside or result.stages[1].sigma > result.sigma_next
         x = _blended(result) if inside else _answered(result)
         return Guided(x, rho, None, norm(x - result.x))
 

@@ -123,7 +123,7 @@ def sample_erk_heun(
             only without guidance (w_stiff=0). `torch.randn_like` draws it where it is added, as in
             EDM2 (k-diffusion draws at the other steps too, and drops that noise).
         w_stiff, w_con, bound, gate: see `ERKGuidance`; "auto" is `ParameterFreeGuidance`, which
-            ignores the other three.
+            takes none of the other three: leave them at their defaults.
         flow: whether the model is a flow-matching one: x is (1 - t) clean + t noise, and `sigmas`
             are times t. See `erk_guid.integrations.flow` for what that changes.
 

@@ -51,8 +51,19 @@ class Metric:
         real = Observed() if reference is None else self.of(reference)
         values = self.score(generated, real, device)
         if len(values) == 1:
-            return {self.name: next(iter(values.values()))}
-        return {f"{self.name}/{key}": value for key, value in values.items()}
+            return {self.name: float(next(iter(values.values())))}
+        return {f"{self.name}/{key}": float(value) for key, value in values.items()}
+
+    def check_count(self, count: int, what: str) -> None:
+        """Refuse too few images before they are looked at.
+
+        Raises:
+            ErkGuidError: fewer than the score needs.
+        """
+        if count < self.score.fewest:
+            raise ErkGuidError(
+                f"{self.name} needs at least {self.score.fewest} {what} images, got {count}"
+            )
 
     def of(self, reference: Reference) -> Observed:
         """Return what the score needs of the real images.
@@ -79,6 +90,8 @@ class Metric:
             ErkGuidError: the message names what does not fit.
         """
         real = self.of(reference)
+        if real.features is not None:
+            self.check_count(len(real.features), f"{reference.source}'s")
         for what, size in (
             ("statistics", real.statistics and len(real.statistics.mu)),
             ("features", None if real.features is None else real.features.shape[1]),
@@ -111,10 +124,16 @@ def _metric(name: str) -> Metric:
     score, colon, detector = name.partition(":")
     if colon:
         found = score_of(score)
+        if not detector:
+            raise ErkGuidError(f"--metrics {name}: name a detector behind the colon")
         check_detector_name(detector)
         return Metric(name, score, found, detector)
     if name not in detector_names() and name in score_names():
         found = score_of(name)
         return Metric(name, name, found, found.detector)
-    check_detector_name(name)
+    if name not in detector_names():
+        raise ErkGuidError(
+            f"unknown metric {name!r}; there are {', '.join(detector_names())} (Frechet distances) "
+            f"and {', '.join(score_names())} (alone, or as SCORE:DETECTOR)"
+        )
     return Metric(name, "frechet", score_of("frechet"), name)

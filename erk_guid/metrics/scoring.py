@@ -104,6 +104,21 @@ class Scoring:
         if self.json is not None:
             check_writable(self.json)
 
+    def check_scores(self) -> None:
+        """Refuse fewer images than a score needs, and say which have no standard error.
+
+        Raises:
+            ErkGuidError: too few images.
+        """
+        for metric in self.chosen:
+            metric.check_count(self.num, "generated")
+            if self.bootstrap and metric.score_name != "frechet":
+                print(
+                    f"Note: --bootstrap gives no standard error for {metric.name}: it is for "
+                    "Frechet distances",
+                    file=sys.stderr,
+                )
+
     def open_detectors(self, device: torch.device, group: ProcessGroup) -> list[Detector]:
         """Load the detectors, first on rank 0, which downloads the files for all ranks."""
 
@@ -136,6 +151,7 @@ def calc(images: Path, ref: str, scoring: Scoring) -> dict[str, Any]:
             refuse_overwriting((scoring.json, scoring.features), (str(images), ref))
             tell_ignored(images)
             choose(open_images(images), scoring.num, scoring.seed)
+            scoring.check_scores()
             return read_reference(ref)
 
         # Rank 0 checks first, so that each error is reported only once.
@@ -164,6 +180,7 @@ def gen(config: GenerationConfig, ref: str, scoring: Scoring) -> dict[str, Any]:
             scoring.check()
             refuse_overwriting((scoring.json, scoring.features), (config.net, ref))
             _check_count(scoring.num, "--num")
+            scoring.check_scores()
             return read_reference(ref)
 
         reference = group.agree(look)
@@ -219,6 +236,11 @@ def make_reference(
             scoring.check()
             refuse_overwriting((dest,), (str(data),))
             check_destination(dest)
+            for metric in scoring.chosen:
+                if "features" in metric.score.needs_of_reference and not keep:
+                    raise ErkGuidError(
+                        f"{metric.name} needs every image's features: give --keep-features"
+                    )
             if keep and dest.suffix != ".npz":
                 raise ErkGuidError(f"--keep-features needs a .npz, not {dest}")
             tell_ignored(data)

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import Field, fields, is_dataclass
+from typing import Any
 
 from erk_guid.solvers.base import (
     AnalyticFirst,
@@ -31,7 +33,7 @@ __all__ = [
     "DEIS", "DPM2", "IPNDM", "IPNDMV", "RES", "SOLVERS", "AnalyticFirst", "DPM2Step", "DPMpp",
     "Euler", "EulerStep", "Evaluation", "Heun", "HeunStep", "Memory", "Modal", "Pair", "Solver",
     "Step", "StepResult", "UniPC", "check_levels", "evaluate", "make_solver", "name_of",
-    "names_of_solvers", "options_of", "record_of",
+    "names_of_solvers", "options_of", "record_of", "same_as_recorded",
 ]  # fmt: skip
 
 SOLVERS: dict[str, type[Solver]] = {
@@ -49,6 +51,11 @@ SOLVERS: dict[str, type[Solver]] = {
 """The solvers by name."""
 
 
+def _fields(solver: Solver | type[Solver]) -> tuple[Field[Any], ...]:
+    """Return a solver's options; one that is no dataclass has none."""
+    return fields(solver) if is_dataclass(solver) else ()
+
+
 def make_solver(name: str, **options: object) -> Solver:
     """Return the solver of that name; options that are None are left at its defaults.
 
@@ -59,7 +66,7 @@ def make_solver(name: str, **options: object) -> Solver:
         raise ValueError(f"unknown solver {name!r}; known: {', '.join(sorted(SOLVERS))}")
     kind = SOLVERS[name]
     given = {option: value for option, value in options.items() if value is not None}
-    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    known = [field.name for field in _fields(kind)]
     for option in given:
         if option not in known:
             takes = f"it takes {', '.join(known)}" if known else "it takes no options"
@@ -77,8 +84,23 @@ def options_of(solver: Solver) -> dict[str, object]:
     """Return the options of a solver that are not at their defaults."""
     return {
         field.name: value
-        for field in fields(solver)  # type: ignore[arg-type]
+        for field in _fields(solver)
         if (value := getattr(solver, field.name)) != field.default
+    }
+
+
+def same_as_recorded(record: Mapping[str, object]) -> dict[str, object]:
+    """Return a record of `record_of` with options at their defaults as None, as it writes them.
+
+    Earlier records hold what the user typed, a default included. What is no record stays as it is.
+    """
+    kind = SOLVERS.get(str(record.get("solver")))
+    if kind is None:
+        return dict(record)
+    defaults = {field.name: field.default for field in _fields(kind)}
+    return {
+        name: None if name in defaults and value == defaults[name] else value
+        for name, value in record.items()
     }
 
 
@@ -87,7 +109,7 @@ def record_of(solver: Solver) -> dict[str, object]:
 
     Options at their defaults, and those of other solvers, are None.
     """
-    every = [field.name for kind in SOLVERS.values() for field in fields(kind)]  # type: ignore[arg-type]
+    every = [field.name for kind in SOLVERS.values() for field in _fields(kind)]
     return {"solver": name_of(solver), **dict.fromkeys(every), **options_of(solver)}
 
 

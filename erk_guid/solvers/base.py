@@ -286,6 +286,10 @@ def difference(sigma_next: float, sigma: float, dtype: torch.dtype) -> float:
     return rounded(rounded(sigma_next, dtype) - rounded(sigma, dtype), dtype)
 
 
+NEARLY_PURE = 1e3
+"""Noise level above which a step to 0 returns the denoised x itself. EDM's lie far below."""
+
+
 @dataclass(frozen=True)
 class EulerStep:
     """Order 1, one evaluation. The only step that may end at sigma = 0.
@@ -300,5 +304,9 @@ class EulerStep:
         self, denoiser: Denoiser, x: Tensor, memory: Memory | None = None
     ) -> tuple[StepResult, None]:
         found = evaluate(denoiser, x, self.sigma)
+        if self.sigma_next == 0 and self.sigma > NEARLY_PURE:
+            # x is nearly all noise: subtracting it would leave the denoised x with few digits.
+            x_next = found.denoised.clone()
+            return StepResult(x_next, self.sigma, 0.0, (found,), 1, (1.0,)), None
         x_next = x + difference(self.sigma_next, self.sigma, x.dtype) * found.drift
         return StepResult(x_next, self.sigma, self.sigma_next, (found,), 1, (1.0,)), None

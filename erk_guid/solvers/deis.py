@@ -46,7 +46,7 @@ class DEIS(Solver):
 
     def __post_init__(self) -> None:
         check_order(self.order, MAX_ORDER, "deis")
-        if self.deis_mode not in _VARIABLES:
+        if self.deis_mode not in get_args(DEISMode):
             known = " or ".join(map(repr, get_args(DEISMode)))
             raise ValueError(f"deis_mode must be {known}, got {self.deis_mode!r}")
 

@@ -43,7 +43,7 @@ class DPMpp(LogSNRSolver):
 
     def __post_init__(self) -> None:
         check_order(self.order, 3, "dpmpp")
-        check_threshold(self.threshold, self.predict_x0)
+        check_flags(self.predict_x0, self.lower_order_final, self.threshold)
 
     def steps(self, levels: Sequence[float]) -> list[MultistepStep]:
         steps = []
@@ -58,8 +58,14 @@ class DPMpp(LogSNRSolver):
         return steps
 
 
-def check_threshold(threshold: bool, predict_x0: bool) -> None:
-    """Raise ValueError where there are no denoised images to limit."""
+def check_flags(predict_x0: bool, lower_order_final: bool, threshold: bool) -> None:
+    """Raise ValueError for flags that are no bool, or a threshold without denoised images."""
+    flags = {
+        "predict_x0": predict_x0, "lower_order_final": lower_order_final, "threshold": threshold,
+    }  # fmt: skip
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
     if threshold and not predict_x0:
         raise ValueError("threshold limits denoised images: it needs predict_x0, which is False")
 

@@ -131,7 +131,7 @@ class DPM2(Solver):
     one_step = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.r <= 1:
+        if isinstance(self.r, bool) or not 0 < self.r <= 1:
             raise ValueError(f"r must be above 0 and at most 1, got {self.r!r}")
 
     def steps(self, levels: Sequence[float]) -> list[DPM2Step]:

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import torch
 
-from erk_guid.solvers.dpmpp import LogSNRSolver, check_threshold, orders_of
+from erk_guid.solvers.dpmpp import LogSNRSolver, check_flags, orders_of
 from erk_guid.solvers.multistep import MAX_ORDER, PredictorCorrectorStep, check_order
 
 Variant = Literal["bh1", "bh2"]
@@ -36,7 +36,7 @@ class UniPC(LogSNRSolver):
 
     def __post_init__(self) -> None:
         check_order(self.order, MAX_ORDER, "unipc")
-        check_threshold(self.threshold, self.predict_x0)
+        check_flags(self.predict_x0, self.lower_order_final, self.threshold)
         if self.variant not in get_args(Variant):
             raise ValueError(f"variant must be 'bh1' or 'bh2', got {self.variant!r}")
 

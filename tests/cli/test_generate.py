@@ -377,3 +377,31 @@ def test_a_gate_at_its_default_goes_with_every_form(w_stiff: str, tmp_path: Path
     done = generate("--preset", "digits", "--outdir", tmp_path, "--seeds", 0, "--steps", 2,
                     "--device", "cpu", "--w_stiff", w_stiff, "--gate", "stiffness")  # fmt: skip
     assert done.exit_code == 0, done.output
+
+
+def test_a_run_recorded_with_a_default_that_was_typed_is_continued(tmp_path: Path) -> None:
+    args = ["--preset", "digits", "--outdir", tmp_path, "--steps", 2, "--device", "cpu",
+            "--solver", "deis"]  # fmt: skip
+    assert generate(*args, "--seeds", 0).exit_code == 0
+    path = tmp_path / "run.json"
+    run = json.loads(path.read_text())
+    # As an earlier version wrote it for --order=4.
+    run["settings"]["order"] = 4
+    path.write_text(json.dumps(run))
+    done = generate(*args, "--order", 4, "--seeds", "0-1", "--resume")
+    assert done.exit_code == 0, done.output
+    refused = generate(*args, "--order", 3, "--seeds", "0-2", "--resume")
+    assert "order was None, now 3" in refused.output
+
+
+def test_runs_by_the_earlier_rule_near_noise_are_not_added_to(tmp_path: Path) -> None:
+    args = ["--preset", "digits", "--outdir", tmp_path, "--steps", 2, "--device", "cpu",
+            "--solver", "modal"]  # fmt: skip
+    assert generate(*args, "--seeds", 0).exit_code == 0
+    path = tmp_path / "run.json"
+    run = json.loads(path.read_text())
+    del run["settings"]["near_noise"]
+    path.write_text(json.dumps(run))
+    done = generate(*args, "--seeds", "0-1", "--resume")
+    assert done.exit_code == 1
+    assert "near_noise was None, now 2" in done.output

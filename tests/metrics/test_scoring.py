@@ -23,11 +23,13 @@ from erk_guid.cli.metrics import metrics_command
 from erk_guid.cli.precision_recall import precision_recall_command
 from erk_guid.common.files import sha256_of
 from erk_guid.metrics import (
+    KernelDistance,
     Statistics,
     fidelity,
     frechet_distance,
     load_detector,
     read_reference,
+    register_score,
     write_reference,
 )
 from erk_guid.metrics.scores import base as scores_base
@@ -332,10 +334,11 @@ def test_torch_fidelitys_kernel_distance_is_the_same(
 @pytest.mark.parametrize(
     ("metric", "message"),
     [
-        ("kid:fd_digits", "subsets of 1000 images need at least as many"),
+        ("fd_digits,kid:fd_digits", "kid:fd_digits needs at least 1000 generated images, got 60"),
+        ("pr:fd_digits,kids", "unknown metric 'kids'; there are fd_digits"),
         ("kidd:fd_digits", "unknown score 'kidd'; there are frechet, is, kid, pr"),
         ("kid:digits", "unknown metric 'digits'"),
-        ("kid:", "unknown metric ''"),
+        ("kid:", "name a detector behind the colon"),
     ],
 )
 def test_metrics_that_cannot_be_had(folder: Path, metric: str, message: str) -> None:
@@ -349,9 +352,31 @@ def test_a_reference_without_features_has_no_kernel_distance(folder: Path, tmp_p
     ref = tmp_path / "r.npz"
     run("ref", "--data", folder, "--dest", ref, "--metrics", "fd_digits", "--device", "cpu")
     done = run("calc", "--images", folder, "--ref", ref, "--num", 60, "--device", "cpu",
-               "--metrics", "kid:fd_digits")  # fmt: skip
+               "--metrics", "pr:fd_digits")  # fmt: skip
     assert done.exit_code == 1
     assert "make a reference with 'ref --keep-features'" in done.output
+    made = run("ref", "--data", folder, "--dest", ref, "--metrics", "pr:fd_digits", "--device",
+               "cpu")  # fmt: skip
+    assert made.exit_code == 1
+    assert "pr:fd_digits needs every image's features: give --keep-features" in made.output
+
+
+def test_a_standard_error_is_for_frechet_distances_and_that_is_said(folder: Path) -> None:
+    done = run("calc", "--images", folder, "--ref", "digits", "--num", 60, "--device", "cpu",
+               "--metrics", "is:fd_digits", "--bootstrap", 10)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "--bootstrap gives no standard error for is:fd_digits" in done.output
+
+
+def test_a_score_that_cannot_be_recorded_is_refused_when_it_is_registered() -> None:
+    class NoDataclass(KernelDistance.__mro__[1]):  # type: ignore[misc]
+        detector, needs = "fid", ("features",)
+
+        def __call__(self, generated: Any, reference: Any, device: Any) -> dict[str, float]:
+            return {}
+
+    with pytest.raises(TypeError, match="must be a dataclass"):
+        register_score("none", NoDataclass())
 
 
 def test_the_published_call_names_the_folder_it_misses(folder: Path) -> None:

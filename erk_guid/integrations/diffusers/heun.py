@@ -8,8 +8,8 @@ A pipeline calls a two-stage scheduler twice per step. The second call of a step
 solution and its drift. The first call of the next step brings the Heun solution and its drift at
 the same noise level: the embedded pair. It is dropped when timesteps are set, when a run begins
 in mid-schedule, and whenever the incoming sample is not the one returned last (in-painting and
-callbacks edit it). The step is then plain Heun. Everything is kept in float32, whatever the
-pipeline's precision.
+callbacks edit it). The published form is then plain Heun, and "auto" does without the measurement.
+Everything is kept in float32, whatever the pipeline's precision.
 """
 
 from __future__ import annotations

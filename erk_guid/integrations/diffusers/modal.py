@@ -24,7 +24,7 @@ from torch import Tensor
 
 from erk_guid.integrations.diffusers.variance import Samples, UnitVariance, in_float32
 from erk_guid.integrations.flow import flow_process
-from erk_guid.processes import VE, Level, Process
+from erk_guid.processes import VE, Level, Process, levels_of
 from erk_guid.solvers import Modal
 from erk_guid.solvers.multistep import PredictorCorrectorStep
 
@@ -101,7 +101,10 @@ class _Modal(Samples, ABC):
 
     def _level(self, index: int) -> Level:
         """Return the level at an index of the schedule, as the solver sees it."""
-        return self.process.level(float(self.sigmas[index]))
+        # The first one's depends on the second, see `levels_of`.
+        first = max(index - 1, 0)
+        times: list[float] = self.sigmas[first : first + 2].tolist()
+        return levels_of(self.process, times)[index - first]
 
     @abstractmethod
     def _denoised(self, found: Any, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:

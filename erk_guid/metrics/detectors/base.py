@@ -104,7 +104,10 @@ def load_detector(
     path = user_path(weights) if weights is not None else None
     if path is not None and not path.is_file():
         raise DetectorError(f"--detector-weights {name}={weights}: there is no such file")
-    return _FACTORIES[name](torch.device(device), path)
+    detector = _FACTORIES[name](torch.device(device), path)
+    if detector.name != name:
+        raise DetectorError(f"the detector registered as {name!r} calls itself {detector.name!r}")
+    return detector
 
 
 def describe(detector: Detector) -> dict[str, Any]:

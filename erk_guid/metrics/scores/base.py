@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -45,6 +45,11 @@ class Score(ABC):
     needs: ClassVar[tuple[Need, ...]]
     needs_of_reference: ClassVar[tuple[Need, ...]] = ()
 
+    @property
+    def fewest(self) -> int:
+        """How many images it needs of either set, at least."""
+        return 2
+
     @abstractmethod
     def __call__(
         self, generated: Observed, reference: Observed, device: torch.device
@@ -72,10 +77,15 @@ def register_score(name: str, score: Score) -> None:
 
     Raises:
         ValueError: the name is taken or has other characters.
-        TypeError: `score` is not a `Score`.
+        TypeError: `score` is not a `Score`, no dataclass, or lacks a class attribute.
     """
     if not isinstance(score, Score):
         raise TypeError(f"{score!r} is not an erk_guid.metrics.Score; make one: MyScore()")
+    if not is_dataclass(score):
+        raise TypeError(f"{type(score).__name__} must be a dataclass: its fields are recorded")
+    for attribute in ("detector", "needs"):
+        if not hasattr(score, attribute):
+            raise TypeError(f"{type(score).__name__} lacks the class attribute {attribute!r}")
     if not name.replace("_", "").replace("-", "").isalnum():
         raise ValueError(f"a score's name has letters, digits, '_' and '-' only, got {name!r}")
     if name in _SCORES:

@@ -55,6 +55,10 @@ class InceptionScore(Score):
     needs = ("logits",)
     needs_of_reference = ()
 
+    @property
+    def fewest(self) -> int:
+        return self.splits
+
     def __call__(
         self, generated: Observed, reference: Observed, device: torch.device
     ) -> dict[str, float]:

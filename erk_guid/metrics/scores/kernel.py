@@ -89,6 +89,10 @@ class KernelDistance(Score):
     needs = ("features",)
     needs_of_reference = ("features",)
 
+    @property
+    def fewest(self) -> int:
+        return self.subset_size
+
     def __call__(
         self, generated: Observed, reference: Observed, device: torch.device
     ) -> dict[str, float]:

@@ -116,6 +116,10 @@ class PrecisionRecall(Score):
     needs = ("features",)
     needs_of_reference = ("features",)
 
+    @property
+    def fewest(self) -> int:
+        return self.k + 1
+
     def __call__(
         self, generated: Observed, reference: Observed, device: torch.device
     ) -> dict[str, float]:

@@ -225,6 +225,10 @@ def calibrate(
         raise ValueError(f"{len(labels)} labels for {len(x)} samples")
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
+    if not isinstance(guidance, ERKGuidance):
+        raise TypeError(
+            f"guidance must be an ERKGuidance with the candidates' gate and bound, got {guidance!r}"
+        )
     solver = as_solver(solver)
     base = replace(guidance, w_stiff=1.0, w_con=0.0)
     base.check(solver)

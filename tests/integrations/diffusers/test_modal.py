@@ -226,3 +226,19 @@ def test_in_a_pipeline_that_is_saved_and_loaded(tmp_path: Path) -> None:
     ]  # fmt: skip
     # Checkpoint weights may lie otherwise in memory, which moves the last digit.
     torch.testing.assert_close(*map(torch.from_numpy, images), rtol=1e-3, atol=1e-3)
+
+
+def test_two_times_next_to_pure_noise() -> None:
+    # Catches: both taken for one level, so that steps and levels no longer match.
+    network = Network(flow=True)
+    scheduler = FlowMatchModalScheduler()
+    scheduler.set_timesteps(6, sigmas=[1.0, 0.99995, 0.8, 0.6, 0.4, 0.2])
+    found = run(scheduler, network, noise())
+
+    def denoised(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return x - t * network(x, t)
+
+    expected = erk_guid.sample(
+        denoised, noise(), scheduler.sigmas, process=erk_guid.RectifiedFlow()
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
