@@ -37,23 +37,55 @@ class ModelGuidance:
         main: the denoiser that is guided.
         guide: the one led away from: unconditional (CFG) or weaker (autoguidance).
         strength: 1 is `main` alone (then `guide` is not called), more pushes away from `guide`.
+        interval: (low, high): guide where low < sigma <= high only (Kynkaanniemi et al. 2024,
+            arXiv 2404.07724), and do not call `guide` elsewhere; None is everywhere. In the unit
+            that the denoisers are called with. On a GPU each call then waits for sigma.
     """
 
     main: Denoiser
     guide: Denoiser
     strength: float
+    interval: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.strength, Real) or not math.isfinite(self.strength):
             raise ValueError(f"strength must be a finite number, got {self.strength!r}")
+        if self.interval is not None:
+            check_interval(self.interval)
 
     def __call__(self, x: Tensor, sigma: Tensor, /) -> Tensor:
         main = self.main(x, sigma)
-        if self.strength == 1:
+        if self.strength == 1 or not within(self.interval, sigma):
             return main.to(x.dtype)
         # A copy: both may be one network that returns the same tensor each time.
         main = main.to(x.dtype, copy=True)
         return self.guide(x, sigma).to(x.dtype).lerp(main, self.strength)
+
+
+def check_interval(interval: tuple[float, float]) -> None:
+    """Refuse what is no interval of noise levels.
+
+    Raises:
+        ValueError: it is not (low, high) with 0 <= low < high.
+    """
+    numbers = isinstance(interval, (tuple, list)) and len(interval) == 2
+    numbers = numbers and all(isinstance(v, Real) for v in interval)
+    if not numbers or not 0 <= interval[0] < interval[1]:
+        raise ValueError(
+            "the interval of model guidance must be (low, high) in sigma with 0 <= low < high, "
+            f"got {interval!r}"
+        )
+
+
+def within(interval: tuple[float, float] | None, sigma: Tensor) -> bool:
+    """Return whether a noise level lies in the interval (low, high]; None is everywhere.
+
+    The ends are rounded to the dtype of sigma, so that a level at an end is taken as written.
+    """
+    if interval is None:
+        return True
+    low, high = torch.tensor(interval, dtype=sigma.dtype).tolist()
+    return low < float(sigma) <= high
 
 
 class LevelDenoiser(ABC):
@@ -77,22 +109,28 @@ class ConditionalDenoiser(Protocol):
 
 
 def guided_denoiser(
-    net: ConditionalDenoiser, gnet: ConditionalDenoiser | None, strength: float
+    net: ConditionalDenoiser,
+    gnet: ConditionalDenoiser | None,
+    strength: float,
+    interval: tuple[float, float] | None = None,
 ) -> ConditionalDenoiser:
     """Return the denoiser of a network and its guiding network.
 
     Args:
         net, gnet: called as ``net(x, sigma, labels)``.
         strength: of model guidance; with 1 `gnet` is not run, and may be None.
+        interval: see `ModelGuidance`.
 
     Raises:
-        ValueError: a strength other than 1 without `gnet`.
+        ValueError: a strength other than 1 without `gnet`, or no interval of noise levels.
     """
+    if interval is not None:
+        check_interval(interval)
     if strength == 1:
         return net
     if gnet is None:
         raise ValueError(f"model guidance of {strength} needs a guiding network (gnet)")
-    return _GuidedNetwork(net, gnet, strength)
+    return _GuidedNetwork(net, gnet, strength, interval)
 
 
 @dataclass(frozen=True)
@@ -100,10 +138,11 @@ class _GuidedNetwork:
     net: ConditionalDenoiser
     gnet: ConditionalDenoiser
     strength: float
+    interval: tuple[float, float] | None
 
     def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor:
         main, guide = (partial(_with_labels, network, labels) for network in (self.net, self.gnet))
-        return ModelGuidance(main, guide, self.strength)(x, sigma)
+        return ModelGuidance(main, guide, self.strength, self.interval)(x, sigma)
 
 
 def _with_labels(

@@ -36,6 +36,7 @@ def edm_sampler(
     *,
     solver: str | Solver = "heun",
     erk: Guidance | None = None,
+    guidance_interval: tuple[float, float] | None = None,
     callback: Callback | None = None,
     schedule: str | Sequence[float] = "polynomial",
     denoise_to_zero: bool = True,
@@ -65,6 +66,8 @@ def edm_sampler(
         solver: see `sample`.
         erk: guidance as an object, such as ``ParameterFreeGuidance()``, in place of `w_stiff` and
             `w_con`.
+        guidance_interval: (low, high) in sigma: model guidance acts there only, and the guiding
+            network is not run elsewhere, see `ModelGuidance`.
         callback, afs: see `sample`.
         schedule: how the noise levels are spaced, see `make_sigmas`; or the levels themselves,
             falling to above 0: then `num_steps`, `sigma_min`, `sigma_max` and `rho` are not used.
@@ -89,7 +92,7 @@ def edm_sampler(
         )
     if erk is None:
         erk = ERKGuidance(abs(w_stiff), max(w_con, 0.0))
-    denoise = guided_denoiser(net, gnet, guidance)
+    denoise = guided_denoiser(net, gnet, guidance, guidance_interval)
     if isinstance(schedule, str) and schedule == "polynomial":
         sigmas = edm_sigmas(num_steps, sigma_min, sigma_max, rho, dtype=dtype, device=noise.device)
     elif isinstance(schedule, str):

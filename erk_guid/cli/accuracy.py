@@ -22,17 +22,18 @@ from erk_guid.generation.process_groups import ProcessGroup
 MOST = 10_000
 """Largest number of evaluations of a run."""
 NETWORK_OPTIONS = (
-    "gnet", "guidance", "class_idx", "fine", "batch", "sigma_min", "sigma_max", "device", "dtype",
-    "trust_pickle",
+    "gnet", "guidance", "guidance_interval", "class_idx", "fine", "batch",
+    "sigma_min", "sigma_max", "device", "dtype", "trust_pickle",
 )  # fmt: skip
 """Options that an exact problem does not use."""
 RECORDED = (
-    "net_sha256", "gnet_sha256", "guidance", "class", "sigma_min", "sigma_max", "dtype", "device",
+    "net_sha256", "gnet_sha256", "guidance", "guidance_interval", "class", "sigma_min",
+    "sigma_max", "dtype", "device",
 )  # fmt: skip
 
 
 @click.command()
-@chosen_options("net", "preset", "gnet", "guidance", "class_idx")
+@chosen_options("net", "preset", "gnet", "guidance", "guidance_interval", "class_idx")
 @click.option(
     "--problem",
     "problem_name",
@@ -91,6 +92,7 @@ def accuracy_command(
     preset: str | None,
     gnet: str | None,
     guidance: float | None,
+    guidance_interval: tuple[float, float] | None,
     class_idx: int | None,
     problem_name: str | None,
     num: int | None,
@@ -155,7 +157,8 @@ def accuracy_command(
             source = click.get_current_context().get_parameter_source
             for name in NETWORK_OPTIONS:
                 if source(name) == click.core.ParameterSource.COMMANDLINE:
-                    shown = {"class_idx": "class", "trust_pickle": "trust-pickle"}.get(name, name)
+                    shown = {"class_idx": "class"}.get(name, name)
+                    shown = shown if name.startswith("sigma") else shown.replace("_", "-")
                     raise ValueError(f"--{shown} goes with a network, not with --problem")
         if problem_name is not None and problem_name not in PROBLEMS:
             raise ValueError(f"--problem {problem_name!r}: known are {', '.join(PROBLEMS)}")
@@ -164,7 +167,10 @@ def accuracy_command(
     settings: dict[str, Any]
     fields = None
     if problem_name is None:
-        given = {"net": net, "gnet": gnet, "guidance": guidance, "class_idx": class_idx}
+        given = {
+            "net": net, "gnet": gnet, "guidance": guidance,
+            "guidance_interval": guidance_interval, "class_idx": class_idx,
+        }  # fmt: skip
         fields = preset_fields(preset, given)
     for suffix in SUFFIXES:
         check_writable(outdir / f"accuracy{suffix}")
@@ -183,7 +189,8 @@ def accuracy_command(
         problem = network_problem(
             preset or config.net, models.loaded.net, numbers,
             gnet=models.guide.net if models.guide else None, guidance=config.guidance,
-            class_idx=class_idx, batch=batch, sigma_min=sigma_min, sigma_max=sigma_max,
+            guidance_interval=config.guidance_interval, class_idx=class_idx, batch=batch,
+            sigma_min=sigma_min, sigma_max=sigma_max,
             dtype=getattr(torch, dtype), fine=fine,
         )  # fmt: skip
         record = {name: models.record()[name] for name in RECORDED}

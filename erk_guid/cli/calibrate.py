@@ -39,7 +39,7 @@ NETWORK = ("net", "gnet", "guidance")
 
 
 @click.command()
-@chosen_options("preset", "net", "gnet", "guidance", "class_idx")
+@chosen_options("preset", "net", "gnet", "guidance", "guidance_interval", "class_idx")
 @chosen_options("num_steps", "solver", "order", "r", "deis_mode")
 @chosen_options("schedule", "sigma_min", "sigma_max", "rho", "bound", "gate")
 @click.option(
@@ -120,8 +120,9 @@ def calibrate_command(
     else:
         sigmas = torch.tensor(config.schedule, dtype=torch.float64)
     network = guided_denoiser(
-        models.loaded.net, models.guide.net if models.guide else None, config.guidance
-    )
+        models.loaded.net, models.guide.net if models.guide else None, config.guidance,
+        config.guidance_interval,
+    )  # fmt: skip
     x = noise.to(getattr(torch, config.dtype)) * float(sigmas[0])
     with tqdm(desc="Network evaluations", unit="image", file=sys.stderr) as bar:
 
@@ -150,7 +151,8 @@ def calibrate_command(
         {**made_for, "schedule": spaced},
         {
             "net": config.net, "net_sha256": models.loaded.fingerprint, "gnet": config.gnet,
-            "guidance": config.guidance, "class": config.class_idx, "dtype": config.dtype,
+            "guidance": config.guidance, "guidance_interval": config.guidance_interval,
+            "class": config.class_idx, "dtype": config.dtype,
             "seeds": compact(seeds), "objective": objective, "error": chosen.error,
             "ratio": chosen.ratio, "ratio_error": chosen.ratio_error,
             "reference_error": found.reference_error, "evaluations": found.nfe,
@@ -175,7 +177,10 @@ def _network_options(config: GenerationConfig, given: Mapping[str, Any]) -> str:
         if config.guidance != 1:
             said |= {"gnet": config.gnet, "guidance": f"{config.guidance:g}"}
     said["class"] = config.class_idx
-    return " ".join(f"--{name}={value}" for name, value in said.items() if value is not None)
+    if config.guidance_interval is not None:
+        said["guidance_interval"] = ",".join(f"{level:g}" for level in config.guidance_interval)
+    shown = {name: value for name, value in said.items() if value is not None}
+    return " ".join(f"--{name.replace('_', '-')}={value}" for name, value in shown.items())
 
 
 def _heading(config: GenerationConfig, found: Calibration, samples: int) -> str:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from erk_guid.common.errors import ErkGuidError, printable
+from erk_guid.denoisers import check_interval
 from erk_guid.generation.process_groups import OtherRankError
 from erk_guid.generation.seeds import seeds_in
 
@@ -57,6 +58,24 @@ class NumberOr(click.ParamType):
             return float(value)
         except ValueError:
             self.fail(f"{value!r} is neither a number nor {' nor '.join(self.words)}", param, ctx)
+
+
+class Interval(click.ParamType):
+    """Two noise levels: '0.2,5' is (0.2, 5.0)."""
+
+    name = "low,high"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        try:
+            found = tuple(float(part) for part in str(value).split(","))
+            check_interval(found)  # type: ignore[arg-type]
+        except ValueError:
+            self.fail(
+                f"{value!r} is no LOW,HIGH in sigma with 0 <= LOW < HIGH, such as 0.2,5", param, ctx
+            )
+        return found
 
 
 class Names(click.ParamType):

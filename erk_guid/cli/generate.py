@@ -81,4 +81,4 @@ def generate_command(
     )
     made = run_job(job)
     if launched_rank() == 0:
-        click.echo(f"{made} images made in {outdir}")
+        click.echo(f"{made} images made in {outdir}, network evaluations each: {job.evaluations()}")

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from erk_guid.churn import Churn
-from erk_guid.cli.common import NumberOr
+from erk_guid.cli.common import Interval, NumberOr
 from erk_guid.cli.derived import described, options_of_classes
 from erk_guid.generation.config import GenerationConfig
 from erk_guid.guidance import (
@@ -112,6 +112,13 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         metavar="FLOAT",
         type=float,
         help="Strength of model guidance.  [default: the preset's, else 1]",
+    ),
+    "guidance_interval": click.option(
+        "--guidance-interval",
+        metavar="LOW,HIGH",
+        type=Interval(),
+        help="Model guidance only where LOW < sigma <= HIGH; the guiding network is not run "
+        "elsewhere.",
     ),
     "S_churn": click.option(
         "--S_churn",

@@ -101,6 +101,12 @@ def preset_fields(preset: str | None, options: dict[str, Any]) -> dict[str, Any]
             f"--guidance {strength:g} needs a guiding network: give --gnet, or a preset "
             "that has one, or leave out --guidance"
         )
+    interval = options.get("guidance_interval")
+    if interval is not None and strength == 1:
+        raise click.UsageError(
+            f"--guidance-interval {interval[0]:g},{interval[1]:g} has nothing to act on: give "
+            "--guidance, or a preset that has model guidance"
+        )
     return {**options, "guidance": strength}
 
 
@@ -166,8 +172,12 @@ def _from_file(path: Path, options: dict[str, Any]) -> tuple[Guidance, dict[str,
     options = {**options, **found.made_for}
     if launched_rank() == 0:
         # Options it was made for are set; what it was measured on can only be reported.
-        for name, what in (("net", "network"), ("guidance", "strength of model guidance")):
+        for name, what in (
+            ("net", "network"), ("guidance", "strength of model guidance"),
+            ("guidance_interval", "interval of model guidance"),
+        ):  # fmt: skip
             there = found.measured.get(name, options[name])
+            there = tuple(there) if isinstance(there, list) else there
             if there != options[name]:
                 click.echo(
                     f"{path} was measured with the {what} {printable(there, 100)}, this is "

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from erk_guid._version import __version__
 from erk_guid.churn import Churn
 from erk_guid.common.errors import ErkGuidError
+from erk_guid.edm2 import edm_sampler
 from erk_guid.generation.devices import choose_device
 from erk_guid.generation.images import BATCH_SIZE, check_networks
 from erk_guid.generation.process_groups import ProcessGroup
@@ -22,6 +24,23 @@ from erk_guid.solvers import Heun, Modal, Solver, name_of, options_of, record_of
 
 NEAR_NOISE = 2
 """Which rule near pure noise images were made by, see `erk_guid.quadrature.prior_response`."""
+LAST_STEP = 2
+"""Which rule the modal solver's last step follows, see `erk_guid.solvers.Modal`."""
+
+
+def sampling_rules(*, modal: bool, parameter_free: bool) -> dict[str, int]:
+    """Return which rules images were made by, where earlier versions had others.
+
+    A run goes on only by the rules that it began with.
+
+    Args:
+        modal: whether the solver is modal.
+        parameter_free: whether guidance is the parameter-free form.
+    """
+    return {
+        **({"near_noise": NEAR_NOISE} if modal or parameter_free else {}),
+        **({"last_step": LAST_STEP} if modal else {}),
+    }
 
 
 def _spelled(erk: Guidance) -> dict[str, Any]:
@@ -30,6 +49,17 @@ def _spelled(erk: Guidance) -> dict[str, Any]:
         return settings_of(erk)
     except ValueError:
         return {**settings_of(ERKGuidance()), "w_stiff": repr(erk)}
+
+
+class Evaluations(NamedTuple):
+    """Network evaluations that an image takes."""
+
+    main: int
+    guide: int
+    """Of the guiding network."""
+
+    def __str__(self) -> str:
+        return f"{self.main}" + (f" and {self.guide} of the guiding network" if self.guide else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +72,7 @@ class GenerationConfig:
     net: str
     gnet: str | None = None
     guidance: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
     class_idx: int | None = None
     batch: int = BATCH_SIZE
     num_steps: int = 32
@@ -70,6 +101,7 @@ class GenerationConfig:
             "sigma_max": self.sigma_max,
             "rho": self.rho,
             "guidance": self.guidance,
+            "guidance_interval": self.guidance_interval,
             **self.churn.numbers,
             "erk": self.erk,
             "solver": self.solver,
@@ -88,14 +120,11 @@ class GenerationConfig:
             **record_of(self.solver),
             "dtype": self.dtype,
             "class": self.class_idx,
-            # Earlier versions sampled otherwise near pure noise: such runs are not to be mixed.
-            **({"near_noise": NEAR_NOISE} if self.supposes_modes else {}),
+            **sampling_rules(
+                modal=isinstance(self.solver, Modal),
+                parameter_free=isinstance(self.erk, ParameterFreeGuidance),
+            ),
         }
-
-    @property
-    def supposes_modes(self) -> bool:
-        """True if solver or guidance suppose Gaussian modes (`erk_guid.quadrature`)."""
-        return isinstance(self.solver, Modal) or isinstance(self.erk, ParameterFreeGuidance)
 
     def describe(self) -> str:
         """Return one line that says which settings were used; every image stores it."""
@@ -112,9 +141,28 @@ class GenerationConfig:
         if erk["gate"] != ERKGuidance.gate:
             parts.append(f"gate {erk['gate']}")
         parts += [f"{name} {value:g}" for name, value in self.churn.numbers.items()]
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval
+            parts.append(f"guidance where {low:g} < sigma <= {high:g}")
         if self.gnet and self.guidance != 1:
             parts.append(f"guiding model {self.gnet}")
         return ", ".join([*parts, f"erk_guid {__version__}"])
+
+    def evaluations(self) -> Evaluations:
+        """Return how often each network is called for an image; the sampler itself is run."""
+        counts = [0, 0]
+
+        def counting(which: int) -> Callable[..., torch.Tensor]:
+            def net(x: torch.Tensor, sigma: torch.Tensor, *labels: object) -> torch.Tensor:
+                counts[which] += 1
+                return x / (1 + sigma**2)
+
+            return net
+
+        main, guide = counting(0), counting(1)
+        options = {**self.sampler_options, "dtype": torch.float64}
+        edm_sampler(main, torch.zeros(1, 1), gnet=guide, randn_like=torch.zeros_like, **options)
+        return Evaluations(*counts)
 
     def choose_device(self) -> torch.device:
         """Return the device asked for, or the best one present.

@@ -77,10 +77,21 @@ class Memory(NamedTuple):
     Attributes:
         x: a past point, [N, ...].
         values: drifts or denoised images, each like x; the newest first.
+        trust: how far the last step may rely on its past, per sample, [N]; None where nothing
+            measured that.
     """
 
     x: Tensor
     values: tuple[Tensor, ...]
+    trust: Tensor | None = None
+
+    def rows(self, chosen: Tensor) -> Memory:
+        """Return what is remembered of some of the samples."""
+        return Memory(
+            self.x[chosen],
+            tuple(value[chosen] for value in self.values),
+            None if self.trust is None else self.trust[chosen],
+        )
 
 
 @dataclass(frozen=True)

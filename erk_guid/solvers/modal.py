@@ -21,6 +21,11 @@ class Modal(Solver):
     predicted point, as UniPC's does. Then the kept value is moved by half of the correction: that
     is the mean response of a denoiser over those modes. Other methods leave it where it was.
 
+    The last step cannot be corrected. It extrapolates as far as the step before was right to:
+    ``x' = low + trust (predicted - low)``, where `low` uses the newest D alone, and trust is the
+    share of (predicted - low) that the correction before confirmed
+    (`erk_guid.solvers.multistep.trust_in_past`).
+
     Args:
         order: evaluations combined in a step, 1 to 4; the first steps have fewer.
     """
@@ -45,6 +50,7 @@ class Modal(Solver):
                     scale=t / s,
                     predict_x0=True,
                     response=prior_response(t),
+                    measures_trust=i == len(levels) - 3,
                 )
             )
         return steps

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from erk_guid.denoisers import Denoiser
-from erk_guid.norms import per_sample
+from erk_guid.norms import inner, per_sample
 from erk_guid.solvers.base import Evaluation, Memory, Pair, StepResult, evaluate
 
 MAX_ORDER = 4
@@ -118,6 +118,7 @@ class PredictorCorrectorStep:
         response: fraction of (corrected - predicted) added to the value that is kept for the next
             step; 0 leaves it unchanged, though x has moved.
         threshold: whether denoised images are limited by `dynamic_threshold`.
+        measures_trust: whether the correction measures `Memory.trust` for the step behind it.
     """
 
     sigma: float
@@ -128,58 +129,88 @@ class PredictorCorrectorStep:
     predict_x0: bool
     response: float = 0.0
     threshold: bool = False
+    measures_trust: bool = False
 
     def __call__(
         self, denoiser: Denoiser, x: Tensor, memory: Memory | None = None
     ) -> tuple[StepResult, Memory]:
         nfe = 0
         if memory is None:
-            values: tuple[Tensor, ...] = (self._evaluated(denoiser, x, self.sigma),)
+            memory = Memory(x, (self._evaluated(denoiser, x, self.sigma),))
             nfe = 1
-        else:
-            values = memory.values
+        value = memory.values[0]
         if self.predict_x0:
-            denoised, drift = values[0], (x - values[0]) / x.new_full((), self.sigma)
+            denoised, drift = value, (x - value) / x.new_full((), self.sigma)
         else:
-            denoised, drift = x - x.new_full((), self.sigma) * values[0], values[0]
+            denoised, drift = x - x.new_full((), self.sigma) * value, value
         begin = Evaluation(x, self.sigma, denoised, drift)
-        x_next = self.predict(x, values)
+        memory = memory._replace(x=x)  # it may have been guided
+        x_next = self.predict(memory)
         if self.corrector is not None:
             value = self._evaluated(denoiser, x_next, self.sigma_next)
             nfe += 1
-            x_next, values = self.correct(x, x_next, value, values)
-        result = StepResult(x_next, self.sigma, self.sigma_next, (begin,), nfe)
-        return result, Memory(x, values[:MAX_ORDER])
+            memory = self.correct(memory, x_next, value)
+            x_next = memory.x
+        return StepResult(x_next, self.sigma, self.sigma_next, (begin,), nfe), memory
 
     def _evaluated(self, denoiser: Denoiser, x: Tensor, sigma: float) -> Tensor:
         return value_of(evaluate(denoiser, x, sigma), self.predict_x0, self.threshold)
 
-    def predict(self, x: Tensor, values: Sequence[Tensor]) -> Tensor:
-        """Return the point at the end of the step where the denoiser is called next."""
-        return combine(x, self.scale, self.predictor, values)
+    def predict(self, memory: Memory) -> Tensor:
+        """Return the point at the end of the step where the denoiser is called next.
 
-    def correct(
-        self, x: Tensor, predicted: Tensor, value: Tensor, values: Sequence[Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the corrected end of the step, and the values to keep.
+        Where the step before measured its trust, the past counts for that share.
 
         Args:
-            x: where the step begins.
-            predicted: what `predict` gave.
+            memory: where the step begins, and the values there and before, the newest first.
+        """
+        high = combine(memory.x, self.scale, self.predictor, memory.values)
+        if memory.trust is None:
+            return high
+        return self._low(memory).lerp(high, per_sample(memory.trust, high))
+
+    def _low(self, memory: Memory) -> Tensor:
+        """Return the end of the step by the newest value alone."""
+        return combine(memory.x, self.scale, (sum(self.predictor),), memory.values)
+
+    def correct(self, memory: Memory, predicted: Tensor, value: Tensor) -> Memory:
+        """Return the corrected end of the step, with what the next one needs.
+
+        Args:
+            memory: what `predict` was given.
+            predicted: what it gave.
             value: the evaluation there.
-            values: those before it, the newest first.
 
         Raises:
             ValueError: it is the last step, which has no corrector.
         """
         if self.corrector is None:
             raise ValueError("the last step has no corrector")
-        values = (value, *values)
-        corrected = combine(x, self.scale, self.corrector, values)
+        values = (value, *memory.values)
+        corrected = combine(memory.x, self.scale, self.corrector, values)
         if self.response:
             moved = torch.add(value, corrected - predicted, alpha=self.response)
             values = (moved, *values[1:])
-        return corrected, values[:MAX_ORDER]
+        trust = None
+        if self.measures_trust:
+            trust = trust_in_past(self._low(memory), predicted, corrected)
+        return Memory(corrected, values[:MAX_ORDER], trust)
+
+
+def trust_in_past(low: Tensor, predicted: Tensor, corrected: Tensor) -> Tensor:
+    """Return which share of (predicted - low) the correction confirmed, per sample, 0 to 1, [N].
+
+    ``<corrected - low, predicted - low> / |predicted - low|^2``, clamped; 1 where the two agree.
+
+    Args:
+        low: the end of a step by its newest value alone, [N, ...].
+        predicted: the end by the past values, too.
+        corrected: the end by the evaluation there.
+    """
+    apart = predicted - low
+    size = inner(apart, apart)
+    share = inner(corrected - low, apart) / torch.where(size > 0, size, torch.ones_like(size))
+    return torch.where(size > 0, share, torch.ones_like(share)).clamp(0, 1)
 
 
 def check_order(order: int, highest: int, name: str) -> None:

@@ -136,7 +136,9 @@ def test_deis_with_options_is_a_solver_too() -> None:
 
 def test_the_line_that_uses_it_names_the_same_denoiser() -> None:
     given: dict[str, Any] = {"preset": "digits", "net": None, "gnet": "digits", "guidance": 2.0}
-    recipe: Any = SimpleNamespace(net="digits", gnet="digits", guidance=2.0, class_idx=3)
+    recipe: Any = SimpleNamespace(
+        net="digits", gnet="digits", guidance=2.0, guidance_interval=None, class_idx=3
+    )
     line = _network_options(recipe, given)
     assert line == "--preset=digits --gnet=digits --guidance=2.0 --class=3"
     recipe.class_idx = None
@@ -145,3 +147,5 @@ def test_the_line_that_uses_it_names_the_same_denoiser() -> None:
     )
     alone = {**given, "gnet": None, "guidance": None}
     assert _network_options(recipe, alone) == "--preset=digits"
+    recipe.guidance_interval = (0.2, 5.0)
+    assert _network_options(recipe, alone) == "--preset=digits --guidance-interval=0.2,5"

@@ -79,8 +79,8 @@ def test_golden_end_points(golden_solvers: dict[str, Any], number: int) -> None:
     ],
 )  # fmt: skip
 def test_order_of_convergence(name: str, options: dict[str, Any], order: int) -> None:
-    # The third-order corrector's leading error changes its sign near 96 steps.
-    steps = 192 if name == "modal" else 96
+    # The third-order corrector's leading error is small at first: slopes fall from 3.9 to 3.04.
+    steps = 768 if name == "modal" and options["order"] == 3 else 192 if name == "modal" else 96
     coarse, fine = (error_after(n, name, options) for n in (steps, 2 * steps))
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25), (coarse, fine)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from erk_guid.integrations.diffusers.variance import Samples, UnitVariance, in_float32
 from erk_guid.integrations.flow import flow_process
 from erk_guid.processes import VE, Level, Process, levels_of
-from erk_guid.solvers import Modal
+from erk_guid.solvers import Memory, Modal
 from erk_guid.solvers.multistep import PredictorCorrectorStep
 
 __all__ = ["FlowMatchModalScheduler", "ModalScheduler"]
@@ -38,9 +38,8 @@ class _Run:
     begin: int
     """Index of the noise level it began at."""
     steps: list[PredictorCorrectorStep]
-    x: Tensor
-    """Start of the step that led to the sample returned last."""
-    values: tuple[Tensor, ...]
+    memory: Memory
+    """At the start of the step that led to the sample returned last."""
     returned: Tensor
     """That sample, in the pipeline's precision."""
 
@@ -79,14 +78,14 @@ class _Modal(Samples, ABC):
         x = wide / self._level(index).alpha
         run = self._run
         if run is None or index == run.begin or not torch.equal(sample, run.returned):
-            run = _Run(index, self._plan(index), x, (denoised,), sample)
+            run = _Run(index, self._plan(index), Memory(x, (denoised,)), sample)
         else:
             last = run.steps[index - run.begin - 1]
             if last.corrector is not None:
-                run.x, run.values = last.correct(run.x, x, denoised, run.values)
+                run.memory = last.correct(run.memory, x, denoised)
         k = index - run.begin
         if k < len(run.steps):
-            result = run.steps[k].predict(run.x, run.values) * self._level(index + 1).alpha
+            result = run.steps[k].predict(run.memory) * self._level(index + 1).alpha
         else:  # a step to 0 gives the denoised x; some schedules end with one of length 0
             result = wide if self.sigmas[index + 1] > 0 else denoised
         found.prev_sample = self._scaled(result).to(model_output.dtype)

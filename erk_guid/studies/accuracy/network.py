@@ -22,6 +22,7 @@ def network_problem(
     *,
     gnet: Network | None = None,
     guidance: float = 1.0,
+    guidance_interval: tuple[float, float] | None = None,
     class_idx: int | None = None,
     batch: int = 32,
     sigma_min: float = 0.002,
@@ -35,6 +36,7 @@ def network_problem(
         name: name for the table.
         net, seeds, gnet, class_idx: see `erk_guid.generate`.
         guidance: strength of model guidance; with 1 `gnet` is not run.
+        guidance_interval: where it acts, see `erk_guid.ModelGuidance`.
         batch: images at a time.
         sigma_min, sigma_max: range of the noise levels.
         dtype: dtype of the sampling loop.
@@ -45,7 +47,8 @@ def network_problem(
     noise, labels = draw(net, random, class_idx)
     start = sigma_max * noise.to(dtype)
     # The samplers get all samples at once, the network gets `batch` of them.
-    denoiser = in_batches(guided_denoiser(net, gnet, guidance), labels, batch)
+    guided = guided_denoiser(net, gnet, guidance, guidance_interval)
+    denoiser = in_batches(guided, labels, batch)
     with tqdm(total=fine, desc="Fine solution", unit="evaluation") as bar:
 
         def counted(x: Tensor, sigma: Tensor) -> Tensor:

@@ -210,7 +210,7 @@ def _split(
     origin = torch.cat(kept)
     return _Rows(
         x=torch.cat([x[k] for (x, _), k in zip(branches, kept, strict=True)]),
-        memory=None if memory is None else _chosen(memory, origin),
+        memory=None if memory is None else memory.rows(origin),
         owner=rows.owner[origin],
         walks=torch.cat([walks[k] for (_, walks), k in zip(branches, kept, strict=True)]),
     )
@@ -232,8 +232,3 @@ def _opened(setting: Guidance) -> Guidance:
 def _threshold(setting: Guidance) -> float:
     assert isinstance(setting, ERKGuidance)
     return setting.w_con
-
-
-def _chosen(memory: Memory, rows: Tensor) -> Memory:
-    """Return some rows of what a step remembers."""
-    return Memory(memory.x[rows], tuple(value[rows] for value in memory.values))

@@ -17,7 +17,7 @@ import torch
 from erk_guid.common.datasets import open_images
 from erk_guid.common.errors import ErkGuidError
 from erk_guid.common.files import sha256_of, user_path
-from erk_guid.generation.config import NEAR_NOISE
+from erk_guid.generation.config import sampling_rules
 from erk_guid.generation.devices import choose_device
 from erk_guid.guidance import FORMS
 from erk_guid.metrics.comparison import MANIFOLD_DETECTOR, REAL, SCORE_DETECTOR, SPLITS
@@ -170,7 +170,7 @@ def plan(job: Reproduction, row: Row) -> Plan:
         "denoise_to_zero": row.denoise_to_zero,
         **({"options": dict(row.options)} if row.options else {}),
         **({"pixels": PIXELS} if _may_have_a_vae(job, row) else {}),
-        **({"near_noise": NEAR_NOISE} if row.w_stiff in FORMS or row.solver == "modal" else {}),
+        **sampling_rules(modal=row.solver == "modal", parameter_free=row.w_stiff in FORMS),
         "seeds": seeds,
         "metrics": metrics,
         "ref": ref,
