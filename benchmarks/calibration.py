@@ -4,7 +4,7 @@
 
 Twelve values of w_stiff by eight of w_con, at 6, 8 and 12 steps, on images that `calibrate` does
 not search on, against a fine solution by DEIS. Takes about 45 minutes on one core. All settings
-run at once (`erk_guid.studies.calibration.sweep`); a test checks that separate runs give the same.
+run at once (`erk_guid.studies.fitting.sweep`); a test checks that separate runs give the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from erk_guid.generation.images import draw
 from erk_guid.generation.seeds import SeededNoise
 from erk_guid.solvers import Heun
 from erk_guid.studies.accuracy.problems import solve_finely
-from erk_guid.studies.calibration.sweep import Task, distances
+from erk_guid.studies.fitting.sweep import Task, distances
 
 W_STIFF = (0.2, 0.3, 0.408, 0.5, 0.6, 0.75, 0.9, 1.0, 1.25, 1.5, 2.0, 2.5)
 W_CON = (0.0, 0.1, 0.3, 0.5, 1.0, 2.0, 5.0, 20.0)

@@ -33,7 +33,7 @@ from erk_guid.solvers import Pair, Solver, Step, StepResult
 if TYPE_CHECKING:
     from erk_guid.generation.images import Batch, generate
     from erk_guid.models.checkpoints import Checkpoint, load
-    from erk_guid.studies.calibration import Calibration, calibrate
+    from erk_guid.studies.fitting import Calibration, calibrate
 
 __all__ = [
     "VE",
@@ -71,9 +71,9 @@ __all__ = [
 # These need more than torch, so they are imported when first asked for.
 _LAZY = {
     "Batch": "erk_guid.generation.images",
-    "Calibration": "erk_guid.studies.calibration",
+    "Calibration": "erk_guid.studies.fitting",
     "Checkpoint": "erk_guid.models.checkpoints",
-    "calibrate": "erk_guid.studies.calibration",
+    "calibrate": "erk_guid.studies.fitting",
     "generate": "erk_guid.generation.images",
     "load": "erk_guid.models.checkpoints",
 }

@@ -22,7 +22,7 @@ from erk_guid.generation.process_groups import ProcessGroup
 from erk_guid.generation.seeds import SeededNoise
 from erk_guid.guidance import ERKGuidance
 from erk_guid.solvers import name_of, names_of_solvers
-from erk_guid.studies.calibration.search import (
+from erk_guid.studies.fitting.calibration import (
     OBJECTIVES,
     REFERENCE_ERROR,
     Calibration,
@@ -95,9 +95,9 @@ def calibrate_command(
     from erk_guid.denoisers import guided_denoiser
     from erk_guid.generation.images import draw
     from erk_guid.schedules import make_sigmas
-    from erk_guid.studies.calibration import calibrate
-    from erk_guid.studies.calibration.settings import Settings
-    from erk_guid.studies.calibration.writing import FILES, write_trials
+    from erk_guid.studies.fitting import calibrate
+    from erk_guid.studies.fitting.calibration_files import FILES, write_trials
+    from erk_guid.studies.fitting.settings import Settings
 
     if find_spec("matplotlib") is None:
         raise MissingExtraError("matplotlib", "plots", "the plot")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,14 +29,35 @@ class Modal(Solver):
 
     Args:
         order: evaluations combined in a step, 1 to 4; the first steps have fewer.
+        response: in place of one half, one number for each corrected step, as `erk_guid.fit` finds
+            them for a model.
     """
 
     order: int = 4
+    response: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         check_order(self.order, MAX_ORDER, "modal")
+        if self.response is None:
+            return
+        try:
+            numbers = tuple(float(value) for value in self.response)
+        except (TypeError, ValueError):
+            numbers = (math.nan,)
+        if isinstance(self.response, str) or not all(map(math.isfinite, numbers)):
+            raise ValueError(f"response must be finite numbers or None, got {self.response!r}")
+        object.__setattr__(self, "response", numbers)
 
     def steps(self, levels: Sequence[float]) -> list[PredictorCorrectorStep]:
+        corrected = max(len(levels) - 2, 0)
+        response = self.response
+        if response is None:
+            response = tuple(prior_response(t) for t in levels[1:-1])
+        elif len(response) != corrected:
+            raise ValueError(
+                f"response has {len(response)} numbers, but {len(levels)} noise levels above 0 "
+                f"have {corrected} corrected steps between them"
+            )
         steps = []
         for i, (s, t) in enumerate(pairwise(levels)):
             past = [levels[k] for k in range(i, max(i - self.order, -1), -1)]
@@ -49,7 +71,7 @@ class Modal(Solver):
                     corrector=None if last else tuple(corrector),
                     scale=t / s,
                     predict_x0=True,
-                    response=prior_response(t),
+                    response=0.0 if last else response[i],
                     measures_trust=i == len(levels) - 3,
                 )
             )

@@ -26,7 +26,7 @@ from erk_guid.mixtures import GaussianMixture, tree_mixture
 from erk_guid.sampling import sample
 from erk_guid.schedules import karras_sigmas
 from erk_guid.solvers import DEIS, Heun
-from erk_guid.studies.calibration.sweep import Task, fine_path, step_errors
+from erk_guid.studies.fitting.sweep import Task, fine_path, step_errors
 
 SIGMA_MAX = 5.0
 """Start of the toy experiments; the tree's classes have long merged at this noise level."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from studies.calibration.test_settings import MADE_FOR
+from studies.fitting.test_settings import MADE_FOR
 from support.tree import SIGMAS, TREE, starts
 
 from erk_guid import (
@@ -22,7 +22,7 @@ from erk_guid.cli import main
 from erk_guid.cli.calibrate import _network_options
 from erk_guid.cli.common import SeedList, compact
 from erk_guid.solvers import DEIS
-from erk_guid.studies.calibration.settings import Settings, read_settings
+from erk_guid.studies.fitting.settings import Settings, read_settings
 
 
 def run(*args: Any) -> Result:

@@ -49,7 +49,8 @@ def test_every_option_and_its_default() -> None:
         "--predict_x0": None, "--variant": None, "--lower_order_final": None, "--threshold": None,
         "--schedule": "polynomial", "--afs": False, "--denoise-to-zero": True,
         "--device": None, "--dtype": "float32", "--resume": False,
-        "--guidance-interval": None, "--encoder-batch": None, "--vae": None, "--trace": None, "--grid": None,
+        "--guidance-interval": None, "--encoder-batch": None, "--vae": None,
+        "--trace": None, "--grid": None,
         "--trust-pickle": False,
     }  # fmt: skip
     help_text = generate("--help").output

@@ -13,7 +13,7 @@ from conftest import oracle
 import erk_guid
 from erk_guid.guidance import ERKGuidance
 from erk_guid.solvers import Heun, HeunStep, Memory, Pair, StepResult, make_solver
-from erk_guid.studies.calibration.sweep import Task, distances
+from erk_guid.studies.fitting.sweep import Task, distances
 
 
 def test_a_bound_limits_the_correction_and_nothing_else() -> None:

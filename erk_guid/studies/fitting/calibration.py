@@ -8,7 +8,7 @@ prefer images that are sharper than the ODE's.
 How evaluations of the network are saved:
 
 - all settings of a round run together and share their common evaluations
-  (`erk_guid.studies.calibration.sweep`);
+  (`erk_guid.studies.fitting.sweep`);
 - w_con only decides at which steps the gate opens, so one value between two neighbouring
   stiffnesses of the steps stands for all values between them;
 - a coarse ladder of w_stiff is tried on a few images, and only the best of it on all images.
@@ -31,7 +31,7 @@ from erk_guid.norms import norm
 from erk_guid.processes import InSigma, Process, in_sigma
 from erk_guid.sampling import as_solver
 from erk_guid.solvers import Modal, Solver, Step, check_levels
-from erk_guid.studies.calibration.sweep import (
+from erk_guid.studies.fitting.sweep import (
     Task,
     distances,
     fine_path,

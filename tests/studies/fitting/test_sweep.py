@@ -10,7 +10,7 @@ from erk_guid import ERKGuidance, ParameterFreeGuidance, karras_sigmas, sample
 from erk_guid.guidance import Guidance
 from erk_guid.mixtures import GaussianMixture, tree_mixture
 from erk_guid.solvers import DEIS, Heun, make_solver
-from erk_guid.studies.calibration.sweep import Task, distances, fine_path, step_errors
+from erk_guid.studies.fitting.sweep import Task, distances, fine_path, step_errors
 
 SIGMAS = karras_sigmas(7, sigma_max=5.0)[:-1]
 STRENGTHS = [

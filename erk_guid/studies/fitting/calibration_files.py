@@ -10,7 +10,7 @@ from pathlib import Path
 from erk_guid.common.files import write_bytes
 from erk_guid.common.plots import COLOURS, Curve, draw
 from erk_guid.guidance import ERKGuidance, settings_of
-from erk_guid.studies.calibration.search import Calibration, Trial, is_published, written
+from erk_guid.studies.fitting.calibration import Calibration, Trial, is_published, written
 
 FILES = ("settings.json", "trials.csv", "calibration.md", "calibration.svg")
 """Files that the command writes to its folder."""

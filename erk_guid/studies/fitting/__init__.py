@@ -1,5 +1,5 @@
 """Settings of ERK guidance for your own model: the search, and the file that keeps them."""
 
-from erk_guid.studies.calibration.search import Calibration, Trial, calibrate
+from erk_guid.studies.fitting.calibration import Calibration, Trial, calibrate
 
 __all__ = ["Calibration", "Trial", "calibrate"]
