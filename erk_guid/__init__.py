@@ -33,7 +33,7 @@ from erk_guid.solvers import Pair, Solver, Step, StepResult
 if TYPE_CHECKING:
     from erk_guid.generation.images import Batch, generate
     from erk_guid.models.checkpoints import Checkpoint, load
-    from erk_guid.studies.fitting import Calibration, calibrate
+    from erk_guid.studies.fitting import Calibration, Fitted, calibrate, fit
 
 __all__ = [
     "VE",
@@ -44,6 +44,7 @@ __all__ = [
     "Churn",
     "Denoiser",
     "ERKGuidance",
+    "Fitted",
     "Guidance",
     "Guided",
     "ModelGuidance",
@@ -60,6 +61,7 @@ __all__ = [
     "calibrate",
     "dominant_eigenvector",
     "edm_sampler",
+    "fit",
     "generate",
     "karras_sigmas",
     "load",
@@ -73,7 +75,9 @@ _LAZY = {
     "Batch": "erk_guid.generation.images",
     "Calibration": "erk_guid.studies.fitting",
     "Checkpoint": "erk_guid.models.checkpoints",
+    "Fitted": "erk_guid.studies.fitting",
     "calibrate": "erk_guid.studies.fitting",
+    "fit": "erk_guid.studies.fitting",
     "generate": "erk_guid.generation.images",
     "load": "erk_guid.models.checkpoints",
 }

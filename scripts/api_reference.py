@@ -29,7 +29,7 @@ MODULES = {
     "erk_guid.schedules": "Noise levels.",
     "erk_guid.churn": "Noise added before steps.",
     "erk_guid.models.flops": "What one evaluation of a network costs.",
-    "erk_guid.studies.fitting.settings": "The file that `erk-guid calibrate` leaves.",
+    "erk_guid.generation.settings": "The file that `erk-guid calibrate` leaves.",
     "erk_guid.integrations.edm2": "What EDM2's users script against.",
     "erk_guid.integrations.k_diffusion": "Samplers in k-diffusion's signature.",
     "erk_guid.integrations.diffusers": "Schedulers; needs the extra `[diffusers]`.",

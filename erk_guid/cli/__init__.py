@@ -9,6 +9,7 @@ from erk_guid.cli.accuracy import accuracy_command
 from erk_guid.cli.calibrate import calibrate_command
 from erk_guid.cli.convert import convert_command
 from erk_guid.cli.demo import demo_command
+from erk_guid.cli.fit import fit_command
 from erk_guid.cli.flops import flops_command
 from erk_guid.cli.generate import generate_command
 from erk_guid.cli.metrics import metrics_command
@@ -30,6 +31,7 @@ main.add_command(metrics_command, "metrics")
 main.add_command(precision_recall_command, "precision-recall")
 main.add_command(reproduce_command, "reproduce")
 main.add_command(accuracy_command, "accuracy")
+main.add_command(fit_command, "fit")
 main.add_command(calibrate_command, "calibrate")
 main.add_command(plot_trace_command, "plot-trace")
 main.add_command(toy_command, "toy")

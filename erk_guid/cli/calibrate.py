@@ -94,10 +94,10 @@ def calibrate_command(
 
     from erk_guid.denoisers import guided_denoiser
     from erk_guid.generation.images import draw
+    from erk_guid.generation.settings import Settings
     from erk_guid.schedules import make_sigmas
     from erk_guid.studies.fitting import calibrate
     from erk_guid.studies.fitting.calibration_files import FILES, write_trials
-    from erk_guid.studies.fitting.settings import Settings
 
     if find_spec("matplotlib") is None:
         raise MissingExtraError("matplotlib", "plots", "the plot")
@@ -162,12 +162,12 @@ def calibrate_command(
     write_trials(found, outdir, heading.splitlines()[0], heading)
     click.echo(f"Written to {outdir}: {', '.join(FILES)}")
     click.echo(
-        f"Use it: python generate_images.py {_network_options(config, options)} "
+        f"Use it: python generate_images.py {network_options(config, options)} "
         f"--settings={outdir / FILES[0]} --outdir=..."
     )
 
 
-def _network_options(config: GenerationConfig, given: Mapping[str, Any]) -> str:
+def network_options(config: GenerationConfig, given: Mapping[str, Any]) -> str:
     """Return the options that name the same denoiser."""
     if given["preset"] is not None:
         # The other options given, too: they override the preset's own.

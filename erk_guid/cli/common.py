@@ -78,6 +78,20 @@ class Interval(click.ParamType):
         return found
 
 
+class Numbers(click.ParamType):
+    """List of numbers: '0.5,0.2' is (0.5, 0.2)."""
+
+    name = "list"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is no list of numbers such as 0.5,0.2", param, ctx)
+
+
 class Names(click.ParamType):
     """List of names: 'fid,fd_dinov2' is ['fid', 'fd_dinov2'], each once, from `choice` if given."""
 

@@ -15,6 +15,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import click
 
+from erk_guid.cli.common import Numbers
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -59,6 +61,7 @@ def _option(name: str, kinds: Mapping[str, type], with_default: bool) -> Callabl
         raise TypeError(f"--{name} has several types: {', '.join(map(str, types_found))}")
     found = types_found.pop()
     kind: Any = click.Choice(list(found)) if isinstance(found, tuple) else found
+    kind = Numbers() if found is list else kind
     metavar = {bool: "BOOL", int: "INT", float: "FLOAT", str: "STR"}.get(kind)
     default = _field(next(iter(kinds.values())), name).default if with_default else None
     return click.option(
@@ -67,7 +70,7 @@ def _option(name: str, kinds: Mapping[str, type], with_default: bool) -> Callabl
 
 
 def _type(hint: Any) -> type | tuple[str, ...]:
-    """Return int, float, bool or str, or the choices of a Literal; ``| None`` is left out."""
+    """Return int, float, bool, str, list (of numbers), or a Literal's choices; not ``| None``."""
     if get_origin(hint) in (Union, types.UnionType):
         kept = [part for part in get_args(hint) if part is not type(None)]
         if len(kept) == 1:
@@ -76,6 +79,8 @@ def _type(hint: Any) -> type | tuple[str, ...]:
         return tuple(get_args(hint))
     if hint in (bool, int, float, str):
         return hint
+    if hint == tuple[float, ...]:
+        return list
     raise TypeError(f"no command-line option can be made of the type {hint}")
 
 

@@ -152,7 +152,7 @@ def _from_file(path: Path, options: dict[str, Any]) -> tuple[Guidance, dict[str,
         ValueError: an option on the command line contradicts the file.
         ErkGuidError: see `read_settings`.
     """
-    from erk_guid.studies.fitting.settings import read_settings
+    from erk_guid.generation.settings import read_settings
 
     found = read_settings(path)
     shown = {"num_steps": "steps"}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from studies.fitting.test_settings import MADE_FOR
+from generation.test_settings import MADE_FOR
 from support.tree import SIGMAS, TREE, starts
 
 from erk_guid import (
@@ -19,10 +19,10 @@ from erk_guid import (
     calibrate,
 )
 from erk_guid.cli import main
-from erk_guid.cli.calibrate import _network_options
+from erk_guid.cli.calibrate import network_options
 from erk_guid.cli.common import SeedList, compact
+from erk_guid.generation.settings import Settings, read_settings
 from erk_guid.solvers import DEIS
-from erk_guid.studies.fitting.settings import Settings, read_settings
 
 
 def run(*args: Any) -> Result:
@@ -139,13 +139,13 @@ def test_the_line_that_uses_it_names_the_same_denoiser() -> None:
     recipe: Any = SimpleNamespace(
         net="digits", gnet="digits", guidance=2.0, guidance_interval=None, class_idx=3
     )
-    line = _network_options(recipe, given)
+    line = network_options(recipe, given)
     assert line == "--preset=digits --gnet=digits --guidance=2.0 --class=3"
     recipe.class_idx = None
-    assert _network_options(recipe, {**given, "preset": None}) == (
+    assert network_options(recipe, {**given, "preset": None}) == (
         "--net=digits --gnet=digits --guidance=2"
     )
     alone = {**given, "gnet": None, "guidance": None}
-    assert _network_options(recipe, alone) == "--preset=digits"
+    assert network_options(recipe, alone) == "--preset=digits"
     recipe.guidance_interval = (0.2, 5.0)
-    assert _network_options(recipe, alone) == "--preset=digits --guidance-interval=0.2,5"
+    assert network_options(recipe, alone) == "--preset=digits --guidance-interval=0.2,5"

@@ -45,7 +45,7 @@ def test_every_option_and_its_default() -> None:
         "--S_min": 0, "--s_min": 0, "--S_max": float("inf"), "--s_max": float("inf"),
         "--S_noise": 1, "--s_noise": 1, "--w_stiff": 0.0, "--w_con": None, "--bound": None,
         "--gate": "stiffness", "--settings": None,
-        "--solver": "heun", "--order": None, "--r": None, "--deis_mode": None,
+        "--solver": "heun", "--order": None, "--response": None, "--r": None, "--deis_mode": None,
         "--predict_x0": None, "--variant": None, "--lower_order_final": None, "--threshold": None,
         "--schedule": "polynomial", "--afs": False, "--denoise-to-zero": True,
         "--device": None, "--dtype": "float32", "--resume": False,

@@ -14,8 +14,11 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
+from erk_guid.common.errors import ErkGuidError
+from erk_guid.generation.settings import read_settings
 from erk_guid.guidance import FORMS, ERKGuidance, Gate, make_guidance
 from erk_guid.integrations.k_diffusion import sample_erk_dpm_2, sample_erk_heun, sample_modal
 
@@ -129,5 +132,39 @@ class ERKGuidSampler:
         return (comfy.samplers.KSAMPLER(sample_in_comfyui, options),)
 
 
-NODE_CLASS_MAPPINGS = {"ERKGuidSampler": ERKGuidSampler}
-NODE_DISPLAY_NAME_MAPPINGS = {"ERKGuidSampler": "ERK-Guid sampler"}
+class ERKGuidSigmas:
+    """ComfyUI node that makes SIGMAS of a file that ``erk-guid fit`` wrote."""
+
+    CATEGORY = "sampling/custom_sampling/schedulers"
+    RETURN_TYPES = ("SIGMAS",)
+    FUNCTION = "get_sigmas"
+    DESCRIPTION = (
+        "Noise levels that 'erk-guid fit' or 'erk_guid.fit' found for a model. Take them with the "
+        "solver that they were fitted for."
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 (ComfyUI's name)
+        """Return ComfyUI's description of the inputs."""
+        text = {"default": "fit-8.json", "tooltip": "Path of the settings file."}
+        return {"required": {"file": ("STRING", text)}}
+
+    def get_sigmas(self, file: str) -> tuple[Tensor]:
+        """Return the noise levels; ComfyUI calls this.
+
+        Raises:
+            ErkGuidError: the file cannot be read, or holds no noise levels.
+        """
+        made_for = read_settings(file).made_for
+        levels = made_for.get("schedule")
+        if not isinstance(levels, tuple):
+            raise ErkGuidError(f"{file} holds no noise levels; 'erk-guid fit' writes such files")
+        last = [0.0] if made_for.get("denoise_to_zero", True) else []
+        return (torch.tensor([*levels, *last], dtype=torch.float32),)
+
+
+NODE_CLASS_MAPPINGS = {"ERKGuidSampler": ERKGuidSampler, "ERKGuidSigmas": ERKGuidSigmas}
+NODE_DISPLAY_NAME_MAPPINGS = {
+    "ERKGuidSampler": "ERK-Guid sampler",
+    "ERKGuidSigmas": "ERK-Guid fitted sigmas",
+}

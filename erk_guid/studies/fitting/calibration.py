@@ -236,7 +236,7 @@ def calibrate(
     solved: Callable[..., Tensor] = counted
     if process is not None:
         problem = in_sigma(counted, x, sigmas, process)
-        x, sigmas, solved = problem.x, problem.sigmas, _Labelled(counted, problem)
+        x, sigmas, solved = problem.x, problem.sigmas, Labelled(counted, problem)
     levels = [level for level in check_levels(sigmas) if level > 0]
     if len(levels) < 2:
         raise ValueError("there is 1 noise level above 0: no step between two of them to guide")
@@ -293,7 +293,7 @@ def is_published(guidance: Guidance) -> TypeGuard[ERKGuidance]:
 
 
 @dataclass(frozen=True)
-class _Labelled:
+class Labelled:
     """The denoiser of a problem rewritten in sigma, called with x, sigma and labels."""
 
     denoiser: Callable[..., Tensor]

@@ -102,18 +102,20 @@ class Trials:
     Attributes:
         task: denoiser, start points, labels and rows at a time; its levels are not used.
         ends: where the exact solution ends, like the task's x.
+        name: of the samples.
     """
 
     task: Task
     ends: Tensor
+    name: str = "all"
     _shared: dict[int, _FirstShared] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.task.x)
 
-    def rows(self, chosen: slice) -> Trials:
-        """Return the trials on some of the samples."""
-        return Trials(self.task.rows(chosen), self.ends[chosen])
+    def rows(self, chosen: slice, name: str) -> Trials:
+        """Return the trials on some of the samples, under a name of their own."""
+        return Trials(self.task.rows(chosen), self.ends[chosen], name)
 
     @torch.no_grad()
     def errors(self, steps: Sequence[Step], guidance: Guidance | None = None) -> Tensor:

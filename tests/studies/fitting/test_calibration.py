@@ -26,7 +26,7 @@ from erk_guid.generation.images import draw
 from erk_guid.generation.seeds import SeededNoise
 from erk_guid.solvers import DEIS, Heun, Modal
 from erk_guid.studies.accuracy.problems import high_dimensional_mixture, solve_finely
-from erk_guid.studies.fitting import search
+from erk_guid.studies.fitting import calibration as search
 
 
 class Judge:

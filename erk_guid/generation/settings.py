@@ -29,6 +29,12 @@ _MADE_FOR: dict[str, tuple[type, ...]] = {
     "order": (int, type(None)),
     "r": (float, int, type(None)),
     "deis_mode": (str, type(None)),
+    "predict_x0": (bool, type(None)),
+    "variant": (str, type(None)),
+    "lower_order_final": (bool, type(None)),
+    "threshold": (bool, type(None)),
+    "response": (list, type(None)),
+    "denoise_to_zero": (bool,),
     "num_steps": (int,),
     "sigma_min": (float, int),
     "sigma_max": (float, int),
@@ -80,11 +86,11 @@ def read_settings(path: str | Path) -> Settings:
         raise ErkGuidError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise ErkGuidError(
-            f"{path} is no file of settings (not JSON: {printable(error, 100)}); 'erk-guid "
-            "calibrate' writes them"
+            f"{path} is no file of settings (not JSON: {printable(error, 100)}); 'erk-guid fit' "
+            "and 'erk-guid calibrate' write them"
         ) from error
     if not isinstance(content, dict) or FORMAT not in content:
-        raise ErkGuidError(f"{path} is no file of settings; 'erk-guid calibrate' writes them")
+        raise ErkGuidError(f"{path} is no file of settings; 'erk-guid fit' writes them")
     if content.pop(FORMAT) != VERSION:
         raise ErkGuidError(f"{path} was written by another version; this one reads {VERSION}")
     made_for, measured = content.pop("made_for", {}), content.pop("measured", {})
@@ -95,11 +101,12 @@ def read_settings(path: str | Path) -> Settings:
     for name in ("w_stiff", "w_con"):
         if name not in content:
             raise ErkGuidError(f"{path} does not say {name}")
-    schedule = made_for.get("schedule")
-    if isinstance(schedule, list):
-        if not schedule or not all(_is_a(level, (float, int)) for level in schedule):
-            raise ErkGuidError(f"{path}: the noise levels of 'schedule' must be numbers")
-        made_for["schedule"] = tuple(map(float, schedule))
+    for name, what in (("schedule", "noise levels"), ("response", "responses")):
+        values = made_for.get(name)
+        if isinstance(values, list):
+            if not values or not all(_is_a(value, (float, int)) for value in values):
+                raise ErkGuidError(f"{path}: the {what} of {name!r} must be numbers")
+            made_for[name] = tuple(map(float, values))
     try:
         guidance = make_guidance(**content)
     except ValueError as error:
@@ -121,4 +128,4 @@ def _is_a(value: Any, types: tuple[type, ...]) -> bool:
     if isinstance(value, int) and abs(value) > LARGEST_NUMBER:
         return False
     # In Python a bool is an int, but not for a reader of the file.
-    return isinstance(value, types) and not isinstance(value, bool)
+    return isinstance(value, types) and (bool in types or not isinstance(value, bool))

@@ -13,7 +13,7 @@ from erk_guid import (
     ParameterFreeGuidance,
 )
 from erk_guid.common.errors import ErkGuidError
-from erk_guid.studies.fitting.settings import Settings, read_settings
+from erk_guid.generation.settings import Settings, read_settings
 
 MADE_FOR = {"solver": "heun", "num_steps": 5, "schedule": "polynomial"}
 

@@ -1,0 +1,183 @@
+"""A fit as files: settings for the command lines, lines to paste elsewhere, a table, pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from erk_guid.common.files import write_bytes
+from erk_guid.common.plots import Curve, draw
+from erk_guid.generation.settings import Settings
+from erk_guid.guidance import ERKGuidance
+from erk_guid.solvers import name_of, options_of, record_of
+from erk_guid.studies.fitting.levels import Fitted
+from erk_guid.studies.fitting.trials import Method
+
+FILES = ("fit.md", "fit.csv", "levels.svg", "errors.svg")
+"""Files besides the settings, one of which there is for each number of evaluations."""
+COLUMNS = (
+    "evaluations", "solver", "spacing", "before_is", "before", "before_low", "before_high",
+    "after", "after_low", "after_high", "ratio", "ratio_low", "ratio_high", "reference_error",
+    "search_evaluations", "reference_evaluations", "seconds", "levels",
+)  # fmt: skip
+
+
+def settings_name(evaluations: int) -> str:
+    """Return the name of the settings file of a fit."""
+    return f"fit-{evaluations}.json"
+
+
+def settings_of_fit(fitted: Fitted, measured: Mapping[str, Any]) -> Settings:
+    """Return what the command lines take by --settings.
+
+    Args:
+        fitted: the fit; its levels are sigmas, not the times of a process.
+        measured: what it was measured on, for the reader.
+    """
+    levels = fitted.sigmas.tolist()
+    to_zero = levels[-1] == 0
+    levels = levels[:-1] if to_zero else levels
+    solver = {name: value for name, value in record_of(fitted.solver).items() if value is not None}
+    return Settings(
+        fitted.guidance or ERKGuidance(),
+        {
+            **{k: list(v) if isinstance(v, tuple) else v for k, v in solver.items()},
+            "num_steps": len(levels), "schedule": levels, "denoise_to_zero": to_zero,
+        },
+        {
+            **measured,
+            "evaluations": fitted.evaluations,
+            "spacing": fitted.spacing, "before_is": fitted.before_is,
+            "before": list(fitted.before), "after": list(fitted.after),
+            "ratio": list(fitted.ratio), "reference_error": fitted.reference_error,
+            "samples": list(fitted.samples), "cost": fitted.cost._asdict(),
+        },
+    )  # fmt: skip
+
+
+def write_fits(fits: Sequence[Fitted], outdir: Path, heading: str) -> None:
+    """Write `FILES`.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed; the other files are written before.
+    """
+    write_bytes(outdir / "fit.csv", fits_csv(fits).encode())
+    pasted = "\n".join(to_paste(fitted) for fitted in fits)
+    write_bytes(outdir / "fit.md", f"{heading}\n\n{table(fits)}\n{pasted}".encode())
+    write_bytes(outdir / "levels.svg", plot_levels(fits))
+    write_bytes(outdir / "errors.svg", plot_errors(fits))
+
+
+def table(fits: Sequence[Fitted]) -> str:
+    """Return the errors before and after as Markdown."""
+    lines = [
+        "| evaluations | solver | best usual run | its error | fitted | times |",
+        "|---:|---|---|---:|---:|---:|",
+    ]
+    for f in fits:
+        after = str(f.after) if f.found else "nothing better found"
+        ratio = str(f.ratio) if f.found else ""
+        shown = _short(Method(f.solver, f.guidance))
+        lines.append(
+            f"| {f.evaluations} | {shown} | {f.before_is} | {f.before} | {after} | {ratio} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _short(method: Method) -> str:
+    """Return a method in words, without the numbers of fitted responses."""
+    options = dict(options_of(method.solver))
+    answers = options.pop("response", None)
+    said = [name_of(method.solver), *(f"{name} {value}" for name, value in options.items())]
+    if answers is not None:
+        said.append("with fitted responses")
+    if method.guidance is not None:
+        said.append(str(method.guidance))
+    return " ".join(said)
+
+
+def to_paste(fitted: Fitted) -> str:
+    """Return the levels as lines for programs of others, Markdown."""
+    levels = [float(f"{level:.6g}") for level in fitted.sigmas.tolist()]
+    inner = ", ".join(f"{level:g}" for level in levels)
+    solver = f"erk_guid.solvers.{fitted.solver!r}"
+    return "\n".join(
+        [
+            f"## {fitted.evaluations} evaluations",
+            "",
+            "```python",
+            "# erk_guid",
+            f"sigmas = torch.tensor([{inner}], dtype=torch.float64)",
+            f"x = erk_guid.sample(denoiser, sigmas[0] * noise, sigmas, solver={solver})",
+            "# k-diffusion, and samplers with its signature",
+            f"sigmas = torch.tensor([{inner}])",
+            "# diffusers: schedulers that take sigmas; they append a 0, which is one step more",
+            f"pipe(..., num_inference_steps={len(levels)}, sigmas=[{inner}])",
+            "```",
+            "",
+            'ComfyUI: the node "ERK-Guid fitted sigmas" reads the settings file.',
+            "",
+        ]
+    )
+
+
+def fits_csv(fits: Sequence[Fitted]) -> str:
+    """Return a CSV with one line for each fit."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for f in fits:
+        numbers = [*f.before, *f.after, *f.ratio, f.reference_error]
+        writer.writerow(
+            [
+                f.evaluations, str(Method(f.solver, f.guidance)), f.spacing, f.before_is,
+                *(f"{number:.6g}" for number in numbers),
+                f.cost.search, f.cost.reference, f"{f.cost.seconds:.1f}",
+                " ".join(f"{level:.8g}" for level in f.sigmas.tolist()),
+            ]
+        )  # fmt: skip
+    return text.getvalue()
+
+
+def plot_levels(fits: Sequence[Fitted]) -> bytes:
+    """Return an SVG of the fitted and the usual levels over log sigma, a row for each."""
+    curves = []
+    for f in fits:
+        usual = next(t for t in f.tried if t.spacing != "fitted" and t.spacing != "time")
+        row = float(f.evaluations)
+        pairs = [(usual.levels, row - 0.15, usual.spacing)]
+        if f.found:
+            pairs.append((tuple(v for v in f.sigmas.tolist() if v > 0), row + 0.15, "fitted"))
+        for levels, y, name in pairs:
+            curves.append(
+                Curve(
+                    f"{f.evaluations}: {name}", list(levels), [y] * len(levels),
+                    [0.0] * len(levels), plain=False,
+                )
+            )  # fmt: skip
+    ticks = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 40, 80)
+    return draw(
+        "Noise levels", curves, "sigma", "evaluations", log_x=True, wanted_by="the plot",
+        x_ticks=ticks,
+    )  # fmt: skip
+
+
+def plot_errors(fits: Sequence[Fitted]) -> bytes:
+    """Return an SVG of the errors before and after, over the number of evaluations."""
+    counts = [float(f.evaluations) for f in fits]
+
+    def half(intervals: Sequence[Any]) -> list[float]:
+        return [(interval.high - interval.low) / 2 for interval in intervals]
+
+    befores, afters = [f.before for f in fits], [f.after for f in fits]
+    return draw(
+        "Distance to the fine solution, 95 % intervals",
+        [
+            Curve("best usual", counts, [b.mean for b in befores], half(befores), plain=True),
+            Curve("fitted", counts, [a.mean for a in afters], half(afters)),
+        ],
+        "network evaluations", "mean distance", log_x=len(fits) > 1, wanted_by="the plot",
+    )  # fmt: skip
