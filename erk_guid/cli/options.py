@@ -23,6 +23,8 @@ from erk_guid.schedules import SCHEDULES
 from erk_guid.solvers import SOLVERS, names_of_solvers
 
 F = TypeVar("F", bound=Callable[..., Any])
+FITTED = "fitted"
+"""The schedule that stands for a settings file that ships with the package."""
 JOB = GenerationConfig  # these options' defaults are its field defaults
 GUIDANCE_HELP = described(ERKGuidance)
 SOLVER_OPTIONS = tuple(dict.fromkeys(f.name for kind in SOLVERS.values() for f in fields(kind)))  # type: ignore[arg-type]
@@ -181,8 +183,8 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         "--settings",
         metavar="FILE",
         type=click.Path(dir_okay=False, path_type=Path),
-        help="Take --w_stiff, --w_con, the solver and the noise levels from the file that "
-        "'erk-guid calibrate' wrote.",
+        help="Take --w_stiff, --w_con, the solver and the noise levels from a file that "
+        "'erk-guid fit' or 'erk-guid calibrate' wrote.",
     ),
     **options_of_classes({"": ERKGuidance}, ("w_stiff", "w_con"), with_defaults=True),
     "solver": click.option(
@@ -195,11 +197,12 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
     **_options_of_solvers(),
     "schedule": click.option(
         "--schedule",
-        metavar="|".join(SCHEDULES) + "|LIST|FILE",
+        metavar="|".join([*SCHEDULES, FITTED]) + "|LIST|FILE",
         default=JOB.schedule,
         show_default=True,
-        callback=lambda ctx, param, value: _schedule(value),
-        help="Spacing of the noise levels, or the levels themselves: 80,20,5,1,0.1 or a file.",
+        callback=lambda ctx, param, value: _schedule(value, ctx),
+        help="Spacing of the noise levels, or the levels themselves: 80,20,5,1,0.1 or a file. "
+        "'fitted' is what was fitted for --preset and that number of steps, solver included.",
     ),
     "afs": click.option("--afs", is_flag=True, help="Analytical first step: saves one evaluation."),
     "denoise_to_zero": click.option(
@@ -251,9 +254,13 @@ def chosen_options(*names: str) -> Callable[[F], F]:
     return add
 
 
-def _schedule(value: str) -> str | tuple[float, ...]:
+def _schedule(value: str, ctx: click.Context) -> str | tuple[float, ...]:
     """Read a schedule's name, or noise levels from a list or a file (a 0 at the end is implied)."""
     if value in SCHEDULES:
+        return value
+    if value == FITTED:
+        if all(param.name != "settings" for param in ctx.command.params):
+            raise click.BadParameter(f"{FITTED!r} is for commands that make images")
         return value
     path = Path(value)
     text = value

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from importlib.resources import as_file, files
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import torch
 
 from erk_guid.churn import NUMBERS, Churn
-from erk_guid.cli.options import JOB, SOLVER_OPTIONS
+from erk_guid.cli.options import FITTED, JOB, SOLVER_OPTIONS
 from erk_guid.common.errors import printable
 from erk_guid.generation.process_groups import launched_rank
 from erk_guid.guidance import (
@@ -28,6 +30,9 @@ from erk_guid.models.checkpoints.presets import PRESETS
 from erk_guid.sampling import check_churn
 from erk_guid.schedules import edm_sigmas, make_sigmas
 from erk_guid.solvers import Solver, make_solver, same_as_recorded
+
+if TYPE_CHECKING:
+    from importlib.abc import Traversable
 
 
 def config_fields(
@@ -46,7 +51,14 @@ def config_fields(
     """
     options = preset_fields(preset, options)
     try:
-        if settings is not None:
+        if options["schedule"] == FITTED:
+            if settings is not None:
+                raise ValueError(
+                    f"--schedule {FITTED} and --settings both say which levels; leave one out"
+                )
+            with as_file(_fitted(preset, options["num_steps"])) as path:
+                erk, options = _from_file(path, options, leave_out=("num_steps", "schedule"))
+        elif settings is not None:
             erk, options = _from_file(settings, options)
         else:
             erk = _erk(w_stiff, w_con, bound, gate, options["num_steps"], preset)
@@ -145,8 +157,40 @@ def _with_preset(name: str, options: dict[str, Any]) -> dict[str, Any]:
     return filled
 
 
-def _from_file(path: Path, options: dict[str, Any]) -> tuple[Guidance, dict[str, Any]]:
+def _fitted(preset: str | None, steps: int) -> Traversable:
+    """Return the settings file that was fitted for a preset and a number of steps.
+
+    Raises:
+        ValueError: there is none; the message names those that there are.
+    """
+    folder = files("erk_guid") / "data" / "fits"
+    found = folder / f"{preset}-{steps}.json"
+    if preset is None or not found.is_file():
+        names = (entry.name.removesuffix(".json").rpartition("-") for entry in folder.iterdir())
+        there: dict[str, list[int]] = {}
+        for name, _, count in names:
+            there.setdefault(name, []).append(int(count))
+        known = "; ".join(
+            f"--preset {name} --steps {', '.join(map(str, sorted(counts)))}"
+            for name, counts in sorted(there.items())
+        )
+        raise ValueError(
+            f"--schedule {FITTED}: nothing was fitted for "
+            f"{preset or 'a network without a preset'} and {steps} steps, only for {known}; "
+            "'erk-guid fit' fits your own, then give --settings"
+        )
+    return found
+
+
+def _from_file(
+    path: Path, options: dict[str, Any], leave_out: Sequence[str] = ()
+) -> tuple[Guidance, dict[str, Any]]:
     """Return a settings file's guidance, and the options with those it was made for.
+
+    Args:
+        path: the file.
+        options: those of the command line.
+        leave_out: options that may differ from the file's.
 
     Raises:
         ValueError: an option on the command line contradicts the file.
@@ -163,11 +207,13 @@ def _from_file(path: Path, options: dict[str, Any]) -> tuple[Guidance, dict[str,
     made_for = same_as_recorded(found.made_for)
     typed = same_as_recorded({"solver": made_for.get("solver", options.get("solver")), **typed})
     for name, value in found.made_for.items():
+        if name in leave_out:
+            continue
         if name in typed and _given(name) and typed[name] != made_for[name]:
             option = f"--{shown.get(name, name)}"
             raise ValueError(
                 f"{option} {options[name]}: {path} was made for {option} {value}; leave {option} "
-                "out, or calibrate for it"
+                "out, or fit for it"
             )
     options = {**options, **found.made_for}
     if launched_rank() == 0:
