@@ -26,6 +26,8 @@ BEST = "best"
 MOST = 1000
 """Largest number of evaluations that levels are fitted for."""
 SEEDS = "50000-50127"
+TOO_COARSE = 0.1
+"""Part of the result's error that the fine solution's own may be."""
 
 
 @click.command()
@@ -194,6 +196,12 @@ def fit_command(
             f"{cost.reference} of the fine solution, in {cost.seconds:.0f} s; the fine solution's "
             f"own error is about {fitted.reference_error:.1%} of the result's"
         )
+        if fitted.reference_error > TOO_COARSE:
+            click.echo(
+                "The fine solution is too coarse to trust this: its own error is large beside the "
+                "result's",
+                err=True,
+            )
     click.echo(f"Written to {outdir}: " + ", ".join([*map(settings_name, evaluations), *FILES]))
     click.echo(
         f"Use it: python generate_images.py {network_options(config, options)} "

@@ -59,7 +59,8 @@ assert (guided - also).abs().mean() < 0.2  # two ways to the same digits
 assert digits["auto"].shape == (4, 1, 32, 32)
 assert 0 < (digits["auto"] - digits["published"]).abs().mean() < 0.2
 """,
-    "calibration.md": """
+    "fitting.md": """
+assert len(fitted.sigmas) == 5
 assert calibration.chosen.ratio < 0.9
 assert images.shape == (16, 1, 32, 32)
 """,
@@ -72,7 +73,8 @@ assert images.shape == (4, 1, 32, 32)
 
 @pytest.mark.parametrize("page", EXAMPLES)
 def test_the_example_of_the_page_runs(page: str, run: Run, tmp_path: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S)
+    code = "\n".join(blocks)
     (tmp_path / "example.py").write_text(code + EXAMPLES[page])
     done = run("example.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -110,6 +112,7 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
     assert {top.split("-")[0] for top in tops} == {"erk_guid"}
     assert "erk_guid/py.typed" in names
     assert "erk_guid/data/digits.safetensors" in names
+    assert "erk_guid/data/fits/digits-8.json" in names
     assert "Provides-Extra: diffusers" in text
     # What an extra brings is asked for under that extra only.
     for package in ("diffusers", "torch-fidelity", "torchvision", "matplotlib"):

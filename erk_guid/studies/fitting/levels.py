@@ -33,7 +33,7 @@ from erk_guid.quadrature import prior_response
 from erk_guid.sampling import as_solver, sample
 from erk_guid.schedules import RHO, SIGMA_MAX, SIGMA_MIN, make_sigmas
 from erk_guid.solvers import DEIS, IPNDMV, DPMpp, Modal, Solver, Step, UniPC
-from erk_guid.studies.fitting.calibration import Labelled
+from erk_guid.studies.fitting.calibration import ROUNDING, Labelled
 from erk_guid.studies.fitting.journal import Journal
 from erk_guid.studies.fitting.spacing import Spacing
 from erk_guid.studies.fitting.sweep import Task
@@ -269,10 +269,10 @@ def fit_each(
     for count in evaluations:
         before = memory.spent
         fitting = _Fitting(problem, memory, count, denoise_to_zero, search, choice, report)
-        found = fitting.run(methods, trials * count * len(search))
+        found = fitting.fitted(*fitting.run(methods, trials * count * len(search)), own)
         spent = Cost(memory.spent - before, of_reference // fits, time.monotonic() - began)
         began = time.monotonic()
-        fitted.append(fitting.fitted(*found, own, spent))
+        fitted.append(replace(found, cost=spent))
     return fitted
 
 
@@ -532,7 +532,6 @@ class _Fitting:
         name: str,
         judged: Sequence[tuple[_Point, str, Tensor]],
         own: float,
-        spent: Cost,
     ) -> Fitted:
         """Judge what was chosen on the samples of the report."""
         usual = [(point, which) for point, which, _ in judged if which != FITTED]
@@ -541,7 +540,10 @@ class _Fitting:
         before = errors[best]
         after = self._errors(self.report, chosen) if name == FITTED else before
         ratio = bootstrap_ratio(after, before)
-        if name != FITTED or ratio.high >= 1:
+        # Errors that are no more than rounding say nothing.
+        start = self.report.task.x
+        rounding = ROUNDING * torch.finfo(start.dtype).eps * float(norm(start).mean())
+        if name != FITTED or ratio.high >= 1 or before.mean() <= rounding:
             chosen, name, after = usual[best][0], usual[best][1], before
             ratio = Interval(1.0, 1.0, 1.0)
         tried = tuple(
@@ -569,7 +571,7 @@ class _Fitting:
             tried=tried,
             reference_error=own / after_interval.mean if after_interval.mean else 0.0,
             samples=(len(self.search), len(self.choice), len(self.report)),
-            cost=spent,
+            cost=Cost(0, 0, 0.0),
         )
 
     def _lowest(self, trials: Trials, points: Iterable[_Point]) -> tuple[_Point, float]:
