@@ -158,7 +158,7 @@ def plot_levels(fits: Sequence[Fitted]) -> bytes:
                     [0.0] * len(levels), plain=False,
                 )
             )  # fmt: skip
-    ticks = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 40, 80)
+    ticks = (0.002, 0.01, 0.05, 0.2, 1, 5, 20, 80)
     return draw(
         "Noise levels", curves, "sigma", "evaluations", log_x=True, wanted_by="the plot",
         x_ticks=ticks,
