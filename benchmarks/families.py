@@ -87,7 +87,9 @@ def trained(dim: int, loss: Callable[[Net, torch.Generator], Tensor]) -> Net:
         schedule.step()
         if step >= TRAINING_STEPS // 2:
             mean.update_parameters(net)
-    return mean.module.double().eval()
+    averaged = mean.module
+    assert isinstance(averaged, Net)
+    return averaged.double().eval()
 
 
 def edm_network() -> tuple[Callable[[Tensor, Tensor], Tensor], int, Process | None]:

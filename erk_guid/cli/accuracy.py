@@ -63,6 +63,14 @@ RECORDED = (
     type=Names(),
     help="Beginnings of methods' names, e.g. heun,modal.  [default: all]",
 )
+@click.option(
+    "--settings",
+    metavar="FILE",
+    multiple=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Settings that 'erk-guid fit' wrote, as the row 'fitted'; give one for each number of "
+    "evaluations.",
+)
 @click.option("--list", "list_them", is_flag=True, help="List the methods and exit.")
 @click.option(
     "--outside/--no-outside",
@@ -99,6 +107,7 @@ def accuracy_command(
     seeds: list[int] | None,
     evaluations: list[int],
     methods: list[str] | None,
+    settings: tuple[Path, ...],
     list_them: bool,
     outside: bool,
     fine: int,
@@ -123,7 +132,7 @@ def accuracy_command(
       erk-guid accuracy --problem=tree80
     """
     from erk_guid.studies.accuracy import METHODS, PROBLEMS, make_problem, measure
-    from erk_guid.studies.accuracy.methods import choose_methods
+    from erk_guid.studies.accuracy.methods import choose_methods, fitted_row
     from erk_guid.studies.accuracy.network import network_problem
     from erk_guid.studies.accuracy.writing import SUFFIXES, write_table
 
@@ -137,6 +146,14 @@ def accuracy_command(
         outside = False
     try:
         chosen = choose_methods(methods or [], outside)
+        if settings:
+            row = fitted_row(settings, sigma_min, sigma_max)
+            unused = sorted(set(row.fits) - set(evaluations))
+            if unused:
+                raise ValueError(
+                    f"--settings: one is for {unused[0]} evaluations, which --evaluations lacks"
+                )
+            chosen.append(row)
         bad = [count for count in evaluations if not 2 <= count <= MOST or count % 2]
         if bad:
             raise ValueError(f"--evaluations: {bad[0]} is not an even number of 2 to {MOST}")
@@ -164,7 +181,7 @@ def accuracy_command(
             raise ValueError(f"--problem {problem_name!r}: known are {', '.join(PROBLEMS)}")
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    settings: dict[str, Any]
+    recorded: dict[str, Any]
     fields = None
     if problem_name is None:
         given = {
@@ -178,7 +195,7 @@ def accuracy_command(
         assert problem_name is not None  # checked above
         count = num or 200
         problem = make_problem(problem_name, count)
-        settings = {"problem": problem_name, "points": count}
+        recorded = {"problem": problem_name, "points": count}
     else:
         config = GenerationConfig(
             **fields, batch=batch, sigma_min=sigma_min, sigma_max=sigma_max, dtype=dtype,
@@ -194,14 +211,18 @@ def accuracy_command(
             dtype=getattr(torch, dtype), fine=fine,
         )  # fmt: skip
         record = {name: models.record()[name] for name in RECORDED}
-        settings = {**record, "seeds": numbers, "fine": fine}
+        recorded = {**record, "seeds": numbers, "fine": fine}
     from tqdm import tqdm
 
     table = measure(
         problem, chosen, evaluations,
         lambda rows: tqdm(rows, desc="Methods", unit="method", file=sys.stderr),
     )  # fmt: skip
-    settings |= {"evaluations": evaluations, "torch": torch.__version__}
+    recorded |= {
+        "settings": list(map(str, settings)),
+        "evaluations": evaluations,
+        "torch": torch.__version__,
+    }
     click.echo(table.markdown())
-    write_table(table, outdir, settings)
+    write_table(table, outdir, recorded)
     click.echo(f"Written to {outdir}: accuracy.csv, .md, .svg and .json")

@@ -75,6 +75,8 @@ class Table:
 
 
 def _short(value: float) -> str:
+    if math.isnan(value):
+        return ""
     return f"{value:.3g}" if value >= 1e-4 else f"{value:.1e}"
 
 
@@ -115,8 +117,12 @@ def measure(
     for method in progress(methods):
         row = []
         for count in evaluations:
-            sigmas = method.sigmas(count, problem.sigma_min, problem.sigma_max)
-            found = method.run(problem.denoiser, problem.start, sigmas)
+            chosen = method.at(count)
+            if chosen is None:
+                row.append(Error(math.nan, math.nan, math.nan))
+                continue
+            sigmas = chosen.sigmas(count, problem.sigma_min, problem.sigma_max)
+            found = chosen.run(problem.denoiser, problem.start, sigmas)
             row.append(error_of(distances(found, problem.end)))
         errors[method.name] = row
     return Table(problem.name, tuple(evaluations), errors)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from erk_guid.common.errors import MissingExtraError
 from erk_guid.denoisers import Denoiser
+from erk_guid.generation.settings import read_settings
 from erk_guid.guidance import ERKGuidance, Guidance, ParameterFreeGuidance
 from erk_guid.sampling import sample
 from erk_guid.schedules import make_sigmas
@@ -21,12 +23,14 @@ from erk_guid.solvers import (
     IPNDM,
     IPNDMV,
     RES,
+    SOLVERS,
     DPMpp,
     Euler,
     Heun,
     Modal,
     Solver,
     UniPC,
+    make_solver,
 )
 
 SIGMA_DATA = 0.5
@@ -52,6 +56,10 @@ class Method(ABC):
         levels = evaluations // self.stages + 1
         return make_sigmas(self.schedule, levels, sigma_min, sigma_max, 7)[:-1]
 
+    def at(self, evaluations: int) -> Method | None:
+        """Return the method for a number of evaluations; None where there is none."""
+        return self
+
     @abstractmethod
     def run(self, denoiser: Denoiser, start: Tensor, sigmas: Tensor) -> Tensor:
         """Return the end points.
@@ -74,6 +82,73 @@ class OurMethod(Method):
 
     def run(self, denoiser: Denoiser, start: Tensor, sigmas: Tensor) -> Tensor:
         return sample(denoiser, start, sigmas, solver=self.solver, guidance=self.guidance)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedMethod(OurMethod):
+    """One of the package's solvers at levels of its own, as `erk-guid fit` finds them.
+
+    Attributes:
+        levels: the noise levels.
+    """
+
+    levels: tuple[float, ...]
+
+    def sigmas(self, evaluations: int, sigma_min: float, sigma_max: float) -> Tensor:
+        return torch.tensor(self.levels, dtype=torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedRow(Method):
+    """A row of fits, each for its own number of evaluations.
+
+    Attributes:
+        fits: the methods by evaluations.
+    """
+
+    fits: dict[int, FittedMethod]
+
+    def at(self, evaluations: int) -> Method | None:
+        return self.fits.get(evaluations)
+
+    def run(self, denoiser: Denoiser, start: Tensor, sigmas: Tensor) -> Tensor:
+        raise TypeError("a row of fits runs by the method of each number of evaluations")
+
+
+def fitted_row(files: Sequence[Path], sigma_min: float, sigma_max: float) -> FittedRow:
+    """Return the row of some settings files.
+
+    Args:
+        files: each for another number of evaluations.
+        sigma_min, sigma_max: the range that the table is about.
+
+    Raises:
+        ErkGuidError: a file cannot be read.
+        ValueError: it holds no noise levels, or those of another range.
+    """
+    fits: dict[int, FittedMethod] = {}
+    for file in files:
+        settings = read_settings(file)
+        options = dict(settings.made_for)
+        levels, to_zero = options.get("schedule"), options.get("denoise_to_zero", True)
+        if not isinstance(levels, tuple) or "solver" not in options:
+            raise ValueError(f"{file} holds no noise levels; 'erk-guid fit' writes such files")
+        if to_zero or (levels[0], levels[-1]) != (sigma_max, sigma_min):
+            raise ValueError(
+                f"{file} goes from {levels[0]:g} to {0 if to_zero else levels[-1]:g}, the table "
+                f"from {sigma_max:g} to {sigma_min:g}"
+            )
+        known = {name for kind in SOLVERS.values() for name in kind.__dataclass_fields__}  # type: ignore[attr-defined]
+        solver = make_solver(
+            options["solver"], **{name: options[name] for name in known if name in options}
+        )
+        count = (len(levels) - 1) * (2 if solver.two_stages else 1)
+        guidance = settings.guidance if settings.guidance.active else None
+        fits[count] = FittedMethod(
+            name="fitted", solver=solver, guidance=guidance, levels=levels,
+            stages=2 if solver.two_stages else 1,
+        )  # fmt: skip
+    return FittedRow(name="fitted", fits=fits)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ SUFFIXES = (".csv", ".md", ".json", ".svg")
 
 PLOTTED = (
     "heun", "heun + ERK 0.5/0.5", "heun + ERK auto", "deis tab 4", "dpmpp 2 data", "unipc 3 data",
-    "diffusers DEIS 3", "modal", "modal (logsnr)",
+    "diffusers DEIS 3", "modal", "modal (logsnr)", "fitted",
 )  # fmt: skip
 """The rows that the plot shows of a table with many rows."""
 
@@ -35,17 +36,21 @@ def write_table(table: Table, outdir: Path, settings: dict[str, Any]) -> None:
 def plot(table: Table) -> bytes:
     """Return an SVG of the errors over evaluations; of a long table, the rows in `PLOTTED`."""
     few = len(table.errors) <= len(PLOTTED) + 1
-    curves = [
-        Curve(
-            name,
-            [float(count) for count in table.evaluations],
-            [error.mean for error in row],
-            [error.standard_error for error in row],
-            plain=name == "heun",
+    curves = []
+    for name, row in table.errors.items():
+        if not few and name not in PLOTTED:
+            continue
+        known = [(float(c), e) for c, e in zip(table.evaluations, row, strict=True)
+                 if not math.isnan(e.mean)]  # fmt: skip
+        curves.append(
+            Curve(
+                name,
+                [count for count, _ in known],
+                [error.mean for _, error in known],
+                [error.standard_error for _, error in known],
+                plain=name == "heun",
+            )
         )
-        for name, row in table.errors.items()
-        if few or name in PLOTTED
-    ]
     return draw(
         f"Distance to the exact solution: {table.problem}", curves, "network evaluations",
         "mean distance", log_x=True, wanted_by="the plot",

@@ -11,8 +11,11 @@ import torch
 from click.testing import CliRunner
 from conftest import golden
 
+import erk_guid
 from erk_guid.cli import main
+from erk_guid.generation.settings import read_settings
 from erk_guid.mixtures import tree_mixture
+from erk_guid.solvers import make_solver
 from erk_guid.studies.accuracy import METHODS, make_problem, measure
 from erk_guid.studies.accuracy.measuring import Error, Table
 from erk_guid.studies.accuracy.methods import OutsideMethod, choose_methods
@@ -167,3 +170,28 @@ def test_density_of_the_mixture() -> None:
     u = torch.linspace(-6, 6, 121, dtype=torch.float64)
     points = torch.stack(torch.meshgrid(u, u, indexing="ij"), -1).reshape(-1, 2)
     assert float(tree.log_density(points, 0.3).exp().sum() * 0.1**2) == pytest.approx(1, rel=1e-6)
+
+
+def test_fitted_levels_are_a_row_of_the_table(tmp_path: Path) -> None:
+    """The row's cell is what a run by hand with the file's levels gives; others stay empty."""
+    fits = Path(erk_guid.__file__).parent / "data" / "fits"
+    args = ["accuracy", "--problem", "mixture64", "--num", "20", "--methods", "modal",
+            "--no-outside", "--evaluations", "6,14", "--outdir", str(tmp_path)]  # fmt: skip
+    done = CliRunner().invoke(main, [*args, "--settings", str(fits / "digits-14.json")])
+    assert done.exit_code == 0, done.output
+    (row,) = [line for line in done.output.splitlines() if line.startswith("| fitted")]
+    assert row.split("|")[2].strip() == ""
+    settings = read_settings(fits / "digits-14.json")
+    problem = make_problem("mixture64", 20)
+    solver = make_solver(settings.made_for["solver"], order=settings.made_for["order"])
+    sigmas = torch.tensor(settings.made_for["schedule"], dtype=torch.float64)
+    found = erk_guid.sample(problem.denoiser, problem.start, sigmas, solver=solver)
+    wanted = float((found - problem.end).norm(dim=1).mean())
+    assert float(row.split("|")[3].strip(" *")) == pytest.approx(wanted, rel=0.01)
+    assert (tmp_path / "accuracy.svg").stat().st_size > 1000
+    refused = CliRunner().invoke(main, [*args, "--settings", str(fits / "digits-8.json")])
+    assert "is for 8 evaluations, which --evaluations lacks" in refused.output
+    (tmp_path / "bare.json").write_text('{"erk_guid_settings": 1, "w_stiff": 0, "w_con": 0.5}')
+    refused = CliRunner().invoke(main, [*args, "--settings", str(tmp_path / "bare.json")])
+    assert "holds no noise levels" in refused.output
+    assert "Traceback" not in refused.output
