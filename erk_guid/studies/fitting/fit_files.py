@@ -172,12 +172,12 @@ def plot_errors(fits: Sequence[Fitted]) -> bytes:
     def half(intervals: Sequence[Any]) -> list[float]:
         return [(interval.high - interval.low) / 2 for interval in intervals]
 
-    befores, afters = [f.before for f in fits], [f.after for f in fits]
+    earlier, later = [f.before for f in fits], [f.after for f in fits]
     return draw(
         "Distance to the fine solution, 95 % intervals",
         [
-            Curve("best usual", counts, [b.mean for b in befores], half(befores), plain=True),
-            Curve("fitted", counts, [a.mean for a in afters], half(afters)),
+            Curve("best usual", counts, [b.mean for b in earlier], half(earlier), plain=True),
+            Curve("fitted", counts, [a.mean for a in later], half(later)),
         ],
         "network evaluations", "mean distance", log_x=len(fits) > 1, wanted_by="the plot",
     )  # fmt: skip
