@@ -340,7 +340,8 @@ class _Problem:
             levels = make_sigmas(name, intervals + 1, self.low, self.high, RHO)[:-1].tolist()
             found[name] = Spacing.of([self.first, *levels[1:]], self.high)
         if math.isfinite(self.process.last):  # evenly spaced times, as flow models use them
-            times = torch.linspace(self.start, self.process.time(self.low), intervals + 1)
+            end = self.process.time(self.low)
+            times = torch.linspace(self.start, end, intervals + 1, dtype=torch.float64)
             inner = [self.process.level(t).sigma for t in times.tolist()[1:-1]]
             if all(level < self.high for level in inner):
                 found["time"] = Spacing.of([self.first, *inner, self.low], self.high)
