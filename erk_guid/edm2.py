@@ -55,8 +55,9 @@ def edm_sampler(
         num_steps, sigma_min, sigma_max, rho: see `karras_sigmas`.
         guidance: strength of *model* guidance (CFG, autoguidance), see `ModelGuidance`; with 1
             the guiding network is not run.
-        S_churn, S_min, S_max, S_noise, randn_like: noise added before steps, see `Churn`; only
-            where nothing guides (w_stiff 0), and with a solver of one step (heun, euler, dpm2).
+        S_churn, S_min, S_max, S_noise: noise added before steps, see `Churn`; only where nothing
+            guides (w_stiff 0), and with a solver of one step (heun, euler, dpm2).
+        randn_like: draws that noise, and the noise of a solver with `eta`.
         dtype: the loop runs in it, and the noise levels are computed in it (`edm_sigmas`), so that
             results are EDM2's own; the networks' output is cast to it.
         w_stiff: strength of `ERKGuidance`. As in the published function only the square counts, so
@@ -108,4 +109,5 @@ def edm_sampler(
         callback=callback,
         churn=Churn(S_churn, S_min, S_max, S_noise, randn_like),
         afs=afs,
+        randn_like=randn_like,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from erk_guid.churn import Churn
@@ -14,6 +15,7 @@ from erk_guid.processes import VE, InSigma, Process, in_sigma
 from erk_guid.solvers import (
     AnalyticFirst,
     Memory,
+    NoisyStep,
     Solver,
     check_levels,
     make_solver,
@@ -74,8 +76,11 @@ def sample(
     callback: Callback | None = None,
     churn: Churn | None = None,
     afs: bool = False,
+    randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
 ) -> Tensor:
     """Integrate the probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma.
+
+    With a solver that adds noise (``Modal(eta=0.5)``) this is the reverse SDE in place of the ODE.
 
     Args:
         denoiser: called as ``denoiser(x, sigma)``, see `Denoiser`.
@@ -102,6 +107,8 @@ def sample(
             a process, its S_min and S_max are noise over signal.
         afs: analytical first step: at the first noise level the drift is taken to be
             x / sqrt(1 + sigma^2), which saves an evaluation.
+        randn_like: returns standard normal noise shaped like its argument, for a solver with
+            `eta`. Called once in each step that adds noise. `churn` has its own.
 
     Returns:
         x at ``sigmas[-1]``. A Heun run over N levels and a trailing 0 takes 2 N - 1 evaluations.
@@ -146,6 +153,7 @@ def sample(
             problem.denoiser, problem.x, problem.sigmas,
             solver=solver, guidance=guidance, churn=churn, afs=afs,
             callback=None if callback is None else _restating(callback, problem, sigmas.tolist()),
+            randn_like=randn_like,
         )  # fmt: skip
         return problem.restored(end, float(problem.sigmas[-1])).to(x.dtype)
     # One look at the noise levels from the host; after this the loop never waits for the device.
@@ -166,7 +174,10 @@ def sample(
             step = solver.plan([sigma_hat, step.sigma_next])[0]
         analytic = afs and i == 0
         where = AnalyticFirst(denoiser, sigma_hat) if analytic else denoiser
-        result, memory = step(where, x, memory)
+        if isinstance(step, NoisyStep) and step.spread > 0:
+            result, memory = step(where, x, memory, randn_like(x))
+        else:
+            result, memory = step(where, x, memory)
         nfe += result.nfe - analytic
         guided = Guided(result.x) if guidance is None else guidance(result)
         x_before, x = x, guided.x

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import torch
@@ -18,6 +19,9 @@ from erk_guid.common.errors import MissingExtraError
 from erk_guid.common.files import check_writable
 from erk_guid.generation.config import GenerationConfig
 from erk_guid.generation.process_groups import ProcessGroup
+
+if TYPE_CHECKING:
+    from erk_guid.studies.accuracy import Method
 
 MOST = 10_000
 """Largest number of evaluations of a run."""
@@ -71,6 +75,16 @@ RECORDED = (
     help="Settings that 'erk-guid fit' wrote, as the row 'fitted'; give one for each number of "
     "evaluations.",
 )
+@click.option(
+    "--as-near-as",
+    "as_near_as",
+    metavar="INT",
+    type=click.IntRange(min=0),
+    default=32,
+    show_default=True,
+    help="Find how many evaluations each method takes to be as near as plain Heun with this many "
+    "noise levels; 0 leaves that out.",
+)
 @click.option("--list", "list_them", is_flag=True, help="List the methods and exit.")
 @click.option(
     "--outside/--no-outside",
@@ -92,7 +106,7 @@ RECORDED = (
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("output/accuracy"),
     show_default=True,
-    help="For accuracy.csv, .md, .svg and .json.",
+    help="For accuracy.csv, .md, .svg and .json, and as-near.csv, .md and .svg.",
 )
 @reporting_errors
 def accuracy_command(
@@ -108,6 +122,7 @@ def accuracy_command(
     evaluations: list[int],
     methods: list[str] | None,
     settings: tuple[Path, ...],
+    as_near_as: int,
     list_them: bool,
     outside: bool,
     fine: int,
@@ -122,8 +137,9 @@ def accuracy_command(
     """Measure how near each solver comes to the exact solution, on your own network.
 
     Every method starts from the same noise and gets the same number of network evaluations. The
-    table shows the mean distance of its images (latents) to those of a fine solution. This
-    measures fidelity to the ODE, not which images look better.
+    table shows the mean distance of its images (latents) to those of a fine solution. A second
+    table says how many evaluations, and seconds, each one takes to be as near as plain Heun with 32
+    noise levels. This measures fidelity to the ODE, not which images look better.
 
     \b
     Examples:
@@ -131,10 +147,15 @@ def accuracy_command(
       erk-guid accuracy --preset=edm2-img512-s-guid-fid --num=16 --methods=heun,modal,dpmpp
       erk-guid accuracy --problem=tree80
     """
-    from erk_guid.studies.accuracy import METHODS, PROBLEMS, make_problem, measure
+    from erk_guid.studies.accuracy import METHODS, PROBLEMS, as_near, make_problem, measure
     from erk_guid.studies.accuracy.methods import choose_methods, fitted_row
     from erk_guid.studies.accuracy.network import network_problem
-    from erk_guid.studies.accuracy.writing import SUFFIXES, write_table
+    from erk_guid.studies.accuracy.writing import (
+        NEARNESS_FILES,
+        TABLE_FILES,
+        write_nearness,
+        write_table,
+    )
 
     if list_them:
         click.echo("\n".join(METHODS))
@@ -157,10 +178,14 @@ def accuracy_command(
         bad = [count for count in evaluations if not 2 <= count <= MOST or count % 2]
         if bad:
             raise ValueError(f"--evaluations: {bad[0]} is not an even number of 2 to {MOST}")
-        if problem_name is None and fine < 4 * max(evaluations):
+        if as_near_as == 1 or as_near_as > MOST:
+            raise ValueError(f"--as-near-as {as_near_as} is not 0 or a number of 2 to {MOST}")
+        longest = max(*evaluations, 2 * (as_near_as - 1))
+        if problem_name is None and fine < 4 * longest:
+            of = " (--as-near-as)" if longest > max(evaluations) else ""
             raise ValueError(
-                f"--fine {fine} is too coarse to judge runs of {max(evaluations)} evaluations by; "
-                f"take {4 * max(evaluations)} or more"
+                f"--fine {fine} is too coarse to judge runs of {longest} evaluations{of} by; "
+                f"take {4 * longest} or more"
             )
         if not 0 < sigma_min < sigma_max < math.inf:
             raise ValueError(
@@ -189,8 +214,8 @@ def accuracy_command(
             "guidance_interval": guidance_interval, "class_idx": class_idx,
         }  # fmt: skip
         fields = preset_fields(preset, given)
-    for suffix in SUFFIXES:
-        check_writable(outdir / f"accuracy{suffix}")
+    for name in (*TABLE_FILES, *(NEARNESS_FILES if as_near_as else ())):
+        check_writable(outdir / name)
     if fields is None:
         assert problem_name is not None  # checked above
         count = num or 200
@@ -214,15 +239,22 @@ def accuracy_command(
         recorded = {**record, "seeds": numbers, "fine": fine}
     from tqdm import tqdm
 
-    table = measure(
-        problem, chosen, evaluations,
-        lambda rows: tqdm(rows, desc="Methods", unit="method", file=sys.stderr),
-    )  # fmt: skip
+    def progress(rows: Iterable[Method]) -> Iterable[Method]:
+        return tqdm(rows, desc="Methods", unit="method", file=sys.stderr)
+
+    table = measure(problem, chosen, evaluations, progress)
     recorded |= {
         "settings": list(map(str, settings)),
         "evaluations": evaluations,
+        "as_near_as": as_near_as,
         "torch": torch.__version__,
     }
     click.echo(table.markdown())
     write_table(table, outdir, recorded)
-    click.echo(f"Written to {outdir}: accuracy.csv, .md, .svg and .json")
+    written = "accuracy.csv, .md, .svg and .json"
+    if as_near_as:
+        nearness = as_near(problem, chosen, table, as_near_as, progress)
+        click.echo(nearness.markdown())
+        write_nearness(nearness, outdir)
+        written += "; as-near.csv, .md and .svg"
+    click.echo(f"Written to {outdir}: {written}")

@@ -1,9 +1,10 @@
-"""Line plots, as SVG."""
+"""Plots of lines and of bars, as SVG."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,19 +56,9 @@ def draw(
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
+    with _drawing(title, 4.6, wanted_by) as (figure, axes, svg):
         from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "plots", wanted_by) from error
-    settings: Any = {
-        "font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
-        "svg.fonttype": "none", "svg.hashsalt": "erk_guid", "font.family": "sans-serif",
-    }  # fmt: skip
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(6.4, 4.6), layout="constrained")
-        axes = figure.add_subplot()
+
         for k, curve in enumerate(sorted(curves, key=lambda c: not c.plain)):
             colour = PLAIN if curve.plain else COLOURS[k % len(COLOURS)]
             axes.errorbar(
@@ -97,9 +88,50 @@ def draw(
             axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        axes.set_title(title, fontsize=12, loc="left")
         axes.grid(alpha=0.25)
         figure.legend(loc="outside lower center", frameon=False, fontsize=9, ncols=3)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+    return svg.getvalue()
+
+
+def draw_bars(
+    title: str, bars: Sequence[tuple[str, float]], x_label: str, wanted_by: str = "the report"
+) -> bytes:
+    """Return an SVG of horizontal bars, the first on top, each with its number.
+
+    Args:
+        title, x_label: texts.
+        bars: names and lengths, at least one.
+        wanted_by: what needs the plot; the error names it.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    names, lengths = zip(*bars, strict=True)
+    with _drawing(title, 1.2 + 0.28 * len(bars), wanted_by) as (_, axes, svg):
+        drawn = axes.barh(range(len(bars)), lengths, color=COLOURS[0], height=0.7)
+        axes.bar_label(drawn, [f"{length:g}" for length in lengths], padding=3, fontsize=9)
+        axes.set_yticks(range(len(bars)), names, fontsize=9)
+        axes.invert_yaxis()
+        axes.set_xlabel(x_label)
+    return svg.getvalue()
+
+
+@contextmanager
+def _drawing(title: str, height: float, wanted_by: str) -> Iterator[tuple[Any, Any, io.BytesIO]]:
+    """Give a figure, its axes, and a file that holds the SVG afterwards."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "plots", wanted_by) from error
+    settings: Any = {
+        "font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
+        "svg.fonttype": "none", "svg.hashsalt": "erk_guid", "font.family": "sans-serif",
+    }  # fmt: skip
+    svg = io.BytesIO()
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(6.4, height), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_title(title, fontsize=12, loc="left")
+        yield figure, axes, svg
+        figure.savefig(svg, format="svg", metadata={"Date": None})

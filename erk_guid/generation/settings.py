@@ -34,6 +34,7 @@ _MADE_FOR: dict[str, tuple[type, ...]] = {
     "lower_order_final": (bool, type(None)),
     "threshold": (bool, type(None)),
     "response": (list, type(None)),
+    "eta": (float, int, type(None)),
     "denoise_to_zero": (bool,),
     "num_steps": (int,),
     "sigma_min": (float, int),

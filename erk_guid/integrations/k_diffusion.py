@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ __all__ = ["sample_erk_dpm_2", "sample_erk_heun", "sample_modal"]
 
 Model = Callable[..., Tensor]
 StepCallback = Callable[[dict[str, Any]], object]
+NoiseSampler = Callable[[Tensor, Tensor], Tensor]
 
 
 def _run(
@@ -44,6 +46,7 @@ def _run(
     callback: StepCallback | None,
     disable: bool | None,
     churn: Churn | None = None,
+    randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
 ) -> Tensor:
     from tqdm.auto import tqdm
 
@@ -68,7 +71,7 @@ def _run(
 
         return sample(
             denoiser, x, sigmas, solver=solver, guidance=guidance, callback=note, churn=churn,
-            process=flow_process(solver, guidance) if flow else None,
+            process=flow_process(solver, guidance) if flow else None, randn_like=randn_like,
         )  # fmt: skip
 
 
@@ -174,11 +177,34 @@ def sample_modal(
     extra_args: Mapping[str, Any] | None = None,
     callback: StepCallback | None = None,
     disable: bool | None = None,
+    eta: float = 0.0,
+    s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
     *,
     flow: bool = False,
 ) -> Tensor:
     """Sample by the modal solver (`erk_guid.solvers.Modal`), one evaluation per step, no guidance.
 
-    Arguments as `sample_erk_heun`'s.
+    Other arguments as `sample_erk_heun`'s.
+
+    Args:
+        eta: noise in each step, from 0 (none, the ODE) to 1 (the reverse SDE).
+        s_noise: standard deviation of that noise, as k-diffusion's ancestral samplers have it.
+        noise_sampler: ``noise_sampler(sigma, sigma_next)`` returns standard normal noise like x;
+            by default `torch.randn_like`.
+
+    Raises:
+        ValueError: a value out of range.
     """
-    return _run(Modal(), None, flow, model, x, sigmas, extra_args, callback, disable)
+    if not (math.isfinite(s_noise) and s_noise >= 0):
+        raise ValueError(f"s_noise must be a finite number of 0 or more, got {s_noise}")
+    intervals = pairwise(sigmas)  # each is asked for once, in order: only a last one, to 0, is not
+
+    def randn_like(x: Tensor) -> Tensor:
+        drawn = torch.randn_like(x) if noise_sampler is None else noise_sampler(*next(intervals))
+        return s_noise * drawn.to(x)
+
+    solver = Modal(eta=float(eta))
+    return _run(
+        solver, None, flow, model, x, sigmas, extra_args, callback, disable, randn_like=randn_like
+    )

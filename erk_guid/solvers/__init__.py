@@ -15,6 +15,7 @@ from erk_guid.solvers.base import (
     EulerStep,
     Evaluation,
     Memory,
+    NoisyStep,
     Pair,
     Solver,
     Step,
@@ -31,8 +32,8 @@ from erk_guid.solvers.unipc import UniPC
 
 __all__ = [
     "DEIS", "DPM2", "IPNDM", "IPNDMV", "RES", "SOLVERS", "AnalyticFirst", "DPM2Step", "DPMpp",
-    "Euler", "EulerStep", "Evaluation", "Heun", "HeunStep", "Memory", "Modal", "Pair", "Solver",
-    "Step", "StepResult", "UniPC", "check_levels", "evaluate", "make_solver", "name_of",
+    "Euler", "EulerStep", "Evaluation", "Heun", "HeunStep", "Memory", "Modal", "NoisyStep", "Pair",
+    "Solver", "Step", "StepResult", "UniPC", "check_levels", "evaluate", "make_solver", "name_of",
     "names_of_solvers", "options_of", "record_of", "same_as_recorded",
 ]  # fmt: skip
 
@@ -70,6 +71,9 @@ def make_solver(name: str, **options: object) -> Solver:
     for option in given:
         if option not in known:
             takes = f"it takes {', '.join(known)}" if known else "it takes no options"
+            having = [n for n, k in SOLVERS.items() if option in {f.name for f in _fields(k)}]
+            if having:
+                takes += f"; {option} is an option of {', '.join(having)}"
             raise ValueError(f"the solver {name!r} has no option {option!r}; {takes}")
     return kind(**given)
 

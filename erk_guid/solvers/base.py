@@ -152,6 +152,30 @@ class Step(Protocol):
         ...
 
 
+@runtime_checkable
+class NoisyStep(Step, Protocol):
+    """A step that adds noise at its end."""
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the noise in x; 0 adds none, and then needs none."""
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        memory: Memory | None = None,
+        noise: Tensor | None = None,
+    ) -> tuple[StepResult, Memory | None]:
+        """Solve the ODE from `sigma` to below `sigma_next`, and add noise up to there.
+
+        Args:
+            denoiser, x, memory: as of `Step`.
+            noise: standard normal, shaped like x.
+        """
+        ...
+
+
 class Solver(ABC):
     """A method of integration: options, and a step for each interval.
 
@@ -168,6 +192,11 @@ class Solver(ABC):
     has_pair: ClassVar[bool] = False
     two_stages: ClassVar[bool] = False
     one_step: ClassVar[bool] = False
+
+    @property
+    def noisy(self) -> bool:
+        """Whether steps add noise; the result is then no solution of the ODE."""
+        return False
 
     def plan(self, sigmas: Tensor | Sequence[float]) -> list[Step]:
         """Return a step for each interval between the noise levels.

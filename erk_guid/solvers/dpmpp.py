@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from erk_guid.solvers.base import Solver
+from erk_guid.solvers.ancestral import Descent, check_eta, raised
+from erk_guid.solvers.base import Solver, Step
 from erk_guid.solvers.multistep import MultistepStep, check_order
 
 
@@ -34,27 +35,45 @@ class DPMpp(LogSNRSolver):
         lower_order_final: lower the order near the end.
         threshold: with predict_x0: limit denoised images to the range of most of their pixels, as
             the diff-sampler toolbox does.
+        eta: noise in each step, from 0 (none, the ODE) to 1 (the reverse SDE); needs predict_x0.
+            1 is DPM-Solver++ SDE (with order 2, 2M SDE).
     """
 
     order: int = 3
     predict_x0: bool = True
     lower_order_final: bool = True
     threshold: bool = False
+    eta: float = 0.0
 
     def __post_init__(self) -> None:
         check_order(self.order, 3, "dpmpp")
         check_flags(self.predict_x0, self.lower_order_final, self.threshold)
+        check_eta(self.eta)
+        if self.noisy and not self.predict_x0:
+            raise ValueError(
+                f"eta is {self.eta:g}, but predict_x0 is False: predicted noise would carry the "
+                "added noise on; take predict_x0=True"
+            )
 
-    def steps(self, levels: Sequence[float]) -> list[MultistepStep]:
-        steps = []
+    @property
+    def noisy(self) -> bool:
+        return self.eta > 0
+
+    def steps(self, levels: Sequence[float]) -> list[Step]:
+        steps: list[Step] = []
         orders = orders_of(self.order, self.lower_order_final, len(levels) - 1)
         for i, order in enumerate(orders):
             s, t = levels[i], levels[i + 1]
             lambdas, h = self._log_snrs(levels, i, order)
             factor = 1.0 if self.predict_x0 else -t
             weights = tuple(factor * w for w in _weights(h, lambdas, self.predict_x0))
-            scale = t / s if self.predict_x0 else 1.0
-            steps.append(MultistepStep(s, t, weights, scale, self.predict_x0, self.threshold))
+            descent = Descent.of(s, t, self.eta)
+            scale = descent.scale if self.predict_x0 else 1.0
+            step = MultistepStep(
+                s, descent.down, descent.weights_to(weights), scale, self.predict_x0,
+                self.threshold,
+            )  # fmt: skip
+            steps.append(raised(descent, step))
         return steps
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from erk_guid.quadrature import modal_weights, prior_response
+from erk_guid.solvers.ancestral import Descent, check_eta
 from erk_guid.solvers.base import Solver
 from erk_guid.solvers.multistep import MAX_ORDER, PredictorCorrectorStep, check_order
 
@@ -31,13 +32,16 @@ class Modal(Solver):
         order: evaluations combined in a step, 1 to 4; the first steps have fewer.
         response: in place of one half, one number for each corrected step, as `erk_guid.fit` finds
             them for a model.
+        eta: noise in each step, from 0 (none, the ODE) to 1 (the reverse SDE).
     """
 
     order: int = 4
     response: tuple[float, ...] | None = None
+    eta: float = 0.0
 
     def __post_init__(self) -> None:
         check_order(self.order, MAX_ORDER, "modal")
+        check_eta(self.eta)
         if self.response is None:
             return
         try:
@@ -47,6 +51,10 @@ class Modal(Solver):
         if isinstance(self.response, str) or not all(map(math.isfinite, numbers)):
             raise ValueError(f"response must be finite numbers or None, got {self.response!r}")
         object.__setattr__(self, "response", numbers)
+
+    @property
+    def noisy(self) -> bool:
+        return self.eta > 0
 
     def steps(self, levels: Sequence[float]) -> list[PredictorCorrectorStep]:
         corrected = max(len(levels) - 2, 0)
@@ -63,16 +71,18 @@ class Modal(Solver):
             past = [levels[k] for k in range(i, max(i - self.order, -1), -1)]
             last = i == len(levels) - 2
             corrector = modal_weights([t, *past][: max(self.order, 2)], s, t)
+            descent = Descent.of(s, t, self.eta)
             steps.append(
                 PredictorCorrectorStep(
                     s,
                     t,
-                    predictor=tuple(modal_weights(past, s, t)),
-                    corrector=None if last else tuple(corrector),
-                    scale=t / s,
+                    predictor=descent.weights_to(modal_weights(past, s, t)),
+                    corrector=None if last else descent.weights_to(corrector),
+                    scale=descent.scale,
                     predict_x0=True,
                     response=0.0 if last else response[i],
                     measures_trust=i == len(levels) - 3,
+                    spread=descent.spread,
                 )
             )
         return steps

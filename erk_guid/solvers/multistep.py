@@ -15,6 +15,7 @@ from torch import Tensor
 
 from erk_guid.denoisers import Denoiser
 from erk_guid.norms import inner, per_sample
+from erk_guid.solvers.ancestral import noise_of
 from erk_guid.solvers.base import Evaluation, Memory, Pair, StepResult, evaluate
 
 MAX_ORDER = 4
@@ -119,6 +120,9 @@ class PredictorCorrectorStep:
             step; 0 leaves it unchanged, though x has moved.
         threshold: whether denoised images are limited by `dynamic_threshold`.
         measures_trust: whether the correction measures `Memory.trust` for the step behind it.
+        spread: standard deviation of noise that is added at the end, see
+            `erk_guid.solvers.ancestral`. The evaluation there sees it; prediction and correction
+            are of x without it.
     """
 
     sigma: float
@@ -130,10 +134,16 @@ class PredictorCorrectorStep:
     response: float = 0.0
     threshold: bool = False
     measures_trust: bool = False
+    spread: float = 0.0
 
     def __call__(
-        self, denoiser: Denoiser, x: Tensor, memory: Memory | None = None
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        memory: Memory | None = None,
+        noise: Tensor | None = None,
     ) -> tuple[StepResult, Memory]:
+        added = noise_of(self.spread, noise, x) if self.spread else None
         nfe = 0
         if memory is None:
             memory = Memory(x, (self._evaluated(denoiser, x, self.sigma),))
@@ -147,10 +157,13 @@ class PredictorCorrectorStep:
         memory = memory._replace(x=x)  # it may have been guided
         x_next = self.predict(memory)
         if self.corrector is not None:
-            value = self._evaluated(denoiser, x_next, self.sigma_next)
+            at = x_next if added is None else x_next + added
+            value = self._evaluated(denoiser, at, self.sigma_next)
             nfe += 1
             memory = self.correct(memory, x_next, value)
             x_next = memory.x
+        if added is not None:
+            x_next = x_next + added
         return StepResult(x_next, self.sigma, self.sigma_next, (begin,), nfe), memory
 
     def _evaluated(self, denoiser: Denoiser, x: Tensor, sigma: float) -> Tensor:

@@ -13,11 +13,13 @@ from itertools import pairwise
 from torch import Tensor
 
 from erk_guid.denoisers import Denoiser
+from erk_guid.solvers.ancestral import Descent, check_eta, raised
 from erk_guid.solvers.base import (
     EulerStep,
     Memory,
     Pair,
     Solver,
+    Step,
     StepResult,
     difference,
     evaluate,
@@ -26,12 +28,27 @@ from erk_guid.solvers.base import (
 
 @dataclass(frozen=True)
 class Euler(Solver):
-    """Order 1, one evaluation a step, no pair."""
+    """Order 1, one evaluation a step, no pair.
+
+    Args:
+        eta: noise in each step, from 0 (none, the ODE) to 1 (the reverse SDE); with it this is
+            the sampler called Euler ancestral.
+    """
+
+    eta: float = 0.0
 
     one_step = True
 
-    def steps(self, levels: Sequence[float]) -> list[EulerStep]:
-        return [EulerStep(s, t) for s, t in pairwise(levels)]
+    def __post_init__(self) -> None:
+        check_eta(self.eta)
+
+    @property
+    def noisy(self) -> bool:
+        return self.eta > 0
+
+    def steps(self, levels: Sequence[float]) -> list[Step]:
+        descents = [Descent.of(s, t, self.eta) for s, t in pairwise(levels)]
+        return [raised(d, EulerStep(d.sigma, d.down)) for d in descents]
 
 
 @dataclass(frozen=True)

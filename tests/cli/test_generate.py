@@ -47,6 +47,7 @@ def test_every_option_and_its_default() -> None:
         "--gate": "stiffness", "--settings": None,
         "--solver": "heun", "--order": None, "--response": None, "--r": None, "--deis_mode": None,
         "--predict_x0": None, "--variant": None, "--lower_order_final": None, "--threshold": None,
+        "--eta": None,
         "--schedule": "polynomial", "--afs": False, "--denoise-to-zero": True,
         "--device": None, "--dtype": "float32", "--resume": False,
         "--guidance-interval": None, "--encoder-batch": None, "--vae": None,
@@ -135,6 +136,55 @@ def test_shipped_presets_bring_their_guidance(preset: str, tmp_path: Path) -> No
     assert (settings["guidance"], settings["gnet_sha256"]) == (1, None)
 
 
+def test_noise_belongs_to_the_seed(tmp_path: Path) -> None:
+    # Alone, in another batch, and after a resume an image has the noise of its own seed.
+    args = ["--preset", "digits", "--steps", 5, "--solver", "modal", "--eta", 0.6, "--device",
+            "cpu"]  # fmt: skip
+
+    def pixels(folder: str, seed: int) -> Any:
+        with Image.open(tmp_path / folder / f"{seed:06d}.png") as image:
+            assert "solver modal eta=0.6, steps 5" in image.info["parameters"]
+            return np.asarray(image).astype(int)
+
+    for folder, seeds, batch in (("a", "3-5", 3), ("b", "5", 1), ("c", "3-4", 2)):
+        made = generate(*args, "--seeds", seeds, "--batch", batch, "--outdir", tmp_path / folder)
+        assert made.exit_code == 0, made.output
+    more = generate(*args, "--seeds", "5", "--outdir", tmp_path / "c", "--resume")
+    assert more.exit_code == 0, more.output
+    assert "network evaluations each: 5" in more.output
+    for folder in ("b", "c"):
+        assert np.abs(pixels("a", 5) - pixels(folder, 5)).max() <= 1
+    assert json.loads((tmp_path / "c" / "run.json").read_text())["settings"]["eta"] == 0.6
+    plain = generate(
+        "--preset", "digits", "--steps", 5, "--solver", "modal", "--seeds", 5, "--outdir",
+        tmp_path / "d",
+    )  # fmt: skip
+    assert plain.exit_code == 0, plain.output
+    with Image.open(tmp_path / "d" / "000005.png") as image:
+        assert np.abs(pixels("a", 5) - np.asarray(image).astype(int)).max() > 20
+
+
+def test_noise_in_a_file_of_settings(tmp_path: Path) -> None:
+    settings = {
+        "erk_guid_settings": 1, "w_stiff": 0, "w_con": 0.5,
+        "made_for": {"solver": "modal", "eta": 0.6, "num_steps": 5},
+    }  # fmt: skip
+    (tmp_path / "s.json").write_text(json.dumps(settings))
+    args = ["--preset", "digits", "--seeds", 5]
+    made = generate(*args, "--settings", tmp_path / "s.json", "--outdir", tmp_path / "a")
+    assert made.exit_code == 0, made.output
+    typed = generate(*args, "--steps", 5, "--solver", "modal", "--eta", 0.6, "--outdir",
+                     tmp_path / "b")  # fmt: skip
+    assert typed.exit_code == 0, typed.output
+    assert (tmp_path / "a" / "000005.png").read_bytes() == (
+        tmp_path / "b" / "000005.png"
+    ).read_bytes()
+    other = generate(*args, "--settings", tmp_path / "s.json", "--eta", 0.2, "--outdir",
+                     tmp_path / "c")  # fmt: skip
+    assert other.exit_code == 2
+    assert "--eta 0.2: " in other.output
+
+
 def test_resume_makes_what_is_missing_or_truncated(tmp_path: Path) -> None:
     # One at a time: in other batches some versions of torch round otherwise.
     args = [
@@ -179,6 +229,7 @@ def test_resume_with_more_seeds_extends_the_run(tmp_path: Path) -> None:
         (["--class", 3], "class was None, now 3"),
         (["--net", COND], "net_sha256 was '"),
         (["--subdirs"], "subdirs was False, now True"),
+        (["--solver", "euler", "--eta", 0.5], "eta was None, now 0.5"),
         (["--preset", "digits-guid"], "guidance was 1.0, now 1.5"),
     ],
 )
@@ -283,6 +334,10 @@ BAD: list[tuple[list[Any], int, str]] = [
     (["--preset", "digits", "--w_stiff", "auto", "--w_con", 0.1], 2, "no part in --w_stiff auto"),
     (["--preset", "digits", "--S_churn", 40, "--w_stiff", 1], 2, "S_churn must be 0 with ERK"),
     (["--preset", "digits", "--S_churn", 40, "--solver", "deis"], 2, "dpm2, euler, heun"),
+    (["--preset", "digits", "--solver", "modal", "--eta", 1.5], 2, "eta must be a number from 0"),
+    (["--preset", "digits", "--eta", 0.5], 2, "eta is an option of euler, dpmpp, modal"),
+    (["--preset", "digits", "--solver", "dpmpp", "--eta", 0.5, "--predict_x0", "false"], 2,
+     "eta is 0.5, but predict_x0 is False"),
     (["--preset", "digits", "--S_churn", -1], 2, "S_churn must be a number of 0 or more, got -1.0"),
     (["--preset", "digits", "--rho", 1, "--sigma_min", "1e-6"], 2, "cannot be told apart"),
     (["--preset", "digits", "--steps", 1, "--no-denoise-to-zero"], 2, "needs two noise levels"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import math
 import sys
 import types
 from itertools import pairwise
@@ -17,6 +18,7 @@ from conftest import oracle
 import erk_guid
 from erk_guid.guidance import make_guidance
 from erk_guid.integrations.k_diffusion import sample_erk_dpm_2, sample_erk_heun, sample_modal
+from erk_guid.solvers.ancestral import Descent
 
 FUNCTIONS = {"heun": sample_erk_heun, "dpm2": sample_erk_dpm_2}
 
@@ -203,6 +205,36 @@ def test_the_published_form_needs_not_know(settings: dict[str, Any]) -> None:
         assert torch.equal(told, not_told)
 
 
+def test_noise_in_the_modal_sampler() -> None:
+    model, sigmas = Wrapped(), erk_guid.karras_sigmas(7)
+    stored = torch.randn(6, *model.start.shape, dtype=torch.float64)
+    asked: list[tuple[float, float]] = []
+
+    def noise_sampler(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
+        asked.append((float(sigma), float(sigma_next)))
+        return stored[len(asked) - 1]
+
+    options = {"extra_args": {"cond": 3}, "disable": True}
+    found = sample_modal(
+        model, model.start, sigmas, eta=0.6, s_noise=0.9, noise_sampler=noise_sampler, **options
+    )
+    # As k-diffusion's samplers ask: each interval once, the last one, to 0, not at all.
+    assert asked == list(pairwise(sigmas.tolist()))[:-1]
+    rows = iter(0.9 * stored)
+    expected = erk_guid.sample(
+        model.denoiser, model.start, sigmas, solver=erk_guid.solvers.Modal(eta=0.6),
+        randn_like=lambda x: next(rows),
+    )  # fmt: skip
+    assert torch.equal(found, expected)
+    torch.manual_seed(4)
+    global_noise = sample_modal(model, model.start, sigmas, eta=0.6, **options)
+    torch.manual_seed(4)
+    assert torch.equal(global_noise, sample_modal(model, model.start, sigmas, eta=0.6, **options))
+    for bad in ({"eta": 2.0}, {"eta": 0.5, "s_noise": -1.0}, {"eta": 0.5, "s_noise": math.nan}):
+        with pytest.raises(ValueError, match=next(reversed(bad))):
+            sample_modal(model, model.start, sigmas, **options, **bad)
+
+
 def test_what_does_not_go_is_refused() -> None:
     model, sigmas = Wrapped(), erk_guid.karras_sigmas(4)
     for function in FUNCTIONS.values():
@@ -284,6 +316,27 @@ def test_the_comfyui_node(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(sampler.sample(model, model.start, sigmas), expected)
     with pytest.raises(ValueError, match="gate must be"):
         node().get_sampler(0.5, 0.2, form="published", gate="steps")
+
+    # Noise: the node's seed decides it, and it is not the noise that x began as.
+    (sampler,) = node().get_sampler(0.5, 0.2, solver="modal", eta=0.5)
+    start = 80 * torch.randn(200, 2, generator=torch.Generator().manual_seed(7))
+    first = [
+        sampler.function(
+            lambda x, sigma, **extra: torch.zeros_like(x), start, torch.tensor([80.0, 20.0]),
+            extra_args={"seed": seed}, disable=True, **sampler.extra_options,
+        )
+        for seed in (7, 7, 8, 2**64 - 1)
+    ]  # fmt: skip
+    assert torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], first[2])
+    descent = Descent.of(80.0, 20.0, 0.5)
+    added = (first[0] - start * descent.scale) / descent.spread
+    assert float(added.std()) == pytest.approx(1, rel=0.1)
+    assert abs(float((added * start).mean())) / 80 < 0.15
+    with pytest.raises(ValueError, match=r"eta must be 0 with the solver heun, got 0\.5"):
+        node().get_sampler(0.5, 0.2, eta=0.5)
+    with pytest.raises(ValueError, match="eta must be a number from 0"):
+        node().get_sampler(0.5, 0.2, solver="modal", eta=3)
 
     # ComfyUI's way to say that a model is a flow-matching one.
     sampling = types.ModuleType("comfy.model_sampling")

@@ -21,12 +21,19 @@ from erk_guid.common.errors import ErkGuidError
 from erk_guid.generation.settings import read_settings
 from erk_guid.guidance import FORMS, ERKGuidance, Gate, make_guidance
 from erk_guid.integrations.k_diffusion import sample_erk_dpm_2, sample_erk_heun, sample_modal
+from erk_guid.solvers import Modal
 
-SOLVERS = {"heun": sample_erk_heun, "dpm_2": sample_erk_dpm_2, "modal": sample_modal}
+SOLVERS: dict[str, Callable[..., Tensor]] = {
+    "heun": sample_erk_heun,
+    "dpm_2": sample_erk_dpm_2,
+    "modal": sample_modal,
+}
 FORM_NAMES = (*FORMS, "published")
 GATES: tuple[str, ...] = get_args(Gate)
 MODEL_TYPES = ("detect", "sigma", "flow")
 """What the model's x is: clean plus sigma noise, or (1 - t) clean + t noise."""
+NEXT_STREAM = 0x9E3779B97F4A7C15
+"""Added to a seed for noise that has nothing to do with the first one."""
 
 
 def sample_in_comfyui(
@@ -40,6 +47,7 @@ def sample_in_comfyui(
     solver: str,
     model_type: str,
     guidance: Mapping[str, Any],
+    eta: float = 0.0,
 ) -> Tensor:
     """Sample with one of `SOLVERS`, for the model's kind of x.
 
@@ -48,10 +56,25 @@ def sample_in_comfyui(
         solver: a name of `SOLVERS`.
         model_type: one of `MODEL_TYPES`.
         guidance: w_stiff, w_con, bound and gate, for the solvers that take them.
+        eta: noise in each step, for the modal solver. The node's seed draws it.
     """
     flow = is_flow(model) if model_type == "detect" else model_type == "flow"
-    options = {} if solver == "modal" else guidance
+    options: Mapping[str, Any] = guidance
+    if solver == "modal":
+        seed = (extra_args or {}).get("seed")
+        options = {"eta": eta, "noise_sampler": None if seed is None else _noise(x, int(seed))}
     return SOLVERS[solver](model, x, sigmas, extra_args, callback, disable, flow=flow, **options)
+
+
+def _noise(x: Tensor, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a source of noise like x that the seed decides."""
+    # Not the seed itself: on a CPU its first draw is the noise that x began as.
+    generator = torch.Generator(x.device).manual_seed((seed + NEXT_STREAM) % 2**63)
+
+    def draw(sigma: Tensor, sigma_next: Tensor) -> Tensor:
+        return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+
+    return draw
 
 
 def is_flow(model: Any) -> bool:
@@ -107,6 +130,9 @@ class ERKGuidSampler:
                     "solutions differ by; 0: no limit.",
                 ),
                 "model_type": (list(MODEL_TYPES), {"default": MODEL_TYPES[0]}),
+                "eta": number(
+                    0.0, 1.0, "Noise in each step of the modal solver: 0 none, 1 the reverse SDE."
+                ),
             },
         }  # fmt: skip
 
@@ -119,8 +145,13 @@ class ERKGuidSampler:
         gate: str = GATES[0],
         bound: float = 0.0,
         model_type: str = MODEL_TYPES[0],
+        eta: float = 0.0,
     ) -> tuple[Any]:
-        """Return the sampler; ComfyUI calls this."""
+        """Return the sampler; ComfyUI calls this.
+
+        Raises:
+            ValueError: a number out of range, or eta for a solver without it.
+        """
         import comfy.samplers  # exists only inside ComfyUI
 
         # Every widget has a value; the parameter-free form ignores those of the published one.
@@ -128,7 +159,12 @@ class ERKGuidSampler:
         if form == "published":
             guidance = {"w_stiff": w_stiff, "w_con": w_con, "bound": bound or None, "gate": gate}
         make_guidance(**guidance)  # raise at the node, not in mid-run
-        options = {"solver": solver, "model_type": model_type, "guidance": guidance}
+        Modal(eta=eta)
+        if eta and solver != "modal":
+            raise ValueError(f"eta must be 0 with the solver {solver}, got {eta}; modal takes it")
+        options = {
+            "solver": solver, "model_type": model_type, "guidance": guidance, "eta": eta,
+        }  # fmt: skip
         return (comfy.samplers.KSAMPLER(sample_in_comfyui, options),)
 
 

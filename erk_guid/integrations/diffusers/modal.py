@@ -2,7 +2,8 @@
 
 A pipeline asks for the next sample after each call, and gets the predicted point. The next call
 brings the evaluation there. It corrects the step that led to the point, before the next point is
-predicted (`erk_guid.solvers.Modal`). If the incoming sample is not the one returned last
+predicted (`erk_guid.solvers.Modal`). With `eta`, noise is added to what it is given. If the
+incoming sample is not the one returned last
 (in-painting and callbacks edit it), the solver starts again from it.
 """
 
@@ -20,6 +21,7 @@ from diffusers import (
     SchedulerMixin,  # noqa: F401
 )
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from erk_guid.integrations.diffusers.variance import Samples, UnitVariance, in_float32
@@ -42,6 +44,8 @@ class _Run:
     """At the start of the step that led to the sample returned last."""
     returned: Tensor
     """That sample, in the pipeline's precision."""
+    added: Tensor | None = None
+    """Noise in that sample."""
 
 
 class _Modal(Samples, ABC):
@@ -61,16 +65,16 @@ class _Modal(Samples, ABC):
         model_output: Tensor,
         timestep: float | Tensor,
         sample: Tensor,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> Any:
         """Return the sample to call the network with next.
 
         Args:
             model_output, timestep, sample, return_dict: as diffusers' own.
-            generator: accepted, because some pipelines pass one; nothing here is random.
+            generator: draws the noise of `eta`; None is torch's own. Without `eta` nothing is
+                drawn.
         """
-        del generator
         wide, output = self._unscaled(sample, timestep), in_float32(model_output)
         found = super().step(output, timestep, wide, return_dict=True)  # type: ignore[misc]
         index: int = self.step_index - 1  # type: ignore[attr-defined]
@@ -82,10 +86,18 @@ class _Modal(Samples, ABC):
         else:
             last = run.steps[index - run.begin - 1]
             if last.corrector is not None:
-                run.memory = last.correct(run.memory, x, denoised)
+                predicted = x if run.added is None else x - run.added
+                run.memory = last.correct(run.memory, predicted, denoised)
+                if run.added is not None:
+                    run.memory = run.memory._replace(x=run.memory.x + run.added)
         k = index - run.begin
+        run.added = None
         if k < len(run.steps):
-            result = run.steps[k].predict(run.memory) * self._level(index + 1).alpha
+            point = run.steps[k].predict(run.memory)
+            if run.steps[k].spread > 0:
+                run.added = run.steps[k].spread * _noise_like(point, generator)
+                point = point + run.added
+            result = point * self._level(index + 1).alpha
         else:  # a step to 0 gives the denoised x; some schedules end with one of length 0
             result = wide if self.sigmas[index + 1] > 0 else denoised
         found.prev_sample = self._scaled(result).to(model_output.dtype)
@@ -96,7 +108,7 @@ class _Modal(Samples, ABC):
     def _plan(self, index: int) -> list[PredictorCorrectorStep]:
         sigmas = (self._level(k).sigma for k in range(index, len(self.sigmas)))
         levels = list(dict.fromkeys(sigma for sigma in sigmas if sigma > 0))
-        return Modal(self.config.modal_order).steps(levels)
+        return Modal(self.config.modal_order, eta=self.config.eta).steps(levels)
 
     def _level(self, index: int) -> Level:
         """Return the level at an index of the schedule, as the solver sees it."""
@@ -110,6 +122,12 @@ class _Modal(Samples, ABC):
         """Return the denoised x of this call."""
 
 
+def _noise_like(x: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+    # As diffusers draws: a list holds one generator for each sample, and may be of the CPU.
+    noise: Tensor = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return noise
+
+
 class ModalScheduler(UnitVariance, _Modal, EulerDiscreteScheduler):  # type: ignore[metaclass]
     """The modal solver over the noise levels of diffusers' `EulerDiscreteScheduler`.
 
@@ -117,6 +135,7 @@ class ModalScheduler(UnitVariance, _Modal, EulerDiscreteScheduler):  # type: ign
 
     Args:
         modal_order: evaluations combined, 1 to 4.
+        eta: noise in each step, from 0 (none) to 1; the pipeline's `generator` draws it.
         unit_variance: for pipelines that keep samples at unit variance, such as `DDPMPipeline`,
             `DDIMPipeline` and `DiTPipeline`; diffusers' own Euler gives wrong images with these.
 
@@ -145,8 +164,9 @@ class ModalScheduler(UnitVariance, _Modal, EulerDiscreteScheduler):  # type: ign
         final_sigmas_type: str = "zero",
         modal_order: int = Modal.order,
         unit_variance: bool = False,
+        eta: float = Modal.eta,
     ) -> None:
-        Modal(modal_order)  # raise now, not in mid-run
+        Modal(modal_order, eta=eta)  # raise now, not in mid-run
         # By keyword: diffusers takes what is passed by position for a default.
         EulerDiscreteScheduler.__init__(
             self, num_train_timesteps=num_train_timesteps, beta_start=beta_start,
@@ -183,6 +203,8 @@ class FlowMatchModalScheduler(_Modal, FlowMatchEulerDiscreteScheduler):  # type:
 
     Args:
         modal_order: evaluations combined, 1 to 4.
+        eta: noise in each step, from 0 (none) to 1. FLUX's and SD3's pipelines pass no `generator`
+            to the scheduler: seed torch for the same images again.
 
     The other arguments are those of `FlowMatchEulerDiscreteScheduler`.
     """
@@ -206,10 +228,11 @@ class FlowMatchModalScheduler(_Modal, FlowMatchEulerDiscreteScheduler):  # type:
         use_beta_sigmas: bool = False,
         time_shift_type: str = "exponential",
         modal_order: int = Modal.order,
+        eta: float = Modal.eta,
     ) -> None:
         if invert_sigmas:
             raise ValueError("invert_sigmas: a schedule that rises cannot be sampled by this")
-        Modal(modal_order)
+        Modal(modal_order, eta=eta)
         FlowMatchEulerDiscreteScheduler.__init__(
             self, num_train_timesteps=num_train_timesteps, shift=shift,
             use_dynamic_shifting=use_dynamic_shifting, base_shift=base_shift,

@@ -60,6 +60,10 @@ class Method(ABC):
         """Return the method for a number of evaluations; None where there is none."""
         return self
 
+    def counts(self, limit: int) -> list[int]:
+        """Return the numbers of evaluations, up to a limit, that a run can take; rising."""
+        return list(range(2, limit + 1, self.stages))
+
     @abstractmethod
     def run(self, denoiser: Denoiser, start: Tensor, sigmas: Tensor) -> Tensor:
         """Return the end points.
@@ -111,6 +115,9 @@ class FittedRow(Method):
     def at(self, evaluations: int) -> Method | None:
         return self.fits.get(evaluations)
 
+    def counts(self, limit: int) -> list[int]:
+        return sorted(count for count in self.fits if count <= limit)
+
     def run(self, denoiser: Denoiser, start: Tensor, sigmas: Tensor) -> Tensor:
         raise TypeError("a row of fits runs by the method of each number of evaluations")
 
@@ -142,6 +149,10 @@ def fitted_row(files: Sequence[Path], sigma_min: float, sigma_max: float) -> Fit
         solver = make_solver(
             options["solver"], **{name: options[name] for name in known if name in options}
         )
+        if solver.noisy:
+            raise ValueError(
+                f"{file} adds noise (eta), and so solves another equation than the ODE"
+            )
         count = (len(levels) - 1) * (2 if solver.two_stages else 1)
         guidance = settings.guidance if settings.guidance.active else None
         fits[count] = FittedMethod(

@@ -1,4 +1,4 @@
-"""The table as files: numbers, Markdown, a plot, and what it was made with."""
+"""The tables as files: numbers, Markdown, plots, and what they were made with."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from erk_guid.common.files import write_bytes
-from erk_guid.common.plots import Curve, draw
+from erk_guid.common.plots import Curve, draw, draw_bars
 from erk_guid.studies.accuracy.measuring import Table
+from erk_guid.studies.accuracy.nearness import Nearness
 
-SUFFIXES = (".csv", ".md", ".json", ".svg")
-"""Suffixes of the files written."""
+TABLE_FILES = ("accuracy.csv", "accuracy.md", "accuracy.json", "accuracy.svg")
+NEARNESS_FILES = ("as-near.csv", "as-near.md", "as-near.svg")
 
 PLOTTED = (
     "heun", "heun + ERK 0.5/0.5", "heun + ERK auto", "deis tab 4", "dpmpp 2 data", "unipc 3 data",
@@ -31,6 +32,24 @@ def write_table(table: Table, outdir: Path, settings: dict[str, Any]) -> None:
     write_bytes(outdir / "accuracy.md", table.markdown().encode())
     write_bytes(outdir / "accuracy.json", (json.dumps(settings, indent=1) + "\n").encode())
     write_bytes(outdir / "accuracy.svg", plot(table))
+
+
+def write_nearness(nearness: Nearness, outdir: Path) -> None:
+    """Write as-near.csv, .md and .svg.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed; the other files are written before.
+    """
+    write_bytes(outdir / "as-near.csv", nearness.csv().encode())
+    write_bytes(outdir / "as-near.md", nearness.markdown().encode())
+    bars = [(name, found.evaluations) for name, found in nearness.ranked if found is not None]
+    whole = nearness.target.evaluations
+    picture = draw_bars(
+        f"As near as Heun's {nearness.steps} noise levels: {nearness.problem}",
+        [*bars, (f"Heun, {nearness.steps} levels", whole)], "network evaluations",
+        wanted_by="the plot",
+    )  # fmt: skip
+    write_bytes(outdir / "as-near.svg", picture)
 
 
 def plot(table: Table) -> bytes:

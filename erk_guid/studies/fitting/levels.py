@@ -289,6 +289,11 @@ def _methods(solver: str | Solver, guidance: Guidance | None) -> list[Method]:
         guidance.check(chosen)
     if isinstance(chosen, Modal) and chosen.response is not None:
         raise ValueError("the response is fitted, too: leave it out of the solver")
+    if chosen.noisy:
+        raise ValueError(
+            "levels are fitted to the solution of the ODE, and a solver that adds noise (eta) "
+            "solves another equation: leave eta out; fitted levels may be used with it"
+        )
     return [Method(chosen, guidance)]
 
 

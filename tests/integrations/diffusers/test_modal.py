@@ -123,6 +123,45 @@ def test_flow_matching_is_our_sampler(shift: float) -> None:
 
 
 @pytest.mark.parametrize("flow", [False, True])
+def test_noise_comes_from_the_pipelines_generator(flow: bool) -> None:
+    # Catches noise that the correction takes for a part of the prediction, or noise in another
+    # unit than the solver's.
+    kind: Any = FlowMatchModalScheduler if flow else ModalScheduler
+    scheduler, network = kind(eta=0.7), Network(flow=flow)
+    scheduler.set_timesteps(9)
+    start = noise() * (1 if flow else scheduler.sigmas[0])
+
+    def seeded(x: torch.Tensor, generators: Any) -> torch.Tensor:
+        scheduler.set_timesteps(9)
+        scheduler.set_begin_index(0)
+        for k, time in enumerate(scheduler.timesteps):
+            if not flow:
+                scheduler.scale_model_input(x, time)
+            output = network(x, scheduler.sigmas[k])
+            x = scheduler.step(output, time, x, generator=generators).prev_sample
+        return x
+
+    def denoised(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return x - t * network(x, t) if flow else network.denoised(x, t)
+
+    generator = torch.Generator().manual_seed(5)
+    expected = erk_guid.sample(
+        denoised, start, scheduler.sigmas, solver=Modal(eta=0.7),
+        process=erk_guid.RectifiedFlow() if flow else None,
+        randn_like=lambda x: torch.randn(x.shape, generator=generator),
+    )  # fmt: skip
+    found = seeded(start, torch.Generator().manual_seed(5))
+    torch.testing.assert_close(found, expected, rtol=3e-4, atol=3e-4)
+    assert not torch.equal(seeded(start, torch.Generator().manual_seed(6)), found)
+    # A generator for each sample: its image does not depend on the others.
+    each = [torch.Generator().manual_seed(seed) for seed in range(len(start))]
+    alone = seeded(start[2:3], [torch.Generator().manual_seed(2)])
+    torch.testing.assert_close(seeded(start, each)[2:3], alone, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="eta must be a number from 0"):
+        kind(eta=2)
+
+
+@pytest.mark.parametrize("flow", [False, True])
 def test_an_edited_sample_begins_anew(flow: bool) -> None:
     kind: Any = FlowMatchModalScheduler if flow else ModalScheduler
     network = Network(flow=flow)

@@ -1,0 +1,168 @@
+"""How many evaluations, and seconds, does a method take to be as near as plain Heun?"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from erk_guid.solvers import Heun
+from erk_guid.studies.accuracy.measuring import Error, Table, distances, error_of
+from erk_guid.studies.accuracy.methods import Method, OurMethod
+from erk_guid.studies.accuracy.problems import Problem
+
+STEPS = 32
+"""Steps of the plain Heun run that others are compared with: EDM2's default."""
+
+
+class Found(NamedTuple):
+    """The shortest run of a method that is near enough."""
+
+    evaluations: int
+    """Calls of the denoiser in a run."""
+    error: Error
+    """Its error."""
+    seconds: float
+    """Time of that run for each sample."""
+
+
+@dataclass(frozen=True)
+class Nearness:
+    """What each method needs to be as near as plain Heun.
+
+    Attributes:
+        problem: its name.
+        steps: noise levels of the run of plain Heun.
+        target: that run.
+        found: by method's name; None where no run of up to as many evaluations is near enough.
+    """
+
+    problem: str
+    steps: int
+    target: Found
+    found: dict[str, Found | None]
+
+    def markdown(self) -> str:
+        """Return the table, the fewest evaluations first."""
+        whole = self.target.evaluations
+        lines = [
+            f"| {self.problem}: as near as Heun's {self.steps} noise levels "
+            f"({whole} evaluations, {self.target.error.mean:.3g}) | evaluations | share | distance "
+            "| seconds a sample |",
+            "|---|---:|---:|---:|---:|",
+        ]
+        for name, found in self.ranked:
+            if found is None:
+                lines.append(f"| {name} | more than {whole} | | | |")
+                continue
+            lines.append(
+                f"| {name} | {found.evaluations} | {found.evaluations / whole:.2f} | "
+                f"{found.error.mean:.3g} | {found.seconds:.3g} |"
+            )
+        return "\n".join(lines) + "\n"
+
+    def csv(self) -> str:
+        """Return the table as CSV; empty cells where no run is near enough."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(
+            ["problem", "method", "evaluations", "mean", "standard_error", "seconds_a_sample"]
+        )
+        for name, found in self.ranked:
+            cells = [""] * 4
+            if found is not None:
+                numbers = (found.error.mean, found.error.standard_error, found.seconds)
+                cells = [str(found.evaluations), *(f"{v:.6g}" for v in numbers)]
+            writer.writerow([self.problem, name, *cells])
+        return text.getvalue()
+
+    @property
+    def ranked(self) -> list[tuple[str, Found | None]]:
+        """The methods, the fewest evaluations first, then the nearest."""
+
+        def place(entry: tuple[str, Found | None]) -> tuple[float, float]:
+            found = entry[1]
+            return (math.inf, 0.0) if found is None else (found.evaluations, found.error.mean)
+
+        return sorted(self.found.items(), key=place)
+
+
+def as_near(
+    problem: Problem,
+    methods: Sequence[Method],
+    table: Table | None = None,
+    steps: int = STEPS,
+    progress: Callable[[Iterable[Method]], Iterable[Method]] = lambda methods: methods,
+) -> Nearness:
+    """Find the shortest run of each method that is as near as plain Heun's.
+
+    Runs of more and fewer evaluations are tried by bisection, which takes it that errors fall as
+    evaluations are added. Where they do not, a shorter run may be near enough, too.
+
+    Args:
+        problem: what to solve.
+        methods: how.
+        table: their errors at some numbers of evaluations, which saves runs.
+        steps: noise levels of the run of plain Heun, 2 or more.
+        progress: wraps the methods, as tqdm does.
+
+    Raises:
+        ValueError: fewer than 2 steps.
+    """
+    if steps < 2:
+        raise ValueError(f"plain Heun needs 2 noise levels at least, got {steps}")
+    heun = OurMethod(name="heun", solver=Heun(), stages=2)
+    limit = heun.stages * (steps - 1)
+    _run(problem, heun, limit)  # not counted: a first run computes what later ones reuse
+    target = _run(problem, heun, limit)
+    known = {} if table is None else table.errors
+    found = {}
+    for method in progress(methods):
+        row = known.get(method.name, [])
+        errors = {} if table is None else dict(zip(table.evaluations, row, strict=False))
+        found[method.name] = _fewest(problem, method, target, limit, errors)
+    return Nearness(problem.name, steps, target, found)
+
+
+def _fewest(
+    problem: Problem, method: Method, target: Found, limit: int, errors: dict[int, Error]
+) -> Found | None:
+    """Return the shortest run of a method, up to `limit` evaluations, that reaches the target."""
+    counts = method.counts(limit)
+    runs: dict[int, Found] = {}
+
+    def near(count: int) -> bool:
+        if count in errors:
+            return errors[count].mean <= target.error.mean
+        runs[count] = _run(problem, method, count)
+        return runs[count].error.mean <= target.error.mean
+
+    # Between the last known count that is too far and the first one that is near enough.
+    told = {count: near(count) for count in counts if count in errors}
+    high = min((count for count, is_near in told.items() if is_near), default=limit + 1)
+    low = max((count for count, is_near in told.items() if not is_near and count < high), default=0)
+    between = [count for count in counts if low < count < high]
+    place = bisect_left(between, True, key=near)
+    count = between[place] if place < len(between) else high
+    if count > limit:
+        return None
+    return runs.get(count) or _run(problem, method, count)
+
+
+def _run(problem: Problem, method: Method, evaluations: int) -> Found:
+    chosen = method.at(evaluations)
+    assert chosen is not None  # it is one of the method's counts
+    begun = time.perf_counter()
+    sigmas = chosen.sigmas(evaluations, problem.sigma_min, problem.sigma_max)
+    end = chosen.run(problem.denoiser, problem.start, sigmas)
+    if end.is_cuda:
+        torch.cuda.synchronize(end.device)
+    seconds = (time.perf_counter() - begun) / len(end)
+    return Found(evaluations, error_of(distances(end, problem.end)), seconds)
