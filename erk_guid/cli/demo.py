@@ -19,7 +19,7 @@ from erk_guid.cli.common import reporting_errors
 @click.option("--device", help="cuda, mps or cpu.  [default: the best present]")
 @reporting_errors
 def demo_command(outdir: Path, device: str | None) -> None:
-    """Sample the shipped model with and without ERK guidance, and draw both."""
+    """Sample the shipped model in six ways with the same few evaluations, and draw them."""
     from erk_guid.studies.demo import run_demo
 
     run_demo(outdir, device)

@@ -47,7 +47,7 @@ TOO_COARSE = 0.1
     show_default=True,
     help="Solver to fit for; 'best' finds that, too, among those that won somewhere.",
 )
-@chosen_options(*(name for name in SOLVER_OPTIONS if name != "response"))
+@chosen_options(*(name for name in SOLVER_OPTIONS if name not in ("response", "eta")))
 @chosen_options("w_stiff", "w_con", "bound", "gate", "sigma_min", "sigma_max")
 @click.option(
     "--denoise-to-zero/--no-denoise-to-zero",
@@ -131,7 +131,7 @@ def fit_command(
     config = GenerationConfig(
         **config_fields(
             solver="heun" if solver == BEST else solver,
-            response=None, schedule="polynomial", num_steps=2, rho=GenerationConfig.rho,
+            response=None, eta=None, schedule="polynomial", num_steps=2, rho=GenerationConfig.rho,
             denoise_to_zero=denoise_to_zero, **options,
         )
     )  # fmt: skip

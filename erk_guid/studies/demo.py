@@ -1,12 +1,15 @@
-"""Demo for a first minute: the shipped model with and without ERK guidance, side by side."""
+"""Demo for a first minute: one model, six ways to spend the same few evaluations."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,32 +18,84 @@ from tqdm import tqdm
 from erk_guid.common.files import write_bytes
 from erk_guid.common.pictures import Panel, figure, save_picture, tile, to_pil
 from erk_guid.generation.devices import choose_device
-from erk_guid.generation.images import generate
+from erk_guid.generation.images import Batch, generate
+from erk_guid.generation.settings import read_settings
 from erk_guid.guidance import ERKGuidance, Guidance, ParameterFreeGuidance
 from erk_guid.models.checkpoints import load
+from erk_guid.models.checkpoints.presets import PRESETS
+from erk_guid.solvers import Heun, Modal, Solver, make_solver
 
 PRESET = "digits"
 SEEDS = range(64)
-STEPS, FINE_STEPS = 5, 32
-GUIDANCE = ERKGuidance(w_stiff=1.0, w_con=0.5)
-"""Settings for few steps, from the measurement in docs/digits.md."""
+SHOWN = 10
+"""How many of them are drawn."""
+EVALUATIONS = 6
+FINE_EVALUATIONS = 62
+GUIDANCE = ERKGuidance(*(PRESETS[PRESET].erk or ()))
+"""What was measured to help this model at every number of steps tried (docs/digits.md)."""
+FITTED = f"{PRESET}-{EVALUATIONS}.json"
+FIT_COMMAND = f"erk-guid fit --preset={PRESET} --evaluations={EVALUATIONS}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the picture: how its images are made.
+
+    Attributes:
+        title: what it is called.
+        about: a second line.
+        solver, guidance: see `erk_guid.sample`.
+        evaluations: of the network, for each image.
+        levels: the noise levels; None for EDM's.
+    """
+
+    title: str
+    about: str
+    solver: Solver
+    guidance: Guidance = field(default_factory=ERKGuidance)
+    evaluations: int = EVALUATIONS
+    levels: tuple[float, ...] | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return options of `erk_guid.edm_sampler`.
+
+        All columns end at the last noise level, without a step to 0: each evaluation is one of the
+        solver's own.
+        """
+        stages = 2 if self.solver.two_stages else 1
+        return {
+            "solver": self.solver, "erk": self.guidance, "denoise_to_zero": False,
+            "num_steps": self.evaluations // stages + 1,
+            "schedule": self.levels or "polynomial",
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Run:
-    """One column of the picture."""
+    """What a column's images came to."""
 
-    title: str
-    num_steps: int
-    guidance: Guidance
+    column: Column
     images: Tensor
     latents: Tensor
     seconds: float
 
-    @property
-    def nfe(self) -> int:
-        """Network evaluations of Heun with a last Euler step."""
-        return 2 * self.num_steps - 1
+
+def columns() -> list[Column]:
+    """Return the columns; the last one is the reference."""
+    with as_file(files("erk_guid") / "data" / "fits" / FITTED) as path:
+        made_for = read_settings(path).made_for
+    fitted = make_solver(made_for["solver"], order=made_for.get("order"),
+                         response=made_for.get("response"))  # fmt: skip
+    return [
+        Column("Plain Heun", "EDM2's sampler", Heun()),
+        Column("ERK-Guid, published", f"w_stiff {GUIDANCE.w_stiff:g}, w_con {GUIDANCE.w_con:g}",
+               Heun(), GUIDANCE),
+        Column("ERK-Guid, auto", "parameter-free form", Heun(), ParameterFreeGuidance()),
+        Column("Modal", "our solver", Modal()),
+        Column("Modal, fitted", "levels from 'erk-guid fit'", fitted, levels=made_for["schedule"]),
+        Column("Reference", "modal", Modal(), evaluations=FINE_EVALUATIONS),
+    ]  # fmt: skip
 
 
 def run_demo(outdir: Path, device: str | None = None) -> None:
@@ -48,63 +103,50 @@ def run_demo(outdir: Path, device: str | None = None) -> None:
     where = choose_device(device)
     loaded = load(PRESET, device=where)
 
-    def sampled(title: str, num_steps: int, guidance: Guidance) -> Run:
-        batches = generate(
-            loaded.net,
-            SEEDS,
-            encoder=loaded.encoder,
-            batch_size=32,
-            num_steps=num_steps,
-            erk=guidance,
-        )
-        next(iter(batches))  # not counted: the first call computes what later ones reuse
+    def sampled(column: Column) -> Run:
+        def batches(seeds: Sequence[int]) -> Iterable[Batch]:
+            return generate(
+                loaded.net, seeds, encoder=loaded.encoder, batch_size=32, **column.options
+            )
+
+        next(iter(batches(SEEDS[:1])))  # not timed: weights of noise levels are kept for later
         begun = time.perf_counter()
-        with tqdm(total=len(SEEDS), desc=title, unit="image", file=sys.stdout) as bar:
+        with tqdm(total=len(SEEDS), desc=column.title, unit="image", file=sys.stdout) as bar:
             made = []
-            for batch in batches:
+            for batch in batches(SEEDS):
                 made.append((batch.images.cpu(), batch.latents.cpu().flatten(1)))
                 bar.update(len(batch.seeds))
         seconds = (time.perf_counter() - begun) / len(SEEDS)
         images = torch.cat([images for images, _ in made])
         latents = torch.cat([latents for _, latents in made])
-        return Run(title, num_steps, guidance, images, latents, seconds)
+        return Run(column, images, latents, seconds)
 
-    off = ERKGuidance()
-    runs = [
-        sampled("Plain Heun", STEPS, off),
-        sampled("ERK-Guid", STEPS, GUIDANCE),
-        sampled("ERK-Guid, auto", STEPS, ParameterFreeGuidance()),
-        sampled("Reference", FINE_STEPS, off),
-    ]
+    runs = [sampled(column) for column in columns()]
     fine = runs[-1]
-    lines = []
-    for run in runs[:-1]:
-        distances = (run.latents - fine.latents).norm(dim=1)
-        error = distances.std() / len(distances) ** 0.5
-        lines.append(
-            f"{run.title}, {run.num_steps} steps: mean distance to the reference "
-            f"{distances.mean():.2f} (standard error {error:.2f}), {run.seconds:.3f} s an image"
-        )
-    lines.append(f"Reference, {fine.num_steps} steps: {fine.seconds:.3f} s an image")
-
-    picture = figure([_panel(run) for run in runs], lines)
-    save_picture(outdir / "demo.png", picture)
-    write_bytes(outdir / "demo.txt", ("\n".join(lines) + "\n").encode())
+    panels, lines = [], []
+    for run in runs:
+        title = f"{run.column.title}, {run.column.evaluations} evaluations"
+        about = [run.column.about, f"{run.column.evaluations} evaluations"]
+        said = f"{run.seconds:.3f} s an image"
+        if run is not fine:
+            distances = (run.latents - fine.latents).norm(dim=1)
+            error = distances.std() / len(distances) ** 0.5
+            about.append(f"distance {distances.mean():.2f}")
+            said = (
+                f"mean distance to the reference {distances.mean():.2f} (standard error "
+                f"{error:.2f}), {said}"
+            )
+        lines.append(f"{title}: {said}")
+        shown = [to_pil(image) for image in run.images[:SHOWN].numpy()]
+        panels.append(Panel(tile(shown, columns=2, scale=3), run.column.title, about))
+    save_picture(outdir / "demo.png", figure(panels))
+    notes = [f"The fitted levels ship with the package; '{FIT_COMMAND}' finds such levels."]
+    write_bytes(outdir / "demo.txt", ("\n".join([*lines, *notes]) + "\n").encode())
     settings = {
-        "preset": PRESET, "seeds": [SEEDS[0], SEEDS[-1]], "steps": STEPS,
-        "reference_steps": FINE_STEPS, "w_stiff": GUIDANCE.w_stiff, "w_con": GUIDANCE.w_con,
-        "device": str(where), "torch": torch.__version__,
+        "preset": PRESET, "seeds": [SEEDS[0], SEEDS[-1]], "evaluations": EVALUATIONS,
+        "reference_evaluations": FINE_EVALUATIONS, "w_stiff": GUIDANCE.w_stiff,
+        "w_con": GUIDANCE.w_con, "fitted": FITTED, "device": str(where),
+        "torch": torch.__version__,
     }  # fmt: skip
     write_bytes(outdir / "demo.json", (json.dumps(settings, indent=1) + "\n").encode())
-    print("\n".join(["", *lines, "", f"Picture: {outdir / 'demo.png'}"]))
-
-
-def _panel(run: Run) -> Panel:
-    images = [to_pil(image) for image in run.images.numpy()]
-    settings = "parameter-free form"
-    if isinstance(run.guidance, ERKGuidance):
-        settings = f"w_stiff {run.guidance.w_stiff:g}, w_con {run.guidance.w_con:g}"
-    if not run.guidance.active:
-        settings = "no guidance"
-    steps = f"Heun, {run.num_steps} steps, {run.nfe} evaluations"
-    return Panel(tile(images, columns=8, scale=2), run.title, [steps, settings])
+    print("\n".join(["", *lines, *notes, "", f"Picture: {outdir / 'demo.png'}"]))

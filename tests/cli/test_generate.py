@@ -166,7 +166,7 @@ def test_noise_belongs_to_the_seed(tmp_path: Path) -> None:
 
 def test_noise_in_a_file_of_settings(tmp_path: Path) -> None:
     settings = {
-        "erk_guid_settings": 1, "w_stiff": 0, "w_con": 0.5,
+        "erk_guid_settings": 1, "w_stiff": 0.0, "w_con": 0.5,
         "made_for": {"solver": "modal", "eta": 0.6, "num_steps": 5},
     }  # fmt: skip
     (tmp_path / "s.json").write_text(json.dumps(settings))

@@ -16,9 +16,9 @@ from erk_guid.cli import main
 from erk_guid.generation.settings import read_settings
 from erk_guid.mixtures import tree_mixture
 from erk_guid.solvers import make_solver
-from erk_guid.studies.accuracy import METHODS, make_problem, measure
+from erk_guid.studies.accuracy import METHODS, Method, as_near, make_problem, measure
 from erk_guid.studies.accuracy.measuring import Error, Table
-from erk_guid.studies.accuracy.methods import OutsideMethod, choose_methods
+from erk_guid.studies.accuracy.methods import OutsideMethod, choose_methods, fitted_row
 from erk_guid.studies.accuracy.problems import solve_finely
 
 
@@ -85,8 +85,58 @@ def test_tables() -> None:
     assert not any(isinstance(m, OutsideMethod) for m in choose_methods([], outside=False))
 
 
+def test_the_shortest_run_that_is_near_enough() -> None:
+    # By trying every number of evaluations, with errors computed here.
+    problem = make_problem("tree5", 40)
+
+    def error(method: Method, count: int) -> float:
+        chosen = method.at(count)
+        assert chosen is not None
+        sigmas = chosen.sigmas(count, problem.sigma_min, problem.sigma_max)
+        found = chosen.run(problem.denoiser, problem.start, sigmas)
+        return float((found - problem.end).norm(dim=1).mean())
+
+    target = error(METHODS["heun"], 30)  # 16 noise levels
+    methods = [METHODS[name] for name in ("heun", "heun + ERK auto", "euler", "modal", "res 2")]
+    expected = {
+        m.name: next((n for n in m.counts(30) if error(m, n) <= target), None) for m in methods
+    }
+    assert expected["euler"] is None
+    assert expected["heun"] == 30
+    assert len(set(expected.values())) == 5
+    for evaluations in ((), (6, 20), (10, 30)):
+        table = measure(problem, methods, evaluations) if evaluations else None
+        nearness = as_near(problem, methods, table, steps=16)
+        found = {name: f and f.evaluations for name, f in nearness.found.items()}
+        assert found == expected
+    assert nearness.target.error.mean == pytest.approx(target)
+    modal = nearness.found["modal"]
+    assert modal is not None
+    assert modal.error.mean == pytest.approx(error(METHODS["modal"], modal.evaluations))
+    assert modal.seconds > 0
+    lines = nearness.markdown().splitlines()
+    assert lines[2].startswith(f"| modal | {modal.evaluations} | {modal.evaluations / 30:.2f} | ")
+    assert lines[-1] == "| euler | more than 30 | | | |"
+    rows = nearness.csv().splitlines()
+    assert rows[1].startswith(f"tree5,modal,{modal.evaluations},")
+    assert rows[-1] == "tree5,euler,,,,"
+    with pytest.raises(ValueError, match="needs 2 noise levels at least, got 1"):
+        as_near(problem, methods, steps=1)
+
+
+def test_fits_are_tried_at_their_own_evaluations() -> None:
+    fits = Path(erk_guid.__file__).parent / "data" / "fits"
+    row = fitted_row([fits / f"digits-{n}.json" for n in (6, 10, 14)], 0.002, 80.0)
+    assert row.counts(12) == [6, 10]
+    problem = make_problem("mixture64", 10)
+    found = as_near(problem, [row], steps=8).found["fitted"]
+    assert found is not None
+    assert found.evaluations in (6, 10, 14)
+
+
 def test_the_command_on_a_network(tmp_path: Path) -> None:
-    args = ["accuracy", "--net=digits", "--num=3", "--fine=24", "--evaluations=4,6", "--device=cpu"]
+    args = ["accuracy", "--net=digits", "--num=3", "--fine=24", "--evaluations=4,6", "--device=cpu",
+            "--as-near-as=4"]  # fmt: skip
     done = CliRunner().invoke(
         main, [*args, "--methods=heun,modal", "--batch=2", "--outdir", str(tmp_path)]
     )
@@ -97,6 +147,17 @@ def test_the_command_on_a_network(tmp_path: Path) -> None:
     assert b"<svg" in (tmp_path / "accuracy.svg").read_bytes()
     record = json.loads((tmp_path / "accuracy.json").read_text())
     assert record["fine"] == 24
+    assert record["as_near_as"] == 4
+    assert "as near as Heun's 4 noise levels (6 evaluations" in done.output
+    near = (tmp_path / "as-near.csv").read_text().splitlines()
+    assert len(near) == 1 + 5
+    assert {row.split(",")[1] for row in near[1:]} == {row.split(",")[1] for row in lines[1:]}
+    assert b"<svg" in (tmp_path / "as-near.svg").read_bytes()
+    bare = CliRunner().invoke(
+        main, [*args[:-1], "--as-near-as=0", "--methods=heun", "--outdir", str(tmp_path / "b")]
+    )
+    assert bare.exit_code == 0, bare.output
+    assert not (tmp_path / "b" / "as-near.csv").exists()
     assert record["seeds"] == [0, 1, 2]
 
 
@@ -111,7 +172,13 @@ def test_the_command_on_a_network(tmp_path: Path) -> None:
         (["--net=digits", "--num=3", "--seeds=1-4"], "--seeds stands in place of --num"),
         (["--problem=gauss", "--sigma_max=5"], "--sigma_max goes with a network, not with"),
         (["--problem=gauss", "--methods=diffusers", "--no-outside"], "those are switched off"),
-        (["--net=digits", "--fine=60"], "--fine 60 is too coarse to judge runs of 30"),
+        (
+            ["--net=digits", "--fine=60"],
+            "--fine 60 is too coarse to judge runs of 62 evaluations "
+            "(--as-near-as) by; take 248 or more",
+        ),
+        (["--net=digits", "--fine=60", "--as-near-as=0"], "is too coarse to judge runs of 30"),
+        (["--problem=gauss", "--as-near-as=1"], "--as-near-as 1 is not 0 or a number of 2 to"),
         (["--net=digits", "--sigma_max=inf"], "must be above 0 and below --sigma_max inf"),
         (["--net=digits", "--evaluations=9000000000"], "even number of 2 to 10000"),
         (["--net=digits", "--guidance=2"], "needs a guiding network"),
@@ -176,7 +243,8 @@ def test_fitted_levels_are_a_row_of_the_table(tmp_path: Path) -> None:
     """The row's cell is what a run by hand with the file's levels gives; others stay empty."""
     fits = Path(erk_guid.__file__).parent / "data" / "fits"
     args = ["accuracy", "--problem", "mixture64", "--num", "20", "--methods", "modal",
-            "--no-outside", "--evaluations", "6,14", "--outdir", str(tmp_path)]  # fmt: skip
+            "--no-outside", "--evaluations", "6,14", "--as-near-as", "0",
+            "--outdir", str(tmp_path)]  # fmt: skip
     done = CliRunner().invoke(main, [*args, "--settings", str(fits / "digits-14.json")])
     assert done.exit_code == 0, done.output
     (row,) = [line for line in done.output.splitlines() if line.startswith("| fitted")]
