@@ -28,7 +28,7 @@ from common import machine
 from torch import Tensor
 
 from erk_guid import karras_sigmas, sample
-from erk_guid.mixtures import GaussianMixture, tree_mixture
+from erk_guid.mixtures import GaussianMixture
 from erk_guid.solvers import DPMpp, Euler, Modal, Solver
 
 EVALUATIONS = (12, 20, 40)
@@ -51,7 +51,7 @@ def random_mixture(dim: int, components: int, seed: int, apart: float = 1.0) -> 
 
 
 MIXTURES: dict[str, Callable[[], GaussianMixture]] = {
-    "tree, 2 dimensions": tree_mixture,
+    "3 Gaussians, 2 dimensions": lambda: random_mixture(2, 3, 3),
     "5 Gaussians, 4 dimensions": lambda: random_mixture(4, 5, 1),
     "8 Gaussians, 16 dimensions": lambda: random_mixture(16, 8, 2, 0.6),
 }

@@ -15,7 +15,7 @@ does (`erk_guid.integrations.flow`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -181,6 +181,8 @@ def sample_modal(
     s_noise: float = 1.0,
     noise_sampler: NoiseSampler | None = None,
     *,
+    order: int = Modal.order,
+    response: Sequence[float] | None = None,
     flow: bool = False,
 ) -> Tensor:
     """Sample by the modal solver (`erk_guid.solvers.Modal`), one evaluation per step, no guidance.
@@ -192,6 +194,7 @@ def sample_modal(
         s_noise: standard deviation of that noise, as k-diffusion's ancestral samplers have it.
         noise_sampler: ``noise_sampler(sigma, sigma_next)`` returns standard normal noise like x;
             by default `torch.randn_like`.
+        order, response: see `Modal`; `erk_guid.fit` finds them for a model.
 
     Raises:
         ValueError: a value out of range.
@@ -204,7 +207,7 @@ def sample_modal(
         drawn = torch.randn_like(x) if noise_sampler is None else noise_sampler(*next(intervals))
         return s_noise * drawn.to(x)
 
-    solver = Modal(eta=float(eta))
+    solver = Modal(order, None if response is None else tuple(response), float(eta))
     return _run(
         solver, None, flow, model, x, sigmas, extra_args, callback, disable, randn_like=randn_like
     )

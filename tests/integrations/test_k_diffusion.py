@@ -226,6 +226,12 @@ def test_noise_in_the_modal_sampler() -> None:
         randn_like=lambda x: next(rows),
     )  # fmt: skip
     assert torch.equal(found, expected)
+    answers = (0.1, 0.7, 0.3, 0.6, 0.2)
+    found = sample_modal(model, model.start, sigmas, order=2, response=answers, **options)
+    expected = erk_guid.sample(
+        model.denoiser, model.start, sigmas, solver=erk_guid.solvers.Modal(2, answers)
+    )
+    assert torch.equal(found, expected)
     torch.manual_seed(4)
     global_noise = sample_modal(model, model.start, sigmas, eta=0.6, **options)
     torch.manual_seed(4)

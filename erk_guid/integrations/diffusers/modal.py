@@ -108,7 +108,11 @@ class _Modal(Samples, ABC):
     def _plan(self, index: int) -> list[PredictorCorrectorStep]:
         sigmas = (self._level(k).sigma for k in range(index, len(self.sigmas)))
         levels = list(dict.fromkeys(sigma for sigma in sigmas if sigma > 0))
-        return Modal(self.config.modal_order, eta=self.config.eta).steps(levels)
+        response = self.config.modal_response
+        corrected = max(len(levels) - 2, 0)
+        if response is not None and len(response) > corrected:
+            response = response[len(response) - corrected :]  # a run that begins in mid-schedule
+        return _modal(self.config.modal_order, response, self.config.eta).steps(levels)
 
     def _level(self, index: int) -> Level:
         """Return the level at an index of the schedule, as the solver sees it."""
@@ -120,6 +124,10 @@ class _Modal(Samples, ABC):
     @abstractmethod
     def _denoised(self, found: Any, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """Return the denoised x of this call."""
+
+
+def _modal(order: int, response: list[float] | None, eta: float) -> Modal:
+    return Modal(order, None if response is None else tuple(response), eta)
 
 
 def _noise_like(x: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
@@ -136,6 +144,7 @@ class ModalScheduler(UnitVariance, _Modal, EulerDiscreteScheduler):  # type: ign
     Args:
         modal_order: evaluations combined, 1 to 4.
         eta: noise in each step, from 0 (none) to 1; the pipeline's `generator` draws it.
+        modal_response: one number for each corrected step, as `erk_guid.fit` finds them.
         unit_variance: for pipelines that keep samples at unit variance, such as `DDPMPipeline`,
             `DDIMPipeline` and `DiTPipeline`; diffusers' own Euler gives wrong images with these.
 
@@ -165,8 +174,9 @@ class ModalScheduler(UnitVariance, _Modal, EulerDiscreteScheduler):  # type: ign
         modal_order: int = Modal.order,
         unit_variance: bool = False,
         eta: float = Modal.eta,
+        modal_response: list[float] | None = None,
     ) -> None:
-        Modal(modal_order, eta=eta)  # raise now, not in mid-run
+        _modal(modal_order, modal_response, eta)  # raise now, not in mid-run
         # By keyword: diffusers takes what is passed by position for a default.
         EulerDiscreteScheduler.__init__(
             self, num_train_timesteps=num_train_timesteps, beta_start=beta_start,
@@ -203,6 +213,7 @@ class FlowMatchModalScheduler(_Modal, FlowMatchEulerDiscreteScheduler):  # type:
 
     Args:
         modal_order: evaluations combined, 1 to 4.
+        modal_response: one number for each corrected step, as `erk_guid.fit` finds them.
         eta: noise in each step, from 0 (none) to 1. FLUX's and SD3's pipelines pass no `generator`
             to the scheduler: seed torch for the same images again.
 
@@ -229,10 +240,11 @@ class FlowMatchModalScheduler(_Modal, FlowMatchEulerDiscreteScheduler):  # type:
         time_shift_type: str = "exponential",
         modal_order: int = Modal.order,
         eta: float = Modal.eta,
+        modal_response: list[float] | None = None,
     ) -> None:
         if invert_sigmas:
             raise ValueError("invert_sigmas: a schedule that rises cannot be sampled by this")
-        Modal(modal_order, eta=eta)
+        _modal(modal_order, modal_response, eta)
         FlowMatchEulerDiscreteScheduler.__init__(
             self, num_train_timesteps=num_train_timesteps, shift=shift,
             use_dynamic_shifting=use_dynamic_shifting, base_shift=base_shift,

@@ -12,7 +12,7 @@ from erk_guid.common.files import write_bytes
 from erk_guid.common.plots import Curve, draw
 from erk_guid.generation.settings import Settings
 from erk_guid.guidance import ERKGuidance
-from erk_guid.solvers import name_of, options_of, record_of
+from erk_guid.solvers import Modal, Solver, name_of, options_of, record_of
 from erk_guid.studies.fitting.levels import Fitted
 from erk_guid.studies.fitting.trials import Method
 
@@ -114,14 +114,63 @@ def to_paste(fitted: Fitted) -> str:
             f"x = erk_guid.sample(denoiser, sigmas[0] * noise, sigmas, solver={solver})",
             "# k-diffusion, and samplers with its signature",
             f"sigmas = torch.tensor([{inner}])",
-            "# diffusers: schedulers that take sigmas; they append a 0, which is one step more",
-            f"pipe(..., num_inference_steps={len(levels)}, sigmas=[{inner}])",
+            *(_diffusers_flow if levels[0] <= 1 else _diffusers)(fitted.solver, levels),
             "```",
             "",
             'ComfyUI: the node "ERK-Guid fitted sigmas" reads the settings file.',
             "",
         ]
     )
+
+
+def _diffusers(solver: Solver, levels: Sequence[float]) -> list[str]:
+    """Return lines for pipelines of VP models: noise over signal, or the nearest timesteps."""
+    inner = ", ".join(f"{level:g}" for level in levels)
+    above = [level for level in levels[:-1] if level > 0]  # those that the network is called at
+    given = ", ".join(f"{level:g}" for level in above)
+    return [
+        *_scheduler(solver, "ModalScheduler"),
+        "# diffusers: schedulers that take sigmas, as EulerDiscreteScheduler",
+        f"pipe(..., num_inference_steps={len(above)}, sigmas=[{inner}])",
+        "# diffusers: schedulers that take timesteps; the nearest of the model's own, then 0",
+        f"sigmas = torch.tensor([{given}])",
+        "alphas = pipe.scheduler.alphas_cumprod",
+        "there = ((1 - alphas) / alphas).sqrt()",
+        "timesteps = (there[:, None] - sigmas).abs().argmin(0).tolist()",
+        f"pipe(..., num_inference_steps={len(above)}, timesteps=timesteps)",
+    ]
+
+
+def _diffusers_flow(solver: Solver, times: Sequence[float]) -> list[str]:
+    """Return lines for pipelines of flow-matching models."""
+    above = [time for time in times[:-1] if time > 0]
+    given = ", ".join(f"{time:g}" for time in above)
+    return [
+        *_scheduler(solver, "FlowMatchModalScheduler", to_zero=times[-1] > 0),
+        "# diffusers, flow matching: its schedulers add the last one, 0",
+        f"pipe(..., num_inference_steps={len(above)}, sigmas=[{given}])",
+    ]
+
+
+def _scheduler(solver: Solver, name: str, to_zero: bool = False) -> list[str]:
+    """Return lines that put our scheduler into a pipeline, where we have one for the solver.
+
+    Args:
+        solver: the solver.
+        name: the scheduler's.
+        to_zero: whether the last step will be to 0, though it was fitted to a level above.
+    """
+    if not isinstance(solver, Modal):
+        return []
+    options = f"modal_order={solver.order}"
+    if solver.response is not None:
+        response = solver.response[:-1] if to_zero else solver.response
+        options += f", modal_response={list(response)}"
+    return [
+        "# diffusers: our scheduler",
+        f"from erk_guid.integrations.diffusers import {name}",
+        f"pipe.scheduler = {name}.from_config(pipe.scheduler.config, {options})",
+    ]
 
 
 def fits_csv(fits: Sequence[Fitted]) -> str:

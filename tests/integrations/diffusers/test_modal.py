@@ -161,6 +161,27 @@ def test_noise_comes_from_the_pipelines_generator(flow: bool) -> None:
         kind(eta=2)
 
 
+@pytest.mark.parametrize("begin", [0, 3])
+def test_fitted_responses(begin: int, tmp_path: Path) -> None:
+    answers = (0.1, 0.7, 0.3, 0.6, 0.2, 0.4)
+    scheduler = ModalScheduler(
+        modal_order=2, modal_response=list(answers), final_sigmas_type="zero"
+    )
+    scheduler.set_timesteps(8)  # 8 levels above 0, 6 corrected steps between them
+    network = Network()
+    start = noise() * scheduler.sigmas[begin]
+    expected = erk_guid.sample(
+        network.denoised, start, scheduler.sigmas[begin:], solver=Modal(2, answers[begin:])
+    )
+    found = run(scheduler, network, start, begin=begin)
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+    scheduler.save_pretrained(tmp_path)
+    assert ModalScheduler.from_pretrained(tmp_path).config.modal_response == list(answers)
+    scheduler.set_timesteps(12)
+    with pytest.raises(ValueError, match="response has 6 numbers"):
+        run(scheduler, network, start)
+
+
 @pytest.mark.parametrize("flow", [False, True])
 def test_an_edited_sample_begins_anew(flow: bool) -> None:
     kind: Any = FlowMatchModalScheduler if flow else ModalScheduler

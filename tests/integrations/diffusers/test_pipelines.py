@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from diffusers import (
     DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     FluxPipeline,
@@ -33,6 +35,9 @@ from diffusers import (
 
 import erk_guid
 from erk_guid.integrations.diffusers import ERKGuidHeunScheduler, FlowMatchERKGuidHeunScheduler
+from erk_guid.solvers import Modal
+from erk_guid.studies.fitting.fit_files import to_paste
+from erk_guid.studies.fitting.levels import Cost, Fitted, Interval
 
 
 def tiny_tokenizer(folder: Path) -> Any:
@@ -124,6 +129,68 @@ def test_stable_diffusion(
         assert found[name][0].dtype == theirs.dtype
         assert found[name][0].isfinite().all()
         assert not torch.equal(found[name][0], theirs)
+
+
+def test_the_lines_to_paste_of_a_fit(stable_diffusion: dict[str, Any]) -> None:
+    # The lines themselves are run, with a real pipeline for `pipe`.
+    levels = [14.0, 6.0, 3.0, 1.4, 0.6, 0.2, 0.05]
+    nothing = Interval(1, 1, 1)
+    fitted = Fitted(
+        torch.tensor(levels, dtype=torch.float64), Modal(2, (0.1, 0.3, 0.2, 0.5, 0.4)), None, 6,
+        "fitted", nothing, "", nothing, nothing, {}, (), 0.0, (1, 1, 1), Cost(1, 1, 1.0),
+    )  # fmt: skip
+    real = StableDiffusionPipeline(
+        scheduler=PNDMScheduler(beta_schedule="scaled_linear", steps_offset=1),
+        requires_safety_checker=False, **stable_diffusion,
+    )  # fmt: skip
+    real.set_progress_bar_config(disable=True)
+    calls: list[list[int]] = []
+
+    class Pipe:
+        scheduler: Any = real.scheduler
+
+        def __call__(self, *_: Any, **options: Any) -> None:
+            real.scheduler = self.scheduler
+            with counting(real.unet) as made:
+                real("a cat", output_type="latent", height=16, width=16, **options)
+            calls.append(made)
+
+    pasted = to_paste(fitted).partition("# diffusers")[2].partition("```")[0]
+    first, second = pasted.split("# diffusers: schedulers that take timesteps")
+    pipe = Pipe()
+    names = {"pipe": pipe, "torch": torch}
+    exec(first.partition("\n")[2], names)
+    torch.testing.assert_close(pipe.scheduler.sigmas, torch.tensor(levels))
+    assert pipe.scheduler.config.modal_order == 2
+    assert pipe.scheduler.config.modal_response == [0.1, 0.3, 0.2, 0.5, 0.4]
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    exec(second.partition("\n")[2], names)
+    # To the nearest of a thousand times.
+    torch.testing.assert_close(
+        pipe.scheduler.sigmas[:-1], torch.tensor(levels[:-1]), rtol=0.05, atol=0
+    )
+    assert [len(made) for made in calls] == [6, 6]
+
+    # A flow-matching scheduler adds the 0 by itself. The lines for a pipeline of that kind:
+    times = [1.0, 0.9, 0.6, 0.3, 0.1, 0.01]
+    flow = replace(fitted, sigmas=torch.tensor(times), solver=Modal(2, (0.1, 0.3, 0.2, 0.5)))
+    pasted = to_paste(flow).partition("# diffusers")[2].partition("```")[0]
+
+    class Flow:
+        scheduler: Any = FlowMatchEulerDiscreteScheduler()
+
+        def __call__(self, *_: Any, sigmas: list[float], **options: Any) -> None:
+            self.scheduler.set_timesteps(sigmas=sigmas)  # as FLUX's pipeline does
+
+    names = {"pipe": Flow()}
+    exec(pasted.partition("\n")[2], names)
+    scheduler = names["pipe"].scheduler
+    torch.testing.assert_close(scheduler.sigmas, torch.tensor([*times[:-1], 0.0]))
+    x = torch.randn(2, 1, 4, 4)
+    for time in scheduler.timesteps:
+        x = scheduler.step(x / 2, time, x).prev_sample
+    assert len(scheduler.timesteps) == 5
+    assert x.isfinite().all()
 
 
 @pytest.mark.parametrize(
