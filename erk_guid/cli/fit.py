@@ -69,14 +69,23 @@ TOO_COARSE = 0.1
     type=click.IntRange(min=1),
     help="Budget of the search, in runs on a quarter of the images.  [default: 60, best: 180]",
 )
+@click.option(
+    "--samples",
+    metavar="INT",
+    type=click.IntRange(min=0),
+    default=6,
+    show_default=True,
+    help="Images drawn to samples.png: before, fitted, and the fine solution; 0 draws none, and "
+    "needs no VAE.",
+)
 @chosen_options("batch", "device", "dtype", "trust_pickle")
 @click.option(
     "--outdir",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("output/fit"),
     show_default=True,
-    help="For fit-N.json (settings), fit.md, fit.csv, levels.svg, errors.svg; and journal/, from "
-    "which an interrupted fit goes on.",
+    help="For fit-N.json (settings), fit.md, fit.csv, levels.svg, errors.svg, samples.png; and "
+    "journal/, from which an interrupted fit goes on.",
 )
 @reporting_errors
 def fit_command(
@@ -85,6 +94,7 @@ def fit_command(
     denoise_to_zero: bool,
     seeds: list[int],
     trials: int | None,
+    samples: int,
     outdir: Path,
     **options: Any,
 ) -> None:
@@ -104,16 +114,20 @@ def fit_command(
     """
     from tqdm import tqdm
 
-    from erk_guid.denoisers import guided_denoiser
+    from erk_guid.common.pictures import save_picture
+    from erk_guid.denoisers import guided_denoiser, in_batches
     from erk_guid.generation.images import draw
     from erk_guid.studies.fitting import fit_each
     from erk_guid.studies.fitting.fit_files import (
         FILES,
+        SAMPLES_FILE,
+        draw_samples,
         settings_name,
         settings_of_fit,
         table,
         write_fits,
     )
+    from erk_guid.studies.fitting.levels import FEWEST
 
     if find_spec("matplotlib") is None:
         raise MissingExtraError("matplotlib", "plots", "the plots")
@@ -135,9 +149,14 @@ def fit_command(
             denoise_to_zero=denoise_to_zero, **options,
         )
     )  # fmt: skip
-    for name in (*(settings_name(count) for count in evaluations), *FILES):
+    if samples > len(seeds) // 2 >= FEWEST // 2:
+        raise click.UsageError(
+            f"--samples {samples}: the images of the report are drawn, half of {len(seeds)}"
+        )
+    files = (*FILES, *([SAMPLES_FILE] if samples else []))
+    for name in (*(settings_name(count) for count in evaluations), *files):
         check_writable(outdir / name)
-    models = config.open(config.choose_device(), ProcessGroup(), decoding=False)
+    models = config.open(config.choose_device(), ProcessGroup(), decoding=samples > 0)
     noise, labels = draw(models.loaded.net, SeededNoise(seeds, models.device), config.class_idx)
     network = guided_denoiser(
         models.loaded.net, models.guide.net if models.guide else None, config.guidance,
@@ -188,6 +207,14 @@ def fit_command(
         "intervals. This is fidelity to the ODE, not how images look or score."
     )
     write_fits(fits, outdir, heading)
+    if samples:
+        some = slice(-samples, None)
+        of_some = None if labels is None else labels[some]
+        with torch.no_grad():
+            picture = draw_samples(
+                fits, in_batches(network, of_some, config.batch), x[some], models.encoder.decode
+            )
+        save_picture(outdir / SAMPLES_FILE, picture)
     click.echo(f"{heading}\n\n{table(fits)}")
     for fitted in fits:
         cost = fitted.cost
@@ -202,7 +229,7 @@ def fit_command(
                 "result's",
                 err=True,
             )
-    click.echo(f"Written to {outdir}: " + ", ".join([*map(settings_name, evaluations), *FILES]))
+    click.echo(f"Written to {outdir}: " + ", ".join([*map(settings_name, evaluations), *files]))
     click.echo(
         f"Use it: python generate_images.py {network_options(config, options)} "
         f"--settings={outdir / settings_name(evaluations[-1])} --outdir=..."

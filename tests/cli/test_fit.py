@@ -33,7 +33,8 @@ def test_a_fit_from_the_command_line_to_images(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "| 4 | modal" in done.output
     assert "--guidance-interval=0.1,20 --settings=" in done.output
-    for name in ("fit-4.json", "fit-5.json", "fit.md", "fit.csv", "levels.svg", "errors.svg"):
+    for name in ("fit-4.json", "fit-5.json", "fit.md", "fit.csv", "levels.svg", "errors.svg",
+                 "samples.png"):  # fmt: skip
         assert (out / name).stat().st_size > 100, name
     settings = read_settings(out / "fit-5.json")
     levels = settings.made_for["schedule"]
@@ -69,6 +70,7 @@ def test_a_fit_from_the_command_line_to_images(tmp_path: Path) -> None:
         (["--seeds", "0-3"], "at least 16 samples"),
         (["--solver", "modal", "--w_stiff", 0.5], "--solver modal"),
         (["--sigma_min", 90], "sigma_min"),
+        (["--seeds", "0-19", "--samples", 11], "--samples 11: the images of the report"),
     ],
 )
 def test_mistakes_are_named(options: list[Any], message: str, tmp_path: Path) -> None:

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
+from torch import Tensor
+
 from erk_guid.common.files import write_bytes
+from erk_guid.common.pictures import Panel, figure, tile, to_pil
 from erk_guid.common.plots import Curve, draw
+from erk_guid.denoisers import Denoiser
 from erk_guid.generation.settings import Settings
 from erk_guid.guidance import ERKGuidance
+from erk_guid.sampling import sample
+from erk_guid.schedules import RHO, make_sigmas
 from erk_guid.solvers import Modal, Solver, name_of, options_of, record_of
 from erk_guid.studies.fitting.levels import Fitted
 from erk_guid.studies.fitting.trials import Method
 
 FILES = ("fit.md", "fit.csv", "levels.svg", "errors.svg")
 """Files besides the settings, one of which there is for each number of evaluations."""
+SAMPLES_FILE = "samples.png"
+SHOWN_SIZE = 96
+"""Smaller images are enlarged to about this many pixels."""
+FINER = 8
+"""Evaluations of the fine solution that is drawn, as a multiple of the most fitted ones."""
 COLUMNS = (
     "evaluations", "solver", "spacing", "before_is", "before", "before_low", "before_high",
     "after", "after_low", "after_high", "ratio", "ratio_low", "ratio_high", "reference_error",
@@ -189,6 +202,50 @@ def fits_csv(fits: Sequence[Fitted]) -> str:
             ]
         )  # fmt: skip
     return text.getvalue()
+
+
+def draw_samples(
+    fits: Sequence[Fitted],
+    denoiser: Denoiser,
+    x: Tensor,
+    decode: Callable[[Tensor], Tensor],
+) -> Image.Image:
+    """Return a picture of a few samples: each fit before and after, and the fine solution.
+
+    Args:
+        fits: fits whose levels are sigmas.
+        denoiser: with the labels of `x`.
+        x: where the samples start, [N, C, H, W].
+        decode: makes uint8 pixels of samples, as `erk_guid.models.encoders.Encoder` does.
+    """
+
+    def panel(title: str, about: str, method: Method, sigmas: Tensor) -> Panel:
+        end = sample(denoiser, x, sigmas, solver=method.solver, guidance=method.guidance)
+        pixels = decode(end).cpu().numpy()
+        scale = max(1, SHOWN_SIZE // pixels.shape[-1])
+        sheet = tile([to_pil(image) for image in pixels], columns=1, scale=scale)
+        return Panel(sheet, title, [about])
+
+    panels = []
+    for fitted in fits:
+        last = [0.0] if float(fitted.sigmas[-1]) == 0 else []
+        usual = next(t for t in fitted.tried if t.described == fitted.before_is)
+        before = torch.tensor([*usual.levels, *last], dtype=torch.float64)
+        method = Method(fitted.solver, fitted.guidance)
+        about = f"distance {fitted.before.mean:.3g}"
+        panels.append(panel(f"{fitted.evaluations}, usual", about, usual.method, before))
+        if fitted.found:
+            about = f"distance {fitted.after.mean:.3g}"
+            panels.append(panel(f"{fitted.evaluations}, fitted", about, method, fitted.sigmas))
+    ends = fits[0].sigmas
+    lowest = float(ends[ends > 0][-1])
+    fine = FINER * max(fitted.evaluations for fitted in fits)
+    levels = make_sigmas("polynomial", fine + 1, lowest, float(ends[0]), RHO)
+    panels.append(
+        panel("Fine", f"{fine} evaluations", Method(Modal()),
+              levels if float(ends[-1]) == 0 else levels[:-1])
+    )  # fmt: skip
+    return figure(panels)
 
 
 def plot_levels(fits: Sequence[Fitted]) -> bytes:

@@ -109,6 +109,16 @@ class Tried(NamedTuple):
     error: float
     """Mean distance there."""
 
+    @property
+    def described(self) -> str:
+        """The run in words."""
+        return described(self.method, self.spacing)
+
+
+def described(method: Method, spacing: str) -> str:
+    """Return a run in words."""
+    return f"{method} with {spacing} spacing"
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -570,7 +580,7 @@ class _Fitting:
             evaluations=stages * len(chosen.spacing.gaps) + self.to_zero,
             spacing=name,
             before=bootstrap_mean(before),
-            before_is=f"{usual[best][0].method} with {usual[best][1]} spacing",
+            before_is=described(usual[best][0].method, usual[best][1]),
             after=after_interval,
             ratio=ratio,
             usual=own_spacings,
