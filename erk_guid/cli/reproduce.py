@@ -9,11 +9,18 @@ from typing import Any
 import click
 
 from erk_guid.cli.common import Names, SeedList, load_plugins, name_and_path, reporting_errors
+from erk_guid.common.errors import ErkGuidError
 from erk_guid.metrics.comparison import REAL
 from erk_guid.studies.reproduce.planning import Reproduction, commands
 from erk_guid.studies.reproduce.report import write_report
 from erk_guid.studies.reproduce.runner import RESULTS, run
-from erk_guid.studies.reproduce.tables import PAPER_NUM, PAPER_TABLES, TABLES, choose_rows
+from erk_guid.studies.reproduce.tables import (
+    PAPER_NUM,
+    PAPER_TABLES,
+    TABLES,
+    choose_rows,
+    settings_row,
+)
 
 JOB = Reproduction
 
@@ -27,6 +34,15 @@ JOB = Reproduction
     help="Tables: 2, 3, 4 of the paper, or digits, a sweep on the shipped model.  [default: 2,3,4]",
 )
 @click.option("--row", "ids", metavar="LIST", type=Names(), help="These rows only (see --dry-run).")
+@click.option(
+    "--settings",
+    "settings",
+    metavar="FILE",
+    multiple=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A row of your own: what 'erk-guid fit' or 'erk-guid calibrate' wrote. Tables are then "
+    "made only where --table or --row names them.",
+)
 @click.option(
     "--model", metavar="STR", help="Preset or file in place of the paper's models, e.g. digits."
 )
@@ -114,7 +130,11 @@ JOB = Reproduction
 @click.option("--dry-run", is_flag=True, help="Print the commands and run nothing.")
 @reporting_errors
 def reproduce_command(
-    tables: list[str] | None, ids: list[str] | None, dry_run: bool, **fields: Any
+    tables: list[str] | None,
+    ids: list[str] | None,
+    settings: tuple[Path, ...],
+    dry_run: bool,
+    **fields: Any,
 ) -> None:
     """Measure the rows of the paper's tables: generate, score, compare, report.
 
@@ -132,8 +152,15 @@ def reproduce_command(
       bash scripts/reproduce.sh --table=2 --dry-run    # only say what would be run
       bash scripts/reproduce.sh --row=2-8-plain,2-8-w0.5 --num=5000
       bash scripts/reproduce.sh --model=digits --num=500 --device=cpu   # on a laptop
+      bash scripts/reproduce.sh --settings=output/fit/fit-8.json       # a fit of your own
     """
-    rows = choose_rows(tables or PAPER_TABLES, ids or ())
+    if settings and tables is None and ids is None:
+        tables = []
+    rows = choose_rows(PAPER_TABLES if tables is None else tables, ids or ())
+    rows += [settings_row(path, fields["model"]) for path in dict.fromkeys(settings)]
+    twice = [row.id for row in rows if [r.id for r in rows].count(row.id) > 1]
+    if twice:
+        raise ErkGuidError(f"--settings: two files would both be the row {twice[0]}; rename one")
     job = Reproduction(rows=rows, **fields)
     job.check()
     if dry_run:

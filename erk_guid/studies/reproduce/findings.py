@@ -56,7 +56,8 @@ class Findings:
 
     def __post_init__(self) -> None:
         tables = dict.fromkeys(row.table for row in self.job.rows)
-        self.rows = [settled(self.job, row) for table in tables for row in TABLES[table]]
+        own = [row for row in self.job.rows if row.settings is not None]
+        self.rows = [settled(self.job, row) for t in tables for row in TABLES.get(t, own)]
 
     @cached_property
     def plans(self) -> dict[str, Plan]:

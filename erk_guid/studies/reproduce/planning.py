@@ -169,6 +169,7 @@ def plan(job: Reproduction, row: Row) -> Plan:
         "solver": row.solver,
         "denoise_to_zero": row.denoise_to_zero,
         **({"options": dict(row.options)} if row.options else {}),
+        **({"settings": row.settings} if row.settings else {}),
         **({"pixels": PIXELS} if _may_have_a_vae(job, row) else {}),
         **sampling_rules(modal=row.solver == "modal", parameter_free=row.w_stiff in FORMS),
         "seeds": seeds,
@@ -176,7 +177,9 @@ def plan(job: Reproduction, row: Row) -> Plan:
         "ref": ref,
         "detector_weights": dict(job.detector_weights),
         "device": device,  # each kind has its own random numbers
-        "files": _fingerprints([*model, ref, *job.detector_weights.values(), *job.plugin]),
+        "files": _fingerprints(
+            [*model, ref, *job.detector_weights.values(), *job.plugin, row.settings or ""]
+        ),
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     standard = _known_scoring(row.model)
@@ -232,13 +235,17 @@ def _generate_command(job: Reproduction, one: Plan, model: list[str], seeds: str
         for name, value in (("w_stiff", row.w_stiff), ("w_con", row.w_con))
         if row.guided and value is not None
     ]
+    sampler = [
+        f"--steps={row.steps}", *erk, *([] if row.solver == "heun" else [f"--solver={row.solver}"]),
+        *([] if row.denoise_to_zero else ["--no-denoise-to-zero"]),
+    ]  # fmt: skip
+    if row.settings is not None:
+        sampler = [f"--settings={row.settings}"]
     return [
         *_launcher(job), "generate", *model, f"--outdir={one.images}", "--subdirs",
-        f"--seeds={seeds}", f"--batch={job.batch}", f"--steps={row.steps}", *erk,
-        *([] if row.solver == "heun" else [f"--solver={row.solver}"]),
+        f"--seeds={seeds}", f"--batch={job.batch}", *sampler,
         *(f"--{k}={v:g}" if isinstance(v, float | int) else f"--{k}={v}"
           for k, v in row.options.items()),
-        *([] if row.denoise_to_zero else ["--no-denoise-to-zero"]),
         *_device(job), "--resume",
     ]  # fmt: skip
 

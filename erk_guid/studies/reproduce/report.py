@@ -321,7 +321,7 @@ def _curve(
 
 
 def _short(table: str) -> str:
-    return "digits model" if table == "digits" else f"table {table}"
+    return {"digits": "digits model", "settings": "own settings"}.get(table, f"table {table}")
 
 
 def _samples(findings: Findings) -> list[tuple[str, list[Picture]]]:

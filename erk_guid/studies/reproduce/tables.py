@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import product
+from pathlib import Path
 from typing import Literal
 
-from erk_guid.common.errors import ErkGuidError
-from erk_guid.guidance import FORMS, PAPER_SETTINGS
+from erk_guid.common.errors import ErkGuidError, printable
+from erk_guid.generation.settings import read_settings
+from erk_guid.guidance import FORMS, PAPER_SETTINGS, ERKGuidance, settings_of
+from erk_guid.models.checkpoints.presets import PRESETS
 
 Family = Literal["plain", "guid", "autog"]
 """Without model guidance, with classifier-free guidance, with autoguidance."""
@@ -24,7 +27,7 @@ class Row:
 
     Attributes:
         id: names the row in files and on the command line.
-        table: '2', '3', '4' or 'digits'.
+        table: '2', '3', '4', 'digits' or 'settings'.
         steps: noise levels.
         model: the paper's preset.
         family: which kind of model guidance it has.
@@ -36,6 +39,8 @@ class Row:
         options: further options of the command line, by name.
         paper: the paper's value by metric, as far as known.
         note: what else the paper says of it.
+        settings: a settings file that says solver, noise levels and guidance; the fields above
+            then repeat what it says.
     """
 
     id: str
@@ -51,6 +56,7 @@ class Row:
     options: Mapping[str, float | str] = field(default_factory=dict)
     paper: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
+    settings: str | None = None
 
     @property
     def guided(self) -> bool:
@@ -70,6 +76,8 @@ class Row:
     def title(self) -> str:
         kinds = {"plain": "", "guid": "CFG, ", "autog": "autoguidance, "}
         kind = kinds[self.family] + ("" if self.solver == "heun" else f"{self.solver}, ")
+        if self.settings is not None:
+            kind = f"{Path(self.settings).name}: {kind}"
         if not self.guided:
             return f"{kind}no ERK guidance"
         if self.w_stiff is None:
@@ -213,12 +221,54 @@ CAPTIONS = {
     "3": "Table 3: EDM2-S on ImageNet-512, Heun, with model guidance",
     "4": "Table 4: other solvers, EDM (ADM) on ImageNet-64, 6 network evaluations",
     "digits": "The shipped digits model, Heun",
+    "settings": "Settings of your own",
 }
 NOTES = {
     "2": "The paper's best FID over the sweep of w_stiff at 32 steps is 2.56; it is not known of "
     "which row.",
 }
 PAPER_TABLES = ("2", "3", "4")
+
+
+def settings_row(path: Path, model: str | None) -> Row:
+    """Return the row of a settings file, as `erk-guid fit` and `calibrate` write them.
+
+    Args:
+        path: the file.
+        model: what the user asks for in place of the network it was measured on.
+
+    Raises:
+        ErkGuidError: it cannot be read, or it does not say enough to run it.
+    """
+    found = read_settings(path)
+    made_for, measured = found.made_for, found.measured
+    net, interval = str(measured.get("net")), measured.get("guidance_interval")
+    if model is None and net not in PRESETS:
+        raise ErkGuidError(
+            f"{path} was measured on {printable(net)}, which is no preset: name a model with "
+            "--model"
+        )
+    if "num_steps" not in made_for:
+        raise ErkGuidError(f"{path} does not say for how many steps it is")
+    try:
+        guidance = float(measured.get("guidance", 1.0))
+        between = "" if interval is None else "{:g},{:g}".format(*interval)
+    except (TypeError, ValueError, IndexError) as error:
+        raise ErkGuidError(f"{path}: the model guidance it was measured with is none") from error
+    family: Family = "plain"
+    if guidance != 1:
+        family = "autog" if "autog" in net else "guid"
+    erk = found.guidance
+    return Row(
+        f"settings-{path.stem}", "settings", made_for["num_steps"], net, family,
+        None if guidance == 1 else guidance,
+        w_stiff=settings_of(erk)["w_stiff"],
+        w_con=erk.w_con if isinstance(erk, ERKGuidance) else None,
+        solver=made_for.get("solver", "heun"),
+        denoise_to_zero=made_for.get("denoise_to_zero", True),
+        options={"guidance-interval": between} if between else {},
+        settings=str(path),
+    )  # fmt: skip
 
 
 def choose_rows(tables: Iterable[str], ids: Iterable[str] = ()) -> list[Row]:

@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 from conftest import DATA, ROOT
 from PIL import Image
 
+import erk_guid
 from erk_guid.cli import main
 from erk_guid.cli.reproduce import reproduce_command
 from erk_guid.studies.reproduce import TABLES, Reproduction, choose_rows, plan, write_report
@@ -425,3 +426,55 @@ def test_table_4_on_a_tiny_edm_checkpoint(tmp_path: Path) -> None:
     assert [r["key"]["solver"] for r in results] == ["dpm2", "deis"]
     assert [r["key"]["w_stiff"] for r in results] == [0.3, 0.3]
     assert "4 | dpm2, ERK-Guid 0.3 / 0" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_fit_is_a_row(tmp_path: Path) -> None:
+    """Made, scored and reported, by the file's solver and levels; nothing else is run."""
+    fits = Path(erk_guid.__file__).parent / "data" / "fits"
+    file = tmp_path / "mine.json"
+    file.write_bytes((fits / "digits-autog-6.json").read_bytes())
+    args = ["reproduce", "--settings", str(file), "--num", "12", "--device", "cpu",
+            "--skip-quality", "--bootstrap", "0", "--outdir", str(tmp_path / "out"),
+            "--keep-images"]  # fmt: skip
+    done = CliRunner().invoke(main, args)
+    assert done.exit_code == 0, done.output
+    (folder,) = (tmp_path / "out" / "images").iterdir()
+    record = json.loads((folder / "run.json").read_text())["settings"]
+    made_for = json.loads(file.read_text())["made_for"]
+    assert record["solver"] == made_for["solver"] == "unipc"
+    assert record["schedule"] == made_for["schedule"]
+    assert record["guidance"] == 1.5
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "Settings of your own" in report
+    assert "mine.json: autoguidance, unipc, no ERK guidance" in report
+    assert "1 of 1 rows measured" in report
+    # A changed file is another row's result.
+    made_for["schedule"][3] *= 1.01
+    file.write_text(json.dumps({**json.loads(file.read_text()), "made_for": made_for}))
+    again = CliRunner().invoke(main, [*args, "--dry-run"])
+    assert folder.name not in again.output
+    assert "settings-mine-" in again.output
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"net": "/somewhere/net.pkl"}, "is no preset: name a model with --model"),
+        ({"net": ["digits"]}, "is no preset"),
+        ({"guidance": "strong"}, "the model guidance it was measured with is none"),
+        ({"guidance_interval": [1]}, "the model guidance it was measured with is none"),
+    ],
+)
+def test_a_settings_file_that_makes_no_row(
+    changed: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    fits = Path(erk_guid.__file__).parent / "data" / "fits"
+    content = json.loads((fits / "digits-6.json").read_text())
+    content["measured"] |= changed
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    args = ["reproduce", "--settings", str(tmp_path / "a.json"), "--outdir", str(tmp_path / "o")]
+    done = CliRunner().invoke(main, args)
+    assert done.exit_code == 1
+    assert message in " ".join(done.output.split())
+    assert "Traceback" not in done.output
+    assert not (tmp_path / "o").exists()
