@@ -7,7 +7,7 @@ import io
 import math
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -103,8 +103,8 @@ def as_near(
 ) -> Nearness:
     """Find the shortest run of each method that is as near as plain Heun's.
 
-    Runs of more and fewer evaluations are tried by bisection, which takes it that errors fall as
-    evaluations are added. Where they do not, a shorter run may be near enough, too.
+    The search takes it that errors fall as evaluations are added. Where they do not, a shorter run
+    may be near enough, too.
 
     Args:
         problem: what to solve.
@@ -127,33 +127,58 @@ def as_near(
     for method in progress(methods):
         row = known.get(method.name, [])
         errors = {} if table is None else dict(zip(table.evaluations, row, strict=False))
-        found[method.name] = _fewest(problem, method, target, limit, errors)
+        found[method.name] = _fewest(problem, method, target.error.mean, limit, errors)
     return Nearness(problem.name, steps, target, found)
 
 
 def _fewest(
-    problem: Problem, method: Method, target: Found, limit: int, errors: dict[int, Error]
+    problem: Problem, method: Method, wanted: float, limit: int, given: Mapping[int, Error]
 ) -> Found | None:
-    """Return the shortest run of a method, up to `limit` evaluations, that reaches the target."""
+    """Return the shortest run of a method, up to `limit` evaluations, that is that near."""
     counts = method.counts(limit)
     runs: dict[int, Found] = {}
+    errors = {count: given[count].mean for count in counts if count in given}
 
-    def near(count: int) -> bool:
-        if count in errors:
-            return errors[count].mean <= target.error.mean
-        runs[count] = _run(problem, method, count)
-        return runs[count].error.mean <= target.error.mean
+    def error(count: int) -> float:
+        if count not in errors:
+            runs[count] = _run(problem, method, count)
+            errors[count] = runs[count].error.mean
+        return errors[count]
 
-    # Between the last known count that is too far and the first one that is near enough.
-    told = {count: near(count) for count in counts if count in errors}
-    high = min((count for count, is_near in told.items() if is_near), default=limit + 1)
-    low = max((count for count, is_near in told.items() if not is_near and count < high), default=0)
-    between = [count for count in counts if low < count < high]
-    place = bisect_left(between, True, key=near)
-    count = between[place] if place < len(between) else high
-    if count > limit:
+    near = [count for count in errors if errors[count] <= wanted]
+    high = counts.index(min(near)) if near else len(counts)
+    far = [count for count in counts[:high] if count in errors]
+    low = counts.index(max(far)) if far else -1  # too far; from high on near enough
+    halve = False
+    while high - low > 1:
+        middle = (low + high) // 2
+        place = middle if halve else _place(counts, errors, wanted, low, high)
+        before = high - low
+        if error(counts[place]) <= wanted:
+            high = place
+        else:
+            low = place
+        halve = not halve and high - low > before // 2
+    if high == len(counts):
         return None
-    return runs.get(count) or _run(problem, method, count)
+    return runs.get(counts[high]) or _run(problem, method, counts[high])
+
+
+def _place(
+    counts: Sequence[int], errors: Mapping[int, float], wanted: float, low: int, high: int
+) -> int:
+    """Return where, between low and high, the wanted error is expected: errors fall as powers."""
+    known = sorted(count for count in errors if math.isfinite(errors[count]) and errors[count] > 0)
+    below = [count for count in known if count <= (counts[low] if low >= 0 else 0)]
+    above = [
+        count for count in known if count >= (counts[high] if high < len(counts) else math.inf)
+    ]
+    pair = [*below[-2:], *above[:1]][-2:]
+    if len(pair) < 2 or wanted <= 0 or errors[pair[0]] <= errors[pair[1]]:
+        return (low + high) // 2
+    slope = math.log(errors[pair[1]] / errors[pair[0]]) / math.log(pair[1] / pair[0])
+    expected = pair[0] * (wanted / errors[pair[0]]) ** (1 / slope)
+    return min(max(bisect_left(counts, expected), low + 1), high - 1)
 
 
 def _run(problem: Problem, method: Method, evaluations: int) -> Found:
