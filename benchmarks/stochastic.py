@@ -210,7 +210,7 @@ def variances() -> list[str]:
 @click.command(help=__doc__)
 @click.option("--outdir", default=Path("output/stochastic"), type=click.Path(path_type=Path))
 @click.option("--num", default=4000, show_default=True, help="Samples of a run.")
-@click.option("--draws", default=6, show_default=True, help="Runs, each with its own samples.")
+@click.option("--draws", default=8, show_default=True, help="Runs, each with its own samples.")
 def main(outdir: Path, num: int, draws: int) -> None:
     print(machine())
     parts, raw = [variances()], {}

@@ -69,6 +69,7 @@ def config_fields(
             erk.check(solver)
         except ValueError as error:
             raise ValueError(f"--solver {name}: {error}") from error
+        _check_plan(solver, options)
         churn = _churn(options, solver, erk)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
@@ -140,6 +141,21 @@ def _check_levels(options: dict[str, Any]) -> None:
     # These are not used any more, but the record should say what was done.
     options["num_steps"] = len(schedule)
     options["sigma_max"], options["sigma_min"] = schedule[0], schedule[-1]
+
+
+def _check_plan(solver: Solver, options: dict[str, Any]) -> None:
+    """Refuse options of a solver that do not fit the noise levels.
+
+    Raises:
+        ValueError: see `Solver.plan`.
+    """
+    schedule = options["schedule"]
+    if isinstance(schedule, str):
+        names = ("num_steps", "sigma_min", "sigma_max", "rho")
+        levels = make_sigmas(schedule, *(options[name] for name in names)).tolist()
+    else:
+        levels = [*schedule, 0.0]
+    solver.plan(levels if options.get("denoise_to_zero", True) else levels[:-1])
 
 
 def _with_preset(name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -234,8 +250,9 @@ def _from_file(
         chosen = g["w_stiff"]
         if not isinstance(chosen, str):
             chosen = f"{chosen:g}, w_con {g['w_con']:g}"
+        noise = f" with eta {options['eta']:g}" if options.get("eta") else ""
         click.echo(
-            f"--settings {path}: w_stiff {chosen}, solver {options['solver']}, steps "
+            f"--settings {path}: w_stiff {chosen}, solver {options['solver']}{noise}, steps "
             f"{options['num_steps']}"
         )
     return found.guidance, options

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from erk_guid.common.errors import ErkGuidError, printable
 from erk_guid.common.files import write_bytes
 from erk_guid.guidance import Guidance, make_guidance, settings_of
+from erk_guid.solvers import SOLVERS, Solver, make_solver
 
 FORMAT = "erk_guid_settings"
 VERSION = 1
@@ -60,6 +61,19 @@ class Settings:
     guidance: Guidance
     made_for: dict[str, Any]
     measured: dict[str, Any] = field(default_factory=dict)
+
+    def solver(self) -> Solver:
+        """Return the solver that the settings are for; Heun where they name none.
+
+        Raises:
+            ErkGuidError: there is no such solver, or a value is out of range.
+        """
+        known = {field.name for kind in SOLVERS.values() for field in fields(kind)}  # type: ignore[arg-type]
+        options = {name: value for name, value in self.made_for.items() if name in known}
+        try:
+            return make_solver(self.made_for.get("solver", "heun"), **options)
+        except ValueError as error:
+            raise ErkGuidError(f"unusable settings: {printable(error)}") from error
 
     def write(self, path: str | Path) -> None:
         """Write the file, whole or not at all."""

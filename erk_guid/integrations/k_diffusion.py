@@ -207,7 +207,8 @@ def sample_modal(
         drawn = torch.randn_like(x) if noise_sampler is None else noise_sampler(*next(intervals))
         return s_noise * drawn.to(x)
 
-    solver = Modal(order, None if response is None else tuple(response), float(eta))
+    noise = float(eta) if isinstance(eta, Tensor) else eta  # as noise levels are
+    solver = Modal(order, None if response is None else tuple(response), noise)
     return _run(
         solver, None, flow, model, x, sigmas, extra_args, callback, disable, randn_like=randn_like
     )

@@ -23,7 +23,7 @@ from erk_guid.generation.settings import read_settings
 from erk_guid.guidance import ERKGuidance, Guidance, ParameterFreeGuidance
 from erk_guid.models.checkpoints import load
 from erk_guid.models.checkpoints.presets import PRESETS
-from erk_guid.solvers import Heun, Modal, Solver, make_solver
+from erk_guid.solvers import Heun, Modal, Solver
 
 PRESET = "digits"
 SEEDS = range(64)
@@ -84,16 +84,15 @@ class Run:
 def columns() -> list[Column]:
     """Return the columns; the last one is the reference."""
     with as_file(files("erk_guid") / "data" / "fits" / FITTED) as path:
-        made_for = read_settings(path).made_for
-    fitted = make_solver(made_for["solver"], order=made_for.get("order"),
-                         response=made_for.get("response"))  # fmt: skip
+        settings = read_settings(path)
     return [
         Column("Plain Heun", "EDM2's sampler", Heun()),
         Column("ERK-Guid, published", f"w_stiff {GUIDANCE.w_stiff:g}, w_con {GUIDANCE.w_con:g}",
                Heun(), GUIDANCE),
         Column("ERK-Guid, auto", "parameter-free form", Heun(), ParameterFreeGuidance()),
         Column("Modal", "our solver", Modal()),
-        Column("Modal, fitted", "levels from 'erk-guid fit'", fitted, levels=made_for["schedule"]),
+        Column("Modal, fitted", "levels from 'erk-guid fit'", settings.solver(),
+               levels=settings.made_for["schedule"]),
         Column("Reference", "modal", Modal(), evaluations=FINE_EVALUATIONS),
     ]  # fmt: skip
 

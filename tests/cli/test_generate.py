@@ -335,6 +335,8 @@ BAD: list[tuple[list[Any], int, str]] = [
     (["--preset", "digits", "--S_churn", 40, "--w_stiff", 1], 2, "S_churn must be 0 with ERK"),
     (["--preset", "digits", "--S_churn", 40, "--solver", "deis"], 2, "dpm2, euler, heun"),
     (["--preset", "digits", "--solver", "modal", "--eta", 1.5], 2, "eta must be a number from 0"),
+    (["--preset", "digits", "--solver", "modal", "--steps", 2, "--response", "0.5"], 2,
+     "response has 1 numbers, but 2 noise levels"),
     (["--preset", "digits", "--eta", 0.5], 2, "eta is an option of euler, dpmpp, modal"),
     (["--preset", "digits", "--solver", "dpmpp", "--eta", 0.5, "--predict_x0", "false"], 2,
      "eta is 0.5, but predict_x0 is False"),

@@ -61,7 +61,7 @@ def sample_in_comfyui(
     flow = is_flow(model) if model_type == "detect" else model_type == "flow"
     options: Mapping[str, Any] = guidance
     if solver == "modal":
-        seed = (extra_args or {}).get("seed")
+        seed = (extra_args or {}).get("seed") if eta else None
         options = {"eta": eta, "noise_sampler": None if seed is None else _noise(x, int(seed))}
     return SOLVERS[solver](model, x, sigmas, extra_args, callback, disable, flow=flow, **options)
 

@@ -106,12 +106,17 @@ class _Modal(Samples, ABC):
         return found if return_dict else tuple(found.values())
 
     def _plan(self, index: int) -> list[PredictorCorrectorStep]:
-        sigmas = (self._level(k).sigma for k in range(index, len(self.sigmas)))
-        levels = list(dict.fromkeys(sigma for sigma in sigmas if sigma > 0))
+        sigmas = [self._level(k).sigma for k in range(len(self.sigmas))]
+        levels = list(dict.fromkeys(sigma for sigma in sigmas[index:] if sigma > 0))
         response = self.config.modal_response
-        corrected = max(len(levels) - 2, 0)
-        if response is not None and len(response) > corrected:
-            response = response[len(response) - corrected :]  # a run that begins in mid-schedule
+        if response is not None:
+            whole = len({sigma for sigma in sigmas if sigma > 0})
+            if len(response) != max(whole - 2, 0):
+                raise ValueError(
+                    f"modal_response has {len(response)} numbers, but this schedule has {whole} "
+                    f"noise levels above 0 with {max(whole - 2, 0)} corrected steps between them"
+                )
+            response = response[whole - len(levels) :]  # a run may begin in mid-schedule
         return _modal(self.config.modal_order, response, self.config.eta).steps(levels)
 
     def _level(self, index: int) -> Level:

@@ -23,14 +23,12 @@ from erk_guid.solvers import (
     IPNDM,
     IPNDMV,
     RES,
-    SOLVERS,
     DPMpp,
     Euler,
     Heun,
     Modal,
     Solver,
     UniPC,
-    make_solver,
 )
 
 SIGMA_DATA = 0.5
@@ -145,10 +143,7 @@ def fitted_row(files: Sequence[Path], sigma_min: float, sigma_max: float) -> Fit
                 f"{file} goes from {levels[0]:g} to {0 if to_zero else levels[-1]:g}, the table "
                 f"from {sigma_max:g} to {sigma_min:g}"
             )
-        known = {name for kind in SOLVERS.values() for name in kind.__dataclass_fields__}  # type: ignore[attr-defined]
-        solver = make_solver(
-            options["solver"], **{name: options[name] for name in known if name in options}
-        )
+        solver = settings.solver()
         if solver.noisy:
             raise ValueError(
                 f"{file} adds noise (eta), and so solves another equation than the ODE"

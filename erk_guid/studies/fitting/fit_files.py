@@ -18,6 +18,7 @@ from erk_guid.common.plots import Curve, draw
 from erk_guid.denoisers import Denoiser
 from erk_guid.generation.settings import Settings
 from erk_guid.guidance import ERKGuidance
+from erk_guid.processes import Process, RectifiedFlow
 from erk_guid.sampling import sample
 from erk_guid.schedules import RHO, make_sigmas
 from erk_guid.solvers import Modal, Solver, name_of, options_of, record_of
@@ -112,11 +113,19 @@ def _short(method: Method) -> str:
     return " ".join(said)
 
 
-def to_paste(fitted: Fitted) -> str:
-    """Return the levels as lines for programs of others, Markdown."""
+def to_paste(fitted: Fitted, process: Process | None = None) -> str:
+    """Return the levels as lines for programs of others, Markdown.
+
+    Args:
+        fitted: the fit.
+        process: what it was fitted in; the levels are its times.
+    """
+    flow = isinstance(process, RectifiedFlow)
     levels = [float(f"{level:.6g}") for level in fitted.sigmas.tolist()]
     inner = ", ".join(f"{level:g}" for level in levels)
     solver = f"erk_guid.solvers.{fitted.solver!r}"
+    given = "" if process is None else f", process=erk_guid.{process!r}"
+    start = "sigmas[0] * noise" if process is None else "x"
     return "\n".join(
         [
             f"## {fitted.evaluations} evaluations",
@@ -124,10 +133,9 @@ def to_paste(fitted: Fitted) -> str:
             "```python",
             "# erk_guid",
             f"sigmas = torch.tensor([{inner}], dtype=torch.float64)",
-            f"x = erk_guid.sample(denoiser, sigmas[0] * noise, sigmas, solver={solver})",
-            "# k-diffusion, and samplers with its signature",
-            f"sigmas = torch.tensor([{inner}])",
-            *(_diffusers_flow if levels[0] <= 1 else _diffusers)(fitted.solver, levels),
+            f"x = erk_guid.sample(denoiser, {start}, sigmas, solver={solver}{given})",
+            *_k_diffusion(fitted.solver, inner, flow),
+            *(_diffusers_flow if flow else _diffusers)(fitted.solver, levels),
             "```",
             "",
             'ComfyUI: the node "ERK-Guid fitted sigmas" reads the settings file.',
@@ -136,15 +144,36 @@ def to_paste(fitted: Fitted) -> str:
     )
 
 
+def _k_diffusion(solver: Solver, levels: str, flow: bool) -> list[str]:
+    """Return lines for k-diffusion's signature."""
+    lines = [
+        "# k-diffusion, and samplers with its signature",
+        f"sigmas = torch.tensor([{levels}])",
+    ]
+    if isinstance(solver, Modal):
+        options = f"order={solver.order}"
+        if solver.response is not None:
+            options += f", response={solver.response}"
+        start = "x" if flow else "sigmas[0] * noise"
+        options += ", flow=True" if flow else ""
+        lines.append(f"x = sample_modal(model, {start}, sigmas, {options})")
+    return lines
+
+
 def _diffusers(solver: Solver, levels: Sequence[float]) -> list[str]:
     """Return lines for pipelines of VP models: noise over signal, or the nearest timesteps."""
     inner = ", ".join(f"{level:g}" for level in levels)
     above = [level for level in levels[:-1] if level > 0]  # those that the network is called at
     given = ", ".join(f"{level:g}" for level in above)
-    return [
+    lines = [
         *_scheduler(solver, "ModalScheduler"),
         "# diffusers: schedulers that take sigmas, as EulerDiscreteScheduler",
         f"pipe(..., num_inference_steps={len(above)}, sigmas=[{inner}])",
+    ]
+    if isinstance(solver, Modal):  # our scheduler takes sigmas
+        return lines
+    return [
+        *lines,
         "# diffusers: schedulers that take timesteps; the nearest of the model's own, then 0",
         f"sigmas = torch.tensor([{given}])",
         "alphas = pipe.scheduler.alphas_cumprod",

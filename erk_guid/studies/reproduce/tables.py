@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import product
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 from erk_guid.common.errors import ErkGuidError, printable
+from erk_guid.denoisers import check_interval
 from erk_guid.generation.settings import read_settings
 from erk_guid.guidance import FORMS, PAPER_SETTINGS, ERKGuidance, settings_of
 from erk_guid.models.checkpoints.presets import PRESETS
+from erk_guid.solvers import name_of, options_of
 
 Family = Literal["plain", "guid", "autog"]
 """Without model guidance, with classifier-free guidance, with autoguidance."""
@@ -69,8 +72,11 @@ class Row:
 
     @property
     def group(self) -> tuple[str, int, str, str]:
-        """The row's group: its rows differ in ERK guidance only; the unguided is the baseline."""
-        return self.table, self.steps, self.family, self.solver
+        """The row's group: its rows differ in ERK guidance only; the unguided is the baseline.
+
+        A row of settings is a group of its own: noise levels differ, too.
+        """
+        return self.table, self.steps, self.family, self.settings or self.solver
 
     @property
     def title(self) -> str:
@@ -248,25 +254,48 @@ def settings_row(path: Path, model: str | None) -> Row:
             f"{path} was measured on {printable(net)}, which is no preset: name a model with "
             "--model"
         )
-    if "num_steps" not in made_for:
+    if made_for.get("num_steps", 0) < 1:
         raise ErkGuidError(f"{path} does not say for how many steps it is")
+    guidance = measured.get("guidance", 1)
     try:
-        guidance = float(measured.get("guidance", 1.0))
-        between = "" if interval is None else "{:g},{:g}".format(*interval)
-    except (TypeError, ValueError, IndexError) as error:
+        strength = float(guidance)
+        if not math.isfinite(strength):
+            raise ValueError(guidance)
+        if interval is not None:
+            check_interval(interval)
+    except (TypeError, ValueError, OverflowError) as error:
         raise ErkGuidError(f"{path}: the model guidance it was measured with is none") from error
+    gnet = measured.get("gnet")
+    if model is None and strength != 1 and gnet != PRESETS[net].gnet:
+        raise ErkGuidError(
+            f"{path} was measured with the guiding network {printable(gnet)}, which is not that of "
+            f"the preset {net}: name networks with --model and --gnet"
+        )
     family: Family = "plain"
-    if guidance != 1:
+    if strength != 1:
         family = "autog" if "autog" in net else "guid"
-    erk = found.guidance
+    options: dict[str, float | str] = {}
+    if interval is not None:
+        options["guidance-interval"] = "{:g},{:g}".format(*interval)
+    for name, kind in (("class", int), ("dtype", str)):
+        value = measured.get(name)
+        if isinstance(value, kind) and not isinstance(value, bool) and value != "float32":
+            options[name] = value
+    solver, erk = found.solver(), found.guidance
+    chosen = settings_of(erk)
+    said = {**options_of(solver), **{k: chosen[k] for k in ("bound", "gate") if erk.active}}
     return Row(
         f"settings-{path.stem}", "settings", made_for["num_steps"], net, family,
-        None if guidance == 1 else guidance,
-        w_stiff=settings_of(erk)["w_stiff"],
-        w_con=erk.w_con if isinstance(erk, ERKGuidance) else None,
-        solver=made_for.get("solver", "heun"),
+        None if strength == 1 else strength,
+        w_stiff=chosen["w_stiff"],
+        w_con=erk.w_con if isinstance(erk, ERKGuidance) and erk.active else None,
+        solver=name_of(solver),
         denoise_to_zero=made_for.get("denoise_to_zero", True),
-        options={"guidance-interval": between} if between else {},
+        options=options,
+        note=", ".join(
+            f"{name} {value}" for name, value in said.items()
+            if name != "response" and value not in (None, ERKGuidance.gate)
+        ),
         settings=str(path),
     )  # fmt: skip
 

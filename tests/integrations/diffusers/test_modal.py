@@ -177,9 +177,10 @@ def test_fitted_responses(begin: int, tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
     scheduler.save_pretrained(tmp_path)
     assert ModalScheduler.from_pretrained(tmp_path).config.modal_response == list(answers)
-    scheduler.set_timesteps(12)
-    with pytest.raises(ValueError, match="response has 6 numbers"):
-        run(scheduler, network, start)
+    for steps in (5, 7, 12):
+        scheduler.set_timesteps(steps)
+        with pytest.raises(ValueError, match="modal_response has 6 numbers, but this schedule has"):
+            run(scheduler, network, start)
 
 
 @pytest.mark.parametrize("flow", [False, True])

@@ -20,6 +20,7 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     FluxPipeline,
@@ -35,7 +36,7 @@ from diffusers import (
 
 import erk_guid
 from erk_guid.integrations.diffusers import ERKGuidHeunScheduler, FlowMatchERKGuidHeunScheduler
-from erk_guid.solvers import Modal
+from erk_guid.solvers import DPMpp, Modal
 from erk_guid.studies.fitting.fit_files import to_paste
 from erk_guid.studies.fitting.levels import Cost, Fitted, Interval
 
@@ -155,26 +156,33 @@ def test_the_lines_to_paste_of_a_fit(stable_diffusion: dict[str, Any]) -> None:
                 real("a cat", output_type="latent", height=16, width=16, **options)
             calls.append(made)
 
-    pasted = to_paste(fitted).partition("# diffusers")[2].partition("```")[0]
-    first, second = pasted.split("# diffusers: schedulers that take timesteps")
     pipe = Pipe()
     names = {"pipe": pipe, "torch": torch}
-    exec(first.partition("\n")[2], names)
+    exec(to_paste(fitted).partition("# diffusers")[2].partition("```")[0].partition("\n")[2], names)
     torch.testing.assert_close(pipe.scheduler.sigmas, torch.tensor(levels))
     assert pipe.scheduler.config.modal_order == 2
     assert pipe.scheduler.config.modal_response == [0.1, 0.3, 0.2, 0.5, 0.4]
+    # Another solver's lines: for schedulers that take sigmas, then for those that take timesteps.
+    other = to_paste(replace(fitted, solver=DPMpp(2)))
+    assert "modal" not in other.lower()
+    first, second = other.partition("# diffusers")[2].split("# diffusers: schedulers that take t")
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    exec(first.partition("\n")[2], names)
+    torch.testing.assert_close(pipe.scheduler.sigmas, torch.tensor(levels))
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    exec(second.partition("\n")[2], names)
+    exec(second.partition("```")[0].partition("\n")[2], names)
     # To the nearest of a thousand times.
     torch.testing.assert_close(
         pipe.scheduler.sigmas[:-1], torch.tensor(levels[:-1]), rtol=0.05, atol=0
     )
-    assert [len(made) for made in calls] == [6, 6]
+    assert [len(made) for made in calls] == [6, 6, 6]
 
     # A flow-matching scheduler adds the 0 by itself. The lines for a pipeline of that kind:
     times = [1.0, 0.9, 0.6, 0.3, 0.1, 0.01]
     flow = replace(fitted, sigmas=torch.tensor(times), solver=Modal(2, (0.1, 0.3, 0.2, 0.5)))
-    pasted = to_paste(flow).partition("# diffusers")[2].partition("```")[0]
+    pasted = to_paste(flow, erk_guid.RectifiedFlow())
+    assert "process=erk_guid.RectifiedFlow())" in pasted
+    pasted = pasted.partition("# diffusers")[2].partition("```")[0]
 
     class Flow:
         scheduler: Any = FlowMatchEulerDiscreteScheduler()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import erk_guid
 from erk_guid import VP, ERKGuidance, ParameterFreeGuidance, RectifiedFlow
 from erk_guid.common.errors import ErkGuidError
 from erk_guid.generation.settings import read_settings
+from erk_guid.integrations.k_diffusion import sample_modal
 from erk_guid.processes import Process
 from erk_guid.quadrature import prior_response
 from erk_guid.schedules import karras_sigmas, make_sigmas
@@ -266,6 +269,18 @@ def test_settings_of_a_fit_come_back(tmp_path: Path, fitted: Fitted) -> None:
     line = next(line for line in to_paste(fitted).splitlines() if line.startswith("x = "))
     solver = eval(line.partition("solver=")[2].removesuffix(")"))
     assert solver == fitted.solver
+    # k-diffusion's lines give the same samples.
+    levels, call = re.findall(
+        r"^(sigmas = .*\]\)|x = sample_modal.*)$", to_paste(fitted), re.MULTILINE
+    )
+    names: dict[str, Any] = {
+        "torch": torch, "noise": start(4) / 80, "sample_modal": partial(sample_modal, disable=True),
+        "model": lambda x, sigma: MIXTURE(x, sigma[0]),
+    }  # fmt: skip
+    exec(f"{levels}\n{call}", names)
+    sigmas = names["sigmas"].double()
+    expected = erk_guid.sample(MIXTURE, sigmas[0] * names["noise"], sigmas, solver=fitted.solver)
+    torch.testing.assert_close(names["x"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_modal_takes_one_response_for_each_corrected_step() -> None:

@@ -26,6 +26,7 @@ from erk_guid.cli.reproduce import reproduce_command
 from erk_guid.studies.reproduce import TABLES, Reproduction, choose_rows, plan, write_report
 from erk_guid.studies.reproduce.report import Findings
 from erk_guid.studies.reproduce.runner import _mend, read_results, result_of
+from erk_guid.studies.reproduce.tables import settings_row
 
 SCRIPT = ROOT / "scripts" / "reproduce.sh"
 
@@ -448,6 +449,13 @@ def test_a_fit_is_a_row(tmp_path: Path) -> None:
     assert "Settings of your own" in report
     assert "mine.json: autoguidance, unipc, no ERK guidance" in report
     assert "1 of 1 rows measured" in report
+    # Beside another file of the same steps and solver it has no "change by guidance".
+    other = json.loads(file.read_text())
+    other["made_for"] = {"solver": "heun", "num_steps": 4}
+    for path, strength in ((tmp_path / "plain.json", 0.0), (tmp_path / "guided.json", 0.5)):
+        path.write_text(json.dumps({**other, "w_stiff": strength}))
+    rows = [settings_row(p, None) for p in (tmp_path / "plain.json", tmp_path / "guided.json")]
+    assert rows[0].group != rows[1].group
     # A changed file is another row's result.
     made_for["schedule"][3] *= 1.01
     file.write_text(json.dumps({**json.loads(file.read_text()), "made_for": made_for}))
@@ -461,8 +469,13 @@ def test_a_fit_is_a_row(tmp_path: Path) -> None:
     [
         ({"net": "/somewhere/net.pkl"}, "is no preset: name a model with --model"),
         ({"net": ["digits"]}, "is no preset"),
+        ({"made_for": {"num_steps": -3}}, "does not say for how many steps"),
+        ({"made_for": {"solver": "rk4"}}, "unknown solver 'rk4'"),
+        ({"made_for": {"eta": 2}}, "eta must be a number from 0"),
         ({"guidance": "strong"}, "the model guidance it was measured with is none"),
         ({"guidance_interval": [1]}, "the model guidance it was measured with is none"),
+        ({"guidance": 10**400}, "the model guidance it was measured with is none"),
+        ({"guidance": 2.0, "gnet": "/my/own.pkl"}, "name networks with --model and --gnet"),
     ],
 )
 def test_a_settings_file_that_makes_no_row(
@@ -471,6 +484,7 @@ def test_a_settings_file_that_makes_no_row(
     fits = Path(erk_guid.__file__).parent / "data" / "fits"
     content = json.loads((fits / "digits-6.json").read_text())
     content["measured"] |= changed
+    content["made_for"] |= changed.get("made_for", {})
     (tmp_path / "a.json").write_text(json.dumps(content))
     args = ["reproduce", "--settings", str(tmp_path / "a.json"), "--outdir", str(tmp_path / "o")]
     done = CliRunner().invoke(main, args)
