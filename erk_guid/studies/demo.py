@@ -34,7 +34,7 @@ FINE_EVALUATIONS = 62
 GUIDANCE = ERKGuidance(*(PRESETS[PRESET].erk or ()))
 """What was measured to help this model at every number of steps tried (docs/digits.md)."""
 FITTED = f"{PRESET}-{EVALUATIONS}.json"
-FIT_COMMAND = f"erk-guid fit --preset={PRESET} --evaluations={EVALUATIONS}"
+FIT_COMMAND = f"erk-guid fit --preset={PRESET} --evaluations={EVALUATIONS} --solver=modal"
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def run_demo(outdir: Path, device: str | None = None) -> None:
         shown = [to_pil(image) for image in run.images[:SHOWN].numpy()]
         panels.append(Panel(tile(shown, columns=2, scale=3), run.column.title, about))
     save_picture(outdir / "demo.png", figure(panels))
-    notes = [f"The fitted levels ship with the package; '{FIT_COMMAND}' finds such levels."]
+    notes = [f"The fitted levels ship with the package; '{FIT_COMMAND}' made them."]
     write_bytes(outdir / "demo.txt", ("\n".join([*lines, *notes]) + "\n").encode())
     settings = {
         "preset": PRESET, "seeds": [SEEDS[0], SEEDS[-1]], "evaluations": EVALUATIONS,
