@@ -112,6 +112,7 @@ def draw_bars(
         axes.bar_label(drawn, [f"{length:g}" for length in lengths], padding=3, fontsize=9)
         axes.set_yticks(range(len(bars)), names, fontsize=9)
         axes.invert_yaxis()
+        axes.margins(y=0.01)
         axes.set_xlabel(x_label)
     return svg.getvalue()
 

@@ -42,12 +42,14 @@ class Nearness:
         steps: noise levels of the run of plain Heun.
         target: that run.
         found: by method's name; None where no run of up to as many evaluations is near enough.
+        most: by method's name, the evaluations of its longest run: fits have few numbers of them.
     """
 
     problem: str
     steps: int
     target: Found
     found: dict[str, Found | None]
+    most: dict[str, int]
 
     def markdown(self) -> str:
         """Return the table, the fewest evaluations first."""
@@ -60,7 +62,7 @@ class Nearness:
         ]
         for name, found in self.ranked:
             if found is None:
-                lines.append(f"| {name} | more than {whole} | | | |")
+                lines.append(f"| {name} | more than {self.most[name]} | | | |")
                 continue
             lines.append(
                 f"| {name} | {found.evaluations} | {found.evaluations / whole:.2f} | "
@@ -128,7 +130,8 @@ def as_near(
         row = known.get(method.name, [])
         errors = {} if table is None else dict(zip(table.evaluations, row, strict=False))
         found[method.name] = _fewest(problem, method, target.error.mean, limit, errors)
-    return Nearness(problem.name, steps, target, found)
+    most = {method.name: max(method.counts(limit), default=0) for method in methods}
+    return Nearness(problem.name, steps, target, found, most)
 
 
 def _fewest(

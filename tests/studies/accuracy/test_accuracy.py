@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,10 @@ def test_fits_are_tried_at_their_own_evaluations() -> None:
     found = nearness.found["fitted"]
     assert found is not None
     assert found.evaluations == near[0]
+    # Where none of them is near enough, the table says how far was tried.
+    short = as_near(problem, [replace(row, fits={6: row.fits[6]})], steps=32)
+    assert short.found["fitted"] is None
+    assert "| fitted | more than 6 | | | |" in short.markdown()
 
 
 def test_the_command_on_a_network(tmp_path: Path) -> None:
