@@ -47,6 +47,16 @@ def test_importing_needs_torch_alone() -> None:
     assert not set(ast.literal_eval(done.stdout)) & set(BLOCKED)
 
 
+def test_names_and_modules_are_there_without_another_import() -> None:
+    # In a process of its own: here other tests have imported the modules.
+    modules = ["churn", "denoisers", "edm2", "guidance", "processes", "sampling", "schedules",
+               "solvers", "quadrature", "norms"]  # fmt: skip
+    names = [f"erk_guid.{name}" for name in (*erk_guid.__all__, *modules)]
+    code = "import erk_guid\n" + "\n".join(names)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_public_names() -> None:
     for name in erk_guid.__all__:
         assert getattr(erk_guid, name) is not None

@@ -2,40 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from importlib import import_module
+
 import click
 
 from erk_guid._version import __version__
-from erk_guid.cli.accuracy import accuracy_command
-from erk_guid.cli.calibrate import calibrate_command
-from erk_guid.cli.convert import convert_command
-from erk_guid.cli.demo import demo_command
-from erk_guid.cli.fit import fit_command
-from erk_guid.cli.flops import flops_command
-from erk_guid.cli.generate import generate_command
-from erk_guid.cli.metrics import metrics_command
-from erk_guid.cli.plot_trace import plot_trace_command
-from erk_guid.cli.precision_recall import precision_recall_command
-from erk_guid.cli.presets import presets_command
-from erk_guid.cli.reproduce import reproduce_command
-from erk_guid.cli.toy import toy_command
+
+COMMANDS: Mapping[str, str] = {
+    "generate": "Generate images with a diffusion model, with or without ERK guidance.",
+    "metrics": (
+        "Compute Frechet distances between images and a reference data set (FID, FD-DINOv2, ...)."
+    ),
+    "precision-recall": "Compute precision, recall and inception score of the images in GEN_DIR.",
+    "reproduce": "Measure the rows of the paper's tables: generate, score, compare, report.",
+    "accuracy": "Measure how near each solver comes to the exact solution, on your own network.",
+    "fit": "Find the noise levels and the solver with which a model needs the fewest evaluations.",
+    "calibrate": "Find the settings of ERK guidance for a model, a solver and a number of steps.",
+    "plot-trace": "Draw what a run's guidance measured and did, from the TRACE that --trace wrote.",
+    "toy": "Draw what guidance does on the 2-D tree, where everything is known exactly.",
+    "convert": "Turn SOURCE (.pkl file, URL or preset) into the safetensors file DEST.",
+    "flops": (
+        "Count the parameters of a network and the multiply-adds of one evaluation for one image."
+    ),
+    "presets": "List the names that --preset, --net and load() take.",
+    "demo": "Sample the shipped model in six ways with the same few evaluations, and draw them.",
+}
+"""What the list of commands says of each.
+
+A command's module is imported when the command is asked for: the list appears without torch.
+"""
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """The commands, each imported when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        name = cmd_name.replace("-", "_")
+        module = import_module(f"erk_guid.cli.{name}")
+        command: click.Command = getattr(module, f"{name}_command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="erk-guid")
 def main() -> None:
     """ERK-Guid: better diffusion samples for no extra network evaluation."""
-
-
-main.add_command(generate_command, "generate")
-main.add_command(metrics_command, "metrics")
-main.add_command(precision_recall_command, "precision-recall")
-main.add_command(reproduce_command, "reproduce")
-main.add_command(accuracy_command, "accuracy")
-main.add_command(fit_command, "fit")
-main.add_command(calibrate_command, "calibrate")
-main.add_command(plot_trace_command, "plot-trace")
-main.add_command(toy_command, "toy")
-main.add_command(convert_command, "convert")
-main.add_command(flops_command, "flops")
-main.add_command(presets_command, "presets")
-main.add_command(demo_command, "demo")

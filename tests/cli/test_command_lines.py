@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import click
+import pytest
 from click.testing import CliRunner
 from conftest import DATA
 
-from erk_guid.cli import main
+from erk_guid.cli import COMMANDS, main
 
 
 def options_of(command: click.Command) -> dict[str, Any]:
@@ -32,7 +35,10 @@ def command_lines(command: click.Command, *path: str) -> dict[str, Any]:
     if not isinstance(command, click.Group):
         return {" ".join(path): options_of(command)}
     found: dict[str, Any] = {}
-    for name, sub in command.commands.items():
+    context = click.Context(command)
+    for name in command.list_commands(context):
+        sub = command.get_command(context, name)
+        assert sub is not None
         found |= command_lines(sub, *path, name)
     return found
 
@@ -41,6 +47,33 @@ def test_every_option_is_as_it_was() -> None:
     # Made from the last release's code. An entry changes only when that is meant.
     stored = json.loads((DATA / "command_lines.json").read_text())
     assert command_lines(main, "erk-guid") == stored
+
+
+def test_the_list_says_what_the_commands_say() -> None:
+    context = click.Context(main)
+    for name, said in COMMANDS.items():
+        command = main.get_command(context, name)
+        assert command is not None
+        assert command.get_short_help_str(limit=200) == said
+    unknown = CliRunner().invoke(main, ["generat"])
+    assert unknown.exit_code == 2
+    assert "No such command 'generat'" in unknown.output
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["generat"], []])
+def test_the_list_of_commands_needs_no_torch(args: list[str]) -> None:
+    # Importing torch takes seconds.
+    program = (
+        "import sys\n"
+        "from erk_guid.cli import main\n"
+        "try:\n"
+        f"    main({args!r}, prog_name='erk-guid')\n"
+        "except SystemExit:\n"
+        "    pass\n"
+        "print('torch' in sys.modules, 'numpy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False False", done.stderr
 
 
 def test_every_help_text_is_whole() -> None:

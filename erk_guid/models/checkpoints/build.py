@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from erk_guid.common.errors import CheckpointError, ErkGuidError
 from erk_guid.models.encoders import ENCODERS, Encoder
@@ -112,15 +113,36 @@ def build_network(class_name: str, config: Mapping[str, Any], state: Mapping[str
         )
     _check_settings(class_name, config, len(state))
     try:
-        # On the meta device a network takes no memory, however large its settings make it.
-        # Memory is used only for the weights that the file has.
-        with torch.device("meta"):
+        # However large its settings make it, the network takes no memory: that is used only for the
+        # weights that the file has.
+        with _WithoutValues():
             net = NETWORKS[class_name](**config)
     except (TypeError, ValueError, RuntimeError, ArithmeticError, IndexError) as error:
         raise CheckpointError(f"its settings do not make a {class_name}: {error}") from error
     _check_weights(net.state_dict(), state)
     net.load_state_dict({name: _aligned(value) for name, value in state.items()}, assign=True)
     return net.eval().requires_grad_(False)
+
+
+_FACTORIES = (torch.empty, torch.ones, torch.rand, torch.randn, torch.zeros)
+_SCALED = (Tensor.mul, Tensor.div)
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Inside, networks are made with the shapes of their weights only, which take no memory.
+
+    These are tensors of the meta device. `torch.device("meta")` would do the same, but for draws
+    and products its kernels are written in Python: they import torch._dynamo and sympy first, which
+    takes longer than all the rest of loading.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _FACTORIES:
+            return torch.empty(*args, dtype=kwargs.get("dtype"), device="meta")
+        if func in _SCALED and args[0].is_meta and not isinstance(args[1], Tensor):
+            return args[0]
+        return func(*args, **kwargs)
 
 
 def _aligned(value: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -137,6 +138,24 @@ def test_shipped_presets_load_offline(name: str) -> None:
     if PRESETS[name].gnet:
         gnet = erk_guid.load(PRESETS[name].gnet or "")
         assert gnet.net.img_resolution == 32
+
+
+def test_loading_imports_no_compiler() -> None:
+    # torch._dynamo and sympy take longer to import than all the rest of loading; some operations on
+    # tensors without memory import them.
+    sources = [
+        "digits",
+        *(str(DATA / f"{n}.pkl") for n in ("edm2_cond", "edm_ncsnpp", "edm_ddpmpp")),
+    ]
+    code = (
+        "import sys, erk_guid\n"
+        f"for source in {sources!r}:\n"
+        "    net = erk_guid.load(source).net\n"
+        "    assert all(t.device.type == 'cpu' for t in net.state_dict().values()), source\n"
+        "print('sympy' in sys.modules, 'torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "False"], done.stderr
 
 
 def test_unconditional_sources() -> None:
