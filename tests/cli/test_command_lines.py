@@ -55,12 +55,12 @@ def test_the_list_says_what_the_commands_say() -> None:
         command = main.get_command(context, name)
         assert command is not None
         assert command.get_short_help_str(limit=200) == said
-    unknown = CliRunner().invoke(main, ["generat"])
+    unknown = CliRunner().invoke(main, ["paint"])
     assert unknown.exit_code == 2
-    assert "No such command 'generat'" in unknown.output
+    assert "No such command 'paint'" in unknown.output
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], ["generat"], []])
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["paint"], []])
 def test_the_list_of_commands_needs_no_torch(args: list[str]) -> None:
     # Importing torch takes seconds.
     program = (
