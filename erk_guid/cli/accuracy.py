@@ -27,12 +27,12 @@ MOST = 10_000
 """Largest number of evaluations of a run."""
 NETWORK_OPTIONS = (
     "gnet", "guidance", "guidance_interval", "class_idx", "fine", "batch",
-    "sigma_min", "sigma_max", "device", "dtype", "trust_pickle",
+    "sigma_min", "sigma_max", "device", "dtype", "precision", "trust_pickle",
 )  # fmt: skip
 """Options that an exact problem does not use."""
 RECORDED = (
     "net_sha256", "gnet_sha256", "guidance", "guidance_interval", "class", "sigma_min",
-    "sigma_max", "dtype", "device",
+    "sigma_max", "dtype", "precision", "device",
 )  # fmt: skip
 
 
@@ -100,7 +100,7 @@ RECORDED = (
     show_default=True,
     help="Evaluations of the fine solution, used as the exact one.",
 )
-@chosen_options("batch", "sigma_min", "sigma_max", "device", "dtype", "trust_pickle")
+@chosen_options("batch", "sigma_min", "sigma_max", "device", "dtype", "precision", "trust_pickle")
 @click.option(
     "--outdir",
     type=click.Path(file_okay=False, path_type=Path),
@@ -131,6 +131,7 @@ def accuracy_command(
     sigma_max: float,
     device: str | None,
     dtype: str,
+    precision: str | None,
     trust_pickle: bool,
     outdir: Path,
 ) -> None:
@@ -224,7 +225,7 @@ def accuracy_command(
     else:
         config = GenerationConfig(
             **fields, batch=batch, sigma_min=sigma_min, sigma_max=sigma_max, dtype=dtype,
-            device=device, trust_pickle=trust_pickle,
+            device=device, precision=precision, trust_pickle=trust_pickle,
         )  # fmt: skip
         models = config.open(config.choose_device(), ProcessGroup(), decoding=False)
         numbers = seeds or list(range(num or 32))

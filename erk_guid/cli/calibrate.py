@@ -63,7 +63,7 @@ NETWORK = ("net", "gnet", "guidance")
     show_default=True,
     help="Seeds of the images; at least 4. Better not those that will be scored.",
 )
-@chosen_options("batch", "device", "dtype", "trust_pickle")
+@chosen_options("batch", "device", "dtype", "precision", "trust_pickle")
 @click.option(
     "--outdir",
     type=click.Path(file_okay=False, path_type=Path),
@@ -153,6 +153,7 @@ def calibrate_command(
             "net": config.net, "net_sha256": models.loaded.fingerprint, "gnet": config.gnet,
             "guidance": config.guidance, "guidance_interval": config.guidance_interval,
             "class": config.class_idx, "dtype": config.dtype,
+        "precision": config.precision,
             "seeds": compact(seeds), "objective": objective, "error": chosen.error,
             "ratio": chosen.ratio, "ratio_error": chosen.ratio_error,
             "reference_error": found.reference_error, "evaluations": found.nfe,

@@ -78,7 +78,7 @@ TOO_COARSE = 0.1
     help="Images drawn to samples.png: before, fitted, and the fine solution; 0 draws none, and "
     "needs no VAE.",
 )
-@chosen_options("batch", "device", "dtype", "trust_pickle")
+@chosen_options("batch", "device", "dtype", "precision", "trust_pickle")
 @click.option(
     "--outdir",
     type=click.Path(file_okay=False, path_type=Path),
@@ -166,7 +166,8 @@ def fit_command(
     record = {
         "net": config.net, "net_sha256": models.loaded.fingerprint, "gnet": config.gnet,
         "guidance": config.guidance, "guidance_interval": config.guidance_interval,
-        "class": config.class_idx, "dtype": config.dtype, "seeds": compact(seeds),
+        "class": config.class_idx, "dtype": config.dtype,
+        "precision": config.precision, "seeds": compact(seeds),
     }  # fmt: skip
     journal = outdir / "journal"
     with tqdm(desc="Network evaluations", unit="image", file=sys.stderr, smoothing=0.05) as bar:

@@ -18,6 +18,7 @@ from erk_guid.guidance import (
     FORMS,
     ERKGuidance,
 )
+from erk_guid.models.checkpoints.loading import PRECISIONS
 from erk_guid.models.encoders import GENERATION_VAE_BATCH
 from erk_guid.schedules import SCHEDULES
 from erk_guid.solvers import SOLVERS, names_of_solvers
@@ -220,6 +221,12 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         default=JOB.dtype,
         show_default=True,
         help="Precision of the sampling loop.",
+    ),
+    "precision": click.option(
+        "--precision",
+        type=click.Choice(list(PRECISIONS)),
+        help="What the networks compute in; the sampling loop keeps --dtype. float16 is for CUDA."
+        "  [default: what the file asks for]",
     ),
     "encoder_batch": click.option(
         "--encoder-batch",

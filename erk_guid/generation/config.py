@@ -19,6 +19,7 @@ from erk_guid.guidance import ERKGuidance, Guidance, ParameterFreeGuidance, sett
 from erk_guid.models.checkpoints import Checkpoint, load
 from erk_guid.models.checkpoints.loading import locate
 from erk_guid.models.encoders import GENERATION_VAE_BATCH, PIXELS, Encoder, StabilityVAEEncoder
+from erk_guid.models.networks import Unconditional
 from erk_guid.schedules import RHO, SIGMA_MAX, SIGMA_MIN
 from erk_guid.solvers import Heun, Modal, Solver, name_of, options_of, record_of
 
@@ -91,6 +92,7 @@ class GenerationConfig:
     encoder_batch: int | None = None
     vae: str | None = None
     trust_pickle: bool = False
+    precision: str | None = None
 
     @property
     def sampler_options(self) -> dict[str, Any]:
@@ -119,6 +121,7 @@ class GenerationConfig:
             **_spelled(self.erk),
             **record_of(self.solver),
             "dtype": self.dtype,
+            "precision": self.precision,
             "class": self.class_idx,
             **sampling_rules(
                 modal=isinstance(self.solver, Modal),
@@ -144,6 +147,8 @@ class GenerationConfig:
         if self.guidance_interval is not None:
             low, high = self.guidance_interval
             parts.append(f"guidance where {low:g} < sigma <= {high:g}")
+        if self.precision is not None:
+            parts.append(f"network in {self.precision}")
         if self.gnet and self.guidance != 1:
             parts.append(f"guiding model {self.gnet}")
         return ", ".join([*parts, f"erk_guid {__version__}"])
@@ -207,7 +212,7 @@ class GenerationConfig:
                 locate(source)
 
     def _load(self, source: str, device: torch.device) -> Checkpoint:
-        return load(source, device=device, trust=self.trust_pickle)
+        return load(source, device=device, trust=self.trust_pickle, precision=self.precision)
 
     def _encoder(self, loaded: Checkpoint) -> Encoder:
         """Return the file's encoder, with the config's VAE settings applied."""
@@ -244,12 +249,20 @@ class Models:
             **self.config.sampler_options,
         }
 
+    @property
+    def _precision(self) -> str | None:
+        """What the network was told to compute in, which need not be what was asked for."""
+        net = self.loaded.net
+        dtype = getattr(net.net if isinstance(net, Unconditional) else net, "precision", None)
+        return None if dtype is None else str(dtype).removeprefix("torch.")
+
     def record(self) -> dict[str, Any]:
         """Return what the images depend on, in JSON's types (reads the files to hash them)."""
         return {
             "net_sha256": self.loaded.fingerprint,
             "gnet_sha256": self.guide.fingerprint if self.guide else None,
             **self.config.record(),
+            "precision": self._precision,
             "trust_pickle": "trusted" in self.loaded.format,
             "encoder": {
                 "class": type(self.encoder).__name__,

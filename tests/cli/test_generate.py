@@ -49,7 +49,7 @@ def test_every_option_and_its_default() -> None:
         "--predict_x0": None, "--variant": None, "--lower_order_final": None, "--threshold": None,
         "--eta": None,
         "--schedule": "polynomial", "--afs": False, "--denoise-to-zero": True,
-        "--device": None, "--dtype": "float32", "--resume": False,
+        "--device": None, "--dtype": "float32", "--precision": None, "--resume": False,
         "--guidance-interval": None, "--encoder-batch": None, "--vae": None,
         "--trace": None, "--grid": None,
         "--trust-pickle": False,
@@ -164,6 +164,18 @@ def test_noise_belongs_to_the_seed(tmp_path: Path) -> None:
         assert np.abs(pixels("a", 5) - np.asarray(image).astype(int)).max() > 20
 
 
+def test_precision_is_recorded_as_it_was_used(tmp_path: Path) -> None:
+    args = ["--preset", "digits-guid", "--steps", 3, "--seeds", 1, "--device", "cpu"]
+    for precision, used in (("bfloat16", "bfloat16"), ("float16", "float32")):
+        made = generate(*args, "--precision", precision, "--outdir", tmp_path / precision)
+        assert made.exit_code == 0, made.output
+        assert ("float16 is for CUDA" in made.output) == (precision == "float16")
+        record = json.loads((tmp_path / precision / "run.json").read_text())["settings"]
+        assert record["precision"] == used
+        with Image.open(tmp_path / precision / "000001.png") as image:
+            assert f"network in {precision}" in image.info["parameters"]
+
+
 def test_noise_in_a_file_of_settings(tmp_path: Path) -> None:
     settings = {
         "erk_guid_settings": 1, "w_stiff": 0.0, "w_con": 0.5,
@@ -230,6 +242,7 @@ def test_resume_with_more_seeds_extends_the_run(tmp_path: Path) -> None:
         (["--net", COND], "net_sha256 was '"),
         (["--subdirs"], "subdirs was False, now True"),
         (["--solver", "euler", "--eta", 0.5], "eta was None, now 0.5"),
+        (["--precision", "bfloat16"], "precision was None, now 'bfloat16'"),
         (["--preset", "digits-guid"], "guidance was 1.0, now 1.5"),
     ],
 )

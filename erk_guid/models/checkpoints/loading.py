@@ -15,6 +15,7 @@ from torch import nn
 
 from erk_guid.common.errors import CheckpointError, ErkGuidError, printable
 from erk_guid.common.files import sha256_of
+from erk_guid.models.checkpoints.build import NETWORKS
 from erk_guid.models.checkpoints.download import download, is_url
 from erk_guid.models.checkpoints.folder import fetch_from_hub, is_model, read_model, weights_in
 from erk_guid.models.checkpoints.native import has_header, read_native, save_network
@@ -24,6 +25,8 @@ from erk_guid.models.checkpoints.trusted import read_trusted
 from erk_guid.models.encoders import ENCODERS, Encoder, StandardRGBEncoder
 from erk_guid.models.networks import Network, Unconditional
 
+PRECISIONS = ("float32", "bfloat16", "float16")
+"""What networks can be told to compute in."""
 UNCONDITIONAL = "uncond:"
 """Prefix of a source whose class-conditional network is run without classes."""
 
@@ -68,6 +71,8 @@ def load(
     name_or_path_or_url: str | Path,
     device: torch.device | str | None = None,
     trust: bool = False,
+    *,
+    precision: str | None = None,
 ) -> Checkpoint:
     """Open a network: a preset's name, a `.pkl` or `.safetensors` file, or a URL of either.
 
@@ -81,15 +86,22 @@ def load(
         device: where to put it; None leaves it on the CPU.
         trust: run the code inside a `.pkl`, for networks whose class is not ours. Only for files
             from authors you trust.
+        precision: "float32", "bfloat16" or "float16": what the network computes in; its
+            weights are kept as the file has them. Float16 is for CUDA: elsewhere a line on stderr
+            says that it is float32. None is what the file asks for: float16 on CUDA for most
+            published ones.
 
     Raises:
+        ValueError: another precision.
         CheckpointError: the file is damaged, unsafe or of an unknown kind.
         ErkGuidError: there is no such preset or file, or it cannot be downloaded.
     """
     source = str(name_or_path_or_url)
     if source.startswith(UNCONDITIONAL):
-        loaded = load(source.removeprefix(UNCONDITIONAL), device, trust)
+        loaded = load(source.removeprefix(UNCONDITIONAL), device, trust, precision=precision)
         return replace(loaded, net=Unconditional(loaded.net), source=source, unconditional=True)
+    if precision is not None and precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     path = locate(source)
     try:
         loaded = _read(path, source, trust)
@@ -104,7 +116,25 @@ def load(
         reason = f"damaged ({type(error).__name__}: {error})"
         raise CheckpointError(f"{source}: {printable(reason)}") from error
     loaded.net.to(device or "cpu")
+    if precision is not None:
+        _set_precision(loaded.net, source, precision, torch.device(device or "cpu"))
     return replace(loaded, preset=PRESETS.get(source))
+
+
+def _set_precision(net: Any, source: str, precision: str, device: torch.device) -> None:
+    if not isinstance(net, tuple(NETWORKS.values())):
+        raise ErkGuidError(
+            f"{source}: a precision of {precision} cannot be asked of a network whose code is in "
+            "its file"
+        )
+    dtype: torch.dtype = getattr(torch, precision)
+    if dtype == torch.float16 and device.type != "cuda":
+        print(
+            f"float16 is for CUDA; on {device.type} {source} computes in float32", file=sys.stderr
+        )
+        dtype = torch.float32
+    ours: Any = net
+    ours.precision = dtype
 
 
 def locate(source: str) -> Path:

@@ -463,7 +463,10 @@ class EDMPrecond(nn.Module):
     Attributes:
         config: the constructor's arguments, JSON-compatible.
         sigma_min, sigma_max: range of sigma the network was made for, as far as its file says.
+        precision: dtype that the U-Net computes in; None is what the file asks for.
     """
+
+    precision: torch.dtype | None = None
 
     def __init__(
         self,

@@ -389,7 +389,10 @@ class Precond(nn.Module):
     Attributes:
         config: the constructor's arguments, JSON-compatible; ``Precond(**net.config)`` has
             the same shape.
+        precision: dtype that the U-Net computes in; None is what the file asks for.
     """
+
+    precision: torch.dtype | None = None
 
     def __init__(
         self,
@@ -432,7 +435,8 @@ class Precond(nn.Module):
 
         `class_labels` are one-hot rows [N, label_dim], or whole class numbers [N]; None means
         unconditional (a zero vector for a conditional network). Computes in float32; the U-Net
-        computes in float16 on CUDA if `use_fp16` is set and `force_fp32` is not. Returns float32
+        computes in `precision`, or if that is None in float16 on CUDA if `use_fp16` is set, and in
+        float32 if `force_fp32` is. Returns float32
         shaped like x; with `return_logvar` also u(sigma) (arXiv 2312.02696, eq. 21), shaped
         [N, 1, 1, 1] or [1, 1, 1, 1].
 
@@ -487,7 +491,7 @@ def preconditioned(
     """Apply EDM's preconditioning around a U-Net; return the denoised x, and c_noise [N] or [1].
 
     Args:
-        precond: has `label_dim`, `sigma_data` and `use_fp16`.
+        precond: has `label_dim`, `sigma_data`, `use_fp16` and `precision`.
         unet: called as ``unet(x, c_noise, labels)``.
     """
     x = x.to(torch.float32)
@@ -499,11 +503,14 @@ def preconditioned(
         else:
             given = torch.as_tensor(class_labels)
             labels = one_hot_rows(given, precond.label_dim, len(x)).to(x.device)
-    half = precond.use_fp16 and not force_fp32 and x.device.type == "cuda"
+    dtype = torch.float32
+    if not force_fp32:
+        published = precond.use_fp16 and x.device.type == "cuda"
+        dtype = precond.precision or (torch.float16 if published else torch.float32)
 
     total = sigma**2 + precond.sigma_data**2
     c_noise = sigma.flatten().log() / 4
-    x_in = (x / total.sqrt()).to(torch.float16 if half else torch.float32)
+    x_in = (x / total.sqrt()).to(dtype)
     out = unet(x_in, c_noise, labels).to(torch.float32)
     denoised = (precond.sigma_data**2 / total) * x
     return denoised + (sigma * precond.sigma_data / total.sqrt()) * out, c_noise

@@ -140,6 +140,37 @@ def test_shipped_presets_load_offline(name: str) -> None:
         assert gnet.net.img_resolution == 32
 
 
+@pytest.mark.parametrize("name", ["edm2_cond", "edm_ddpmpp", "edm_ncsnpp"])
+def test_precision(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    # float32 is the published programs' own (the golden numbers); bfloat16 has 8 bits.
+    source = DATA / f"{name}.pkl"
+    nets = {p: erk_guid.load(source, precision=p).net for p in (None, "float32", "bfloat16")}
+    net = nets[None]
+    assert net is not None
+    x = torch.randn(2, net.img_channels, net.img_resolution, net.img_resolution)
+    labels = torch.eye(net.label_dim)[:2] if net.label_dim else None
+    seen: list[torch.dtype] = []
+    for layer in nets["bfloat16"].modules():  # type: ignore[attr-defined]
+        layer.register_forward_hook(
+            lambda m, args, out: seen.append(out.dtype) if isinstance(out, torch.Tensor) else None
+        )
+    found = {p: each(2 * x, torch.tensor(2.0), labels) for p, each in nets.items()}
+    assert torch.equal(found[None], found["float32"])
+    assert all(out.dtype == torch.float32 for out in found.values())
+    assert torch.bfloat16 in seen
+    skip = 2 * x * 0.5**2 / (2.0**2 + 0.5**2)  # what goes past the network
+    error = relative(found["bfloat16"] - skip, found[None] - skip)
+    assert 1e-5 < error < 0.1, error
+    # The caller's force_fp32 is stronger, as in EDM2.
+    forced = nets["bfloat16"](2 * x, torch.tensor(2.0), labels, force_fp32=True)
+    assert torch.equal(forced, found[None])
+    half = erk_guid.load(source, precision="float16").net
+    assert "float16 is for CUDA; on cpu" in capsys.readouterr().err
+    assert torch.equal(half(2 * x, torch.tensor(2.0), labels), found[None])
+    with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, float16"):
+        erk_guid.load(source, precision="int8")
+
+
 def test_loading_imports_no_compiler() -> None:
     # torch._dynamo and sympy take longer to import than all the rest of loading; some operations on
     # tensors without memory import them.
