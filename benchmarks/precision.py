@@ -82,7 +82,8 @@ def main(rounds: int, device: str | None) -> None:
             low = images(digits, dtype, noise, labels, 12)
             print(
                 f"digits, {dtype}, 12 evaluations: {apart(low, whole):.3f} from the float32 "
-                f"images; from the fine solution {apart(low, fine):.3f}, float32 {apart(whole, fine):.3f}",
+                f"images; from the fine solution {apart(low, fine):.3f}, float32 "
+                f"{apart(whole, fine):.3f}",
                 flush=True,
             )
             for batch in (1, 4, 8):

@@ -45,6 +45,16 @@ def normalize(x: Tensor, dim: Sequence[int] | int | None = None, eps: float = 1e
     return x / norm.to(x.dtype)
 
 
+def layout(x: Tensor) -> torch.memory_format:
+    """Return the memory format in which convolutions of x are faster; one of x's own dimensions.
+
+    On a CPU with bfloat16 that is channels last: EDM2-XS takes 0.95 to 0.98 times as long, measured
+    in turn on two cores. With float32 nothing was gained.
+    """
+    last = x.ndim == 4 and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+    return torch.channels_last if last else torch.contiguous_format
+
+
 SILU_SCALE = 1 / 0.596
 """Makes SiLU magnitude-preserving (eq. 81): mp_silu(x) = SILU_SCALE silu(x)."""
 
@@ -176,7 +186,8 @@ class MPConv(nn.Module):
         # The quotient is a scalar in the gain's own dtype: published files store float16
         # gains, and their programs round it to float16.
         factor = gain / math.sqrt(self.weight[0].numel())
-        return (normalize(self.weight.float()) * (factor * scale)).to(dtype)
+        weight = (normalize(self.weight.float()) * (factor * scale)).to(dtype)
+        return weight.contiguous(memory_format=layout(weight))
 
     def train(self, mode: bool = True) -> MPConv:
         self._cached = None
@@ -511,6 +522,7 @@ def preconditioned(
     total = sigma**2 + precond.sigma_data**2
     c_noise = sigma.flatten().log() / 4
     x_in = (x / total.sqrt()).to(dtype)
+    x_in = x_in.contiguous(memory_format=layout(x_in))
     out = unet(x_in, c_noise, labels).to(torch.float32)
     denoised = (precond.sigma_data**2 / total) * x
     return denoised + (sigma * precond.sigma_data / total.sqrt()) * out, c_noise

@@ -158,6 +158,7 @@ def test_precision(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert torch.equal(found[None], found["float32"])
     assert all(out.dtype == torch.float32 for out in found.values())
     assert torch.bfloat16 in seen
+    assert all(out.is_contiguous() for out in found.values())
     skip = 2 * x * 0.5**2 / (2.0**2 + 0.5**2)  # what goes past the network
     error = relative(found["bfloat16"] - skip, found[None] - skip)
     assert 1e-5 < error < 0.1, error
