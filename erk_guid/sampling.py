@@ -174,7 +174,7 @@ def sample(
             step = solver.plan([sigma_hat, step.sigma_next])[0]
         analytic = afs and i == 0
         where = AnalyticFirst(denoiser, sigma_hat) if analytic else denoiser
-        if isinstance(step, NoisyStep) and step.spread > 0:
+        if solver.noisy and isinstance(step, NoisyStep) and step.spread > 0:
             result, memory = step(where, x, memory, randn_like(x))
         else:
             result, memory = step(where, x, memory)

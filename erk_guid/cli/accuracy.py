@@ -80,7 +80,7 @@ RECORDED = (
     "as_near_as",
     metavar="INT",
     type=click.IntRange(min=0),
-    default=32,
+    default=GenerationConfig.num_steps,
     show_default=True,
     help="Find how many evaluations each method takes to be as near as plain Heun with this many "
     "noise levels; 0 leaves that out, and takes about half the time.",
@@ -139,8 +139,9 @@ def accuracy_command(
 
     Every method starts from the same noise and gets the same number of network evaluations. The
     table shows the mean distance of its images (latents) to those of a fine solution. A second
-    table says how many evaluations, and seconds, each one takes to be as near as plain Heun with 32
-    noise levels. This measures fidelity to the ODE, not which images look better.
+    table says how many evaluations, and seconds, each one takes to be as near as plain Heun with
+    the number of noise levels that --as-near-as names. This measures fidelity to the ODE, not which
+    images look better.
 
     \b
     Examples:
@@ -255,7 +256,7 @@ def accuracy_command(
     written = "accuracy.csv, .md, .svg and .json"
     if as_near_as:
         heading = f"As near as Heun's {as_near_as} levels"
-        nearness = as_near(problem, chosen, table, as_near_as, showing(heading))
+        nearness = as_near(problem, chosen, table, steps=as_near_as, progress=showing(heading))
         click.echo(nearness.markdown())
         write_nearness(nearness, outdir)
         written += "; as-near.csv, .md and .svg"

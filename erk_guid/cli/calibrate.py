@@ -153,7 +153,7 @@ def calibrate_command(
             "net": config.net, "net_sha256": models.loaded.fingerprint, "gnet": config.gnet,
             "guidance": config.guidance, "guidance_interval": config.guidance_interval,
             "class": config.class_idx, "dtype": config.dtype,
-        "precision": config.precision,
+            "precision": models.used.precision,
             "seeds": compact(seeds), "objective": objective, "error": chosen.error,
             "ratio": chosen.ratio, "ratio_error": chosen.ratio_error,
             "reference_error": found.reference_error, "evaluations": found.nfe,

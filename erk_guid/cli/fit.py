@@ -167,7 +167,7 @@ def fit_command(
         "net": config.net, "net_sha256": models.loaded.fingerprint, "gnet": config.gnet,
         "guidance": config.guidance, "guidance_interval": config.guidance_interval,
         "class": config.class_idx, "dtype": config.dtype,
-        "precision": config.precision, "seeds": compact(seeds),
+        "precision": models.used.precision, "seeds": compact(seeds),
     }  # fmt: skip
     journal = outdir / "journal"
     with tqdm(desc="Network evaluations", unit="image", file=sys.stderr, smoothing=0.05) as bar:

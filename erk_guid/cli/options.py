@@ -21,14 +21,14 @@ from erk_guid.guidance import (
 from erk_guid.models.checkpoints.loading import PRECISIONS
 from erk_guid.models.encoders import GENERATION_VAE_BATCH
 from erk_guid.schedules import SCHEDULES
-from erk_guid.solvers import SOLVERS, names_of_solvers
+from erk_guid.solvers import SOLVERS, names_of_options, names_of_solvers
 
 F = TypeVar("F", bound=Callable[..., Any])
 FITTED = "fitted"
 """The schedule that stands for a settings file that ships with the package."""
 JOB = GenerationConfig  # these options' defaults are its field defaults
 GUIDANCE_HELP = described(ERKGuidance)
-SOLVER_OPTIONS = tuple(dict.fromkeys(f.name for kind in SOLVERS.values() for f in fields(kind)))  # type: ignore[arg-type]
+SOLVER_OPTIONS = tuple(names_of_options())
 
 
 def _options_of_solvers() -> dict[str, Callable[[Any], Any]]:

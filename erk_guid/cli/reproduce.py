@@ -161,6 +161,12 @@ def reproduce_command(
     twice = [row.id for row in rows if [r.id for r in rows].count(row.id) > 1]
     if twice:
         raise ErkGuidError(f"--settings: two files would both be the row {twice[0]}; rename one")
+    for name in ("w_stiff", "w_con"):
+        if fields[name] is not None and all(row.w_stiff is not None for row in rows):
+            raise ErkGuidError(
+                f"--{name} {fields[name]:g} has nothing to act on: it is for the guided rows of "
+                "table 4"
+            )
     job = Reproduction(rows=rows, **fields)
     job.check()
     if dry_run:

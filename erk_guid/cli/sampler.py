@@ -62,14 +62,14 @@ def config_fields(
             erk, options = _from_file(settings, options)
         else:
             erk = _erk(w_stiff, w_con, bound, gate, options["num_steps"], preset)
-        _check_levels(options)
+        levels = _checked_levels(options)
         name = options.pop("solver")
         solver = make_solver(name, **{o: options.pop(o, None) for o in SOLVER_OPTIONS})
         try:
             erk.check(solver)
         except ValueError as error:
             raise ValueError(f"--solver {name}: {error}") from error
-        _check_plan(solver, options)
+        solver.plan(levels)  # raises where options do not fit the levels
         churn = _churn(options, solver, erk)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
@@ -123,39 +123,30 @@ def preset_fields(preset: str | None, options: dict[str, Any]) -> dict[str, Any]
     return {**options, "guidance": strength}
 
 
-def _check_levels(options: dict[str, Any]) -> None:
-    schedule = options["schedule"]
+def _checked_levels(options: dict[str, Any]) -> list[float]:
+    """Return the noise levels of a run.
+
+    Raises:
+        ValueError: naming the option at fault.
+    """
+    schedule, to_zero = options["schedule"], options.get("denoise_to_zero", True)
     count = options["num_steps"] if isinstance(schedule, str) else len(schedule)
-    if count == 1 and not options.get("denoise_to_zero", True):
+    if count == 1 and not to_zero:
         raise ValueError("--no-denoise-to-zero needs two noise levels at least, got --steps 1")
     if isinstance(schedule, str):
         names = ("num_steps", "sigma_min", "sigma_max", "rho")
         values = [options[name] for name in names]
-        make_sigmas(schedule, *values)
+        levels: list[float] = make_sigmas(schedule, *values).tolist()
         if schedule == "polynomial":
             edm_sigmas(*values, dtype=getattr(torch, options.get("dtype", JOB.dtype)))
-        return
+        return levels if to_zero else levels[:-1]
     falling = all(a > b for a, b in pairwise([*schedule, 0.0]))
     if not falling or not all(math.isfinite(level) for level in schedule):
         raise ValueError(f"--schedule: noise levels must fall and stay above 0, got {schedule}")
     # These are not used any more, but the record should say what was done.
     options["num_steps"] = len(schedule)
     options["sigma_max"], options["sigma_min"] = schedule[0], schedule[-1]
-
-
-def _check_plan(solver: Solver, options: dict[str, Any]) -> None:
-    """Refuse options of a solver that do not fit the noise levels.
-
-    Raises:
-        ValueError: see `Solver.plan`.
-    """
-    schedule = options["schedule"]
-    if isinstance(schedule, str):
-        names = ("num_steps", "sigma_min", "sigma_max", "rho")
-        levels = make_sigmas(schedule, *(options[name] for name in names)).tolist()
-    else:
-        levels = [*schedule, 0.0]
-    solver.plan(levels if options.get("denoise_to_zero", True) else levels[:-1])
+    return [*schedule, 0.0] if to_zero else list(schedule)
 
 
 def _with_preset(name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -236,7 +227,7 @@ def _from_file(
         # Options it was made for are set; what it was measured on can only be reported.
         for name, what in (
             ("net", "network"), ("guidance", "strength of model guidance"),
-            ("guidance_interval", "interval of model guidance"),
+            ("guidance_interval", "interval of model guidance"), ("precision", "precision"),
         ):  # fmt: skip
             there = found.measured.get(name, options[name])
             there = tuple(there) if isinstance(there, list) else there

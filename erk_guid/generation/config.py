@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -250,19 +250,19 @@ class Models:
         }
 
     @property
-    def _precision(self) -> str | None:
-        """What the network was told to compute in, which need not be what was asked for."""
+    def used(self) -> GenerationConfig:
+        """The config with what the network computes in, where its device lacks what was asked."""
         net = self.loaded.net
         dtype = getattr(net.net if isinstance(net, Unconditional) else net, "precision", None)
-        return None if dtype is None else str(dtype).removeprefix("torch.")
+        precision = None if dtype is None else str(dtype).removeprefix("torch.")
+        return replace(self.config, precision=precision)
 
     def record(self) -> dict[str, Any]:
         """Return what the images depend on, in JSON's types (reads the files to hash them)."""
         return {
             "net_sha256": self.loaded.fingerprint,
             "gnet_sha256": self.guide.fingerprint if self.guide else None,
-            **self.config.record(),
-            "precision": self._precision,
+            **self.used.record(),
             "trust_pickle": "trusted" in self.loaded.format,
             "encoder": {
                 "class": type(self.encoder).__name__,

@@ -236,7 +236,7 @@ def _generate(
     share = sum(len(part) for part in batches.shares)
     bar.total = share
     bar.set_description("images" if group.world_size == 1 else f"rank 0 of {group.world_size}")
-    line = job.describe()
+    line = models.used.describe()
     pending: list[Future[None]] = []
     try:
         with bar, ThreadPoolExecutor(max_workers=4) as pool:

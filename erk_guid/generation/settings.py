@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from erk_guid.common.errors import ErkGuidError, printable
 from erk_guid.common.files import write_bytes
 from erk_guid.guidance import Guidance, make_guidance, settings_of
-from erk_guid.solvers import SOLVERS, Solver, make_solver
+from erk_guid.solvers import Solver, make_solver, names_of_options
 
 FORMAT = "erk_guid_settings"
 VERSION = 1
@@ -68,7 +68,7 @@ class Settings:
         Raises:
             ErkGuidError: there is no such solver, or a value is out of range.
         """
-        known = {field.name for kind in SOLVERS.values() for field in fields(kind)}  # type: ignore[arg-type]
+        known = names_of_options()
         options = {name: value for name, value in self.made_for.items() if name in known}
         try:
             return make_solver(self.made_for.get("solver", "heun"), **options)

@@ -191,7 +191,8 @@ def sample_modal(
 
     Args:
         eta: noise in each step, from 0 (none, the ODE) to 1 (the reverse SDE).
-        s_noise: standard deviation of that noise, as k-diffusion's ancestral samplers have it.
+        s_noise: standard deviation of that noise, as k-diffusion's ancestral samplers have it;
+            without `eta` it and `noise_sampler` have no part, as there.
         noise_sampler: ``noise_sampler(sigma, sigma_next)`` returns standard normal noise like x;
             by default `torch.randn_like`.
         order, response: see `Modal`; `erk_guid.fit` finds them for a model.

@@ -34,7 +34,7 @@ __all__ = [
     "DEIS", "DPM2", "IPNDM", "IPNDMV", "RES", "SOLVERS", "AnalyticFirst", "DPM2Step", "DPMpp",
     "Euler", "EulerStep", "Evaluation", "Heun", "HeunStep", "Memory", "Modal", "NoisyStep", "Pair",
     "Solver", "Step", "StepResult", "UniPC", "check_levels", "evaluate", "make_solver", "name_of",
-    "names_of_solvers", "options_of", "record_of", "same_as_recorded",
+    "names_of_options", "names_of_solvers", "options_of", "record_of", "same_as_recorded",
 ]  # fmt: skip
 
 SOLVERS: dict[str, type[Solver]] = {
@@ -55,6 +55,11 @@ SOLVERS: dict[str, type[Solver]] = {
 def _fields(solver: Solver | type[Solver]) -> tuple[Field[Any], ...]:
     """Return a solver's options; one that is no dataclass has none."""
     return fields(solver) if is_dataclass(solver) else ()
+
+
+def names_of_options() -> list[str]:
+    """Return the names of the options that one or more of the solvers have."""
+    return list(dict.fromkeys(field.name for kind in SOLVERS.values() for field in _fields(kind)))
 
 
 def make_solver(name: str, **options: object) -> Solver:
@@ -113,8 +118,9 @@ def record_of(solver: Solver) -> dict[str, object]:
 
     Options at their defaults, and those of other solvers, are None.
     """
-    every = [field.name for kind in SOLVERS.values() for field in _fields(kind)]
-    return {"solver": name_of(solver), **dict.fromkeys(every), **options_of(solver)}
+    return {
+        "solver": name_of(solver), **dict.fromkeys(names_of_options()), **options_of(solver),
+    }  # fmt: skip
 
 
 def names_of_solvers(

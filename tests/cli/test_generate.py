@@ -173,7 +173,7 @@ def test_precision_is_recorded_as_it_was_used(tmp_path: Path) -> None:
         record = json.loads((tmp_path / precision / "run.json").read_text())["settings"]
         assert record["precision"] == used
         with Image.open(tmp_path / precision / "000001.png") as image:
-            assert f"network in {precision}" in image.info["parameters"]
+            assert f"network in {used}" in image.info["parameters"]
 
 
 def test_noise_in_a_file_of_settings(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 A pipeline asks for the next sample after each call, and gets the predicted point. The next call
 brings the evaluation there. It corrects the step that led to the point, before the next point is
 predicted (`erk_guid.solvers.Modal`). With `eta`, noise is added to what it is given. If the
-incoming sample is not the one returned last
-(in-painting and callbacks edit it), the solver starts again from it.
+incoming sample is not the one returned last (in-painting and callbacks edit it), the solver starts
+again from it.
 """
 
 from __future__ import annotations

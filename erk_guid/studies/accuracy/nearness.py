@@ -18,9 +18,6 @@ from erk_guid.studies.accuracy.measuring import Error, Table, distances, error_o
 from erk_guid.studies.accuracy.methods import Method, OurMethod
 from erk_guid.studies.accuracy.problems import Problem
 
-STEPS = 32
-"""Steps of the plain Heun run that others are compared with: EDM2's default."""
-
 
 class Found(NamedTuple):
     """The shortest run of a method that is near enough."""
@@ -100,7 +97,8 @@ def as_near(
     problem: Problem,
     methods: Sequence[Method],
     table: Table | None = None,
-    steps: int = STEPS,
+    *,
+    steps: int,
     progress: Callable[[Iterable[Method]], Iterable[Method]] = lambda methods: methods,
 ) -> Nearness:
     """Find the shortest run of each method that is as near as plain Heun's.

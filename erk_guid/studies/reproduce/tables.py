@@ -277,9 +277,10 @@ def settings_row(path: Path, model: str | None) -> Row:
     options: dict[str, float | str] = {}
     if interval is not None:
         options["guidance-interval"] = "{:g},{:g}".format(*interval)
-    for name, kind in (("class", int), ("dtype", str)):
+    for name, kind in (("class", int), ("dtype", str), ("precision", str)):
         value = measured.get(name)
-        if isinstance(value, kind) and not isinstance(value, bool) and value != "float32":
+        usual = name == "dtype" and value == "float32"
+        if isinstance(value, kind) and not isinstance(value, bool) and not usual:
             options[name] = value
     solver, erk = found.solver(), found.guidance
     chosen = settings_of(erk)

@@ -178,6 +178,7 @@ def test_other_models_take_the_papers_place() -> None:
              "3-32-autog-plain"),
             "name one with --gnet",
         ),
+        (("--table", "2", "--w_stiff", "0.5"), "--w_stiff 0.5 has nothing to act on"),
         (("--table", "4"), "row 4-heun-erk: the paper's w_stiff and w_con are not known here"),
         (("--row", "2-8-plain", "--seeds", "1"), "1 images are too few"),
         (("--row", "2-8-plain", "--metrics", "fdi"), "unknown metric 'fdi'"),
