@@ -64,14 +64,14 @@ def tiny_network(name: str) -> Any:
     """Load one of EDM's (2022) networks in the size of tests/data, with random weights."""
     import erk_guid
 
-    return erk_guid.load(DATA / f"edm_{name}.pkl").net
+    return erk_guid.load(DATA / f"edm_{name}.pkl", freeze=False).net
 
 
 class _Persistent:
     """A module that is pickled, with its children, as the published programs' objects are."""
 
     def __init__(self, source: str, module: Any) -> None:
-        state = {**module.__dict__, "_cached": None, "_init_args": (), "_init_kwargs": {}}
+        state = {**module.__dict__, "_init_args": (), "_init_kwargs": {}}
         state["_modules"] = {name: _persistent(source, m) for name, m in module._modules.items()}
         if hasattr(module, "config"):
             state["_init_kwargs"] = dict(module.config)
@@ -381,7 +381,7 @@ def _check_edm2(program: str, cases: list[dict[str, Any]], path: Path, work: Pat
         )
     here = work / program
     for name in ("cond", "guide"):
-        net = erk_guid.load(DATA / f"edm2_{name}.pkl").net
+        net = erk_guid.load(DATA / f"edm2_{name}.pkl", freeze=False).net
         write_snapshot(here / f"{name}.pkl", net, EDM2_SOURCE)
     outs = {}
     for mode, checkout in (("theirs", path), ("ours", ROOT)):

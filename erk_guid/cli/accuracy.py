@@ -27,7 +27,7 @@ MOST = 10_000
 """Largest number of evaluations of a run."""
 NETWORK_OPTIONS = (
     "gnet", "guidance", "guidance_interval", "class_idx", "fine", "batch",
-    "sigma_min", "sigma_max", "device", "dtype", "precision", "trust_pickle",
+    "sigma_min", "sigma_max", "device", "dtype", "precision", "compile", "trust_pickle",
 )  # fmt: skip
 """Options that an exact problem does not use."""
 RECORDED = (
@@ -100,7 +100,9 @@ RECORDED = (
     show_default=True,
     help="Evaluations of the fine solution, used as the exact one.",
 )
-@chosen_options("batch", "sigma_min", "sigma_max", "device", "dtype", "precision", "trust_pickle")
+@chosen_options(
+    "batch", "sigma_min", "sigma_max", "device", "dtype", "precision", "compile", "trust_pickle"
+)
 @click.option(
     "--outdir",
     type=click.Path(file_okay=False, path_type=Path),
@@ -132,6 +134,7 @@ def accuracy_command(
     device: str | None,
     dtype: str,
     precision: str | None,
+    compile: bool,
     trust_pickle: bool,
     outdir: Path,
 ) -> None:
@@ -226,7 +229,8 @@ def accuracy_command(
     else:
         config = GenerationConfig(
             **fields, batch=batch, sigma_min=sigma_min, sigma_max=sigma_max, dtype=dtype,
-            device=device, precision=precision, trust_pickle=trust_pickle,
+            device=device, precision=precision, compile=compile,
+            trust_pickle=trust_pickle,
         )  # fmt: skip
         models = config.open(config.choose_device(), ProcessGroup(), decoding=False)
         numbers = seeds or list(range(num or 32))

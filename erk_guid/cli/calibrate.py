@@ -63,7 +63,7 @@ NETWORK = ("net", "gnet", "guidance")
     show_default=True,
     help="Seeds of the images; at least 4. Better not those that will be scored.",
 )
-@chosen_options("batch", "device", "dtype", "precision", "trust_pickle")
+@chosen_options("batch", "device", "dtype", "precision", "compile", "trust_pickle")
 @click.option(
     "--outdir",
     type=click.Path(file_okay=False, path_type=Path),

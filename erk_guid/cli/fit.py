@@ -78,7 +78,7 @@ TOO_COARSE = 0.1
     help="Images drawn to samples.png: before, fitted, and the fine solution; 0 draws none, and "
     "needs no VAE.",
 )
-@chosen_options("batch", "device", "dtype", "precision", "trust_pickle")
+@chosen_options("batch", "device", "dtype", "precision", "compile", "trust_pickle")
 @click.option(
     "--outdir",
     type=click.Path(file_okay=False, path_type=Path),

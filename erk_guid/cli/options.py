@@ -228,6 +228,13 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         help="What the networks compute in; the sampling loop keeps --dtype. float16 is for CUDA."
         "  [default: what the file asks for]",
     ),
+    "compile": click.option(
+        "--compile",
+        is_flag=True,
+        help="Compile the networks with torch.compile; for long runs on a GPU. It takes about a "
+        "minute for each network, and again for a last batch of another size. On a CPU it makes "
+        "nothing faster.",
+    ),
     "encoder_batch": click.option(
         "--encoder-batch",
         metavar="INT",

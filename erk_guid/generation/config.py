@@ -93,6 +93,7 @@ class GenerationConfig:
     vae: str | None = None
     trust_pickle: bool = False
     precision: str | None = None
+    compile: bool = False
 
     @property
     def sampler_options(self) -> dict[str, Any]:
@@ -212,7 +213,10 @@ class GenerationConfig:
                 locate(source)
 
     def _load(self, source: str, device: torch.device) -> Checkpoint:
-        return load(source, device=device, trust=self.trust_pickle, precision=self.precision)
+        return load(
+            source, device=device, trust=self.trust_pickle, precision=self.precision,
+            compile=self.compile,
+        )  # fmt: skip
 
     def _encoder(self, loaded: Checkpoint) -> Encoder:
         """Return the file's encoder, with the config's VAE settings applied."""

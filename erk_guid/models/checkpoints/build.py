@@ -236,6 +236,8 @@ def describe_network(net: nn.Module) -> dict[str, Any]:
 
 
 def _describe(thing: Any, known: Mapping[str, Any]) -> dict[str, Any]:
+    if getattr(thing, "frozen_in", None) is not None:
+        raise ErkGuidError("a frozen network cannot be saved; load it with freeze=False")
     for name, cls in known.items():
         if type(thing) is cls:
             return {"class": name, "config": thing.config}

@@ -24,6 +24,9 @@ from erk_guid.models.checkpoints.snapshot import read_snapshot
 from erk_guid.models.checkpoints.trusted import read_trusted
 from erk_guid.models.encoders import ENCODERS, Encoder, StandardRGBEncoder
 from erk_guid.models.networks import Network, Unconditional
+from erk_guid.models.networks.compiling import can_compile
+from erk_guid.models.networks.precond import Preconditioned
+from erk_guid.models.networks.precond import freeze as frozen
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 """What networks can be told to compute in."""
@@ -73,6 +76,8 @@ def load(
     trust: bool = False,
     *,
     precision: str | None = None,
+    compile: bool = False,
+    freeze: bool = True,
 ) -> Checkpoint:
     """Open a network: a preset's name, a `.pkl` or `.safetensors` file, or a URL of either.
 
@@ -86,10 +91,14 @@ def load(
         device: where to put it; None leaves it on the CPU.
         trust: run the code inside a `.pkl`, for networks whose class is not ours. Only for files
             from authors you trust.
-        precision: "float32", "bfloat16" or "float16": what the network computes in; its
-            weights are kept as the file has them. Float16 is for CUDA: elsewhere a line on stderr
-            says that it is float32. None is what the file asks for: float16 on CUDA for most
-            published ones.
+        precision: "float32", "bfloat16" or "float16": what the network computes in. Float16 is
+            for CUDA: elsewhere a line on stderr says that it is float32. None is what the file asks
+            for: float16 on CUDA for most published ones.
+        compile: compile the network with `torch.compile`, when it is first called. Where that does
+            not work (on a CPU it needs a C++ compiler) a line on stderr says so, and it is not done.
+        freeze: return the inference form of our own networks, see `erk_guid.models.freeze`. With
+            False the network can be trained and saved, and has the file's own weights in their own
+            dtypes; it is slower.
 
     Raises:
         ValueError: another precision.
@@ -98,7 +107,10 @@ def load(
     """
     source = str(name_or_path_or_url)
     if source.startswith(UNCONDITIONAL):
-        loaded = load(source.removeprefix(UNCONDITIONAL), device, trust, precision=precision)
+        loaded = load(
+            source.removeprefix(UNCONDITIONAL), device, trust,
+            precision=precision, compile=compile, freeze=freeze,
+        )  # fmt: skip
         return replace(loaded, net=Unconditional(loaded.net), source=source, unconditional=True)
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -118,6 +130,11 @@ def load(
     loaded.net.to(device or "cpu")
     if precision is not None:
         _set_precision(loaded.net, source, precision, torch.device(device or "cpu"))
+    if freeze and isinstance(loaded.net, Preconditioned):
+        frozen(loaded.net, inplace=True)
+    if compile and can_compile(torch.device(device or "cpu")):
+        assert isinstance(loaded.net, nn.Module)
+        loaded.net.compile()
     return replace(loaded, preset=PRESETS.get(source))
 
 
@@ -128,10 +145,14 @@ def _set_precision(net: Any, source: str, precision: str, device: torch.device) 
             "its file"
         )
     dtype: torch.dtype = getattr(torch, precision)
-    if dtype == torch.float16 and device.type != "cuda":
-        print(
-            f"float16 is for CUDA; on {device.type} {source} computes in float32", file=sys.stderr
-        )
+    lacking = {
+        torch.float16: device.type != "cuda" and "float16 is for CUDA",
+        torch.bfloat16: device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+        and "bfloat16 needs a GPU of the Ampere generation or later",
+    }.get(dtype)
+    if lacking:
+        print(f"{lacking}; on {device} {source} computes in float32", file=sys.stderr)
         dtype = torch.float32
     ours: Any = net
     ours.precision = dtype
@@ -220,7 +241,7 @@ def convert(source: str | Path, dest: str | Path) -> Checkpoint:
     Raises:
         ErkGuidError: as `load`; or the file cannot be written.
     """
-    loaded = load(source)
+    loaded = load(source, freeze=False)
     assert isinstance(loaded.net, nn.Module)
     try:
         # The file's name only: its folder is private.

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from erk_guid.models.networks.edm2 import preconditioned
+from erk_guid.models.networks.frozen import Freezable, FrozenConv, constant
+from erk_guid.models.networks.precond import Preconditioned
 
 
 class Linear(nn.Module):
@@ -31,7 +32,7 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
-class Conv2d(nn.Module):
+class Conv2d(Freezable):
     """Convolution that may also halve or double the resolution.
 
     Args:
@@ -98,8 +99,15 @@ class Conv2d(nn.Module):
     def _biased(self, x: Tensor) -> Tensor:
         return x if self.bias is None else x + self.bias.to(x.dtype)[:, None, None]
 
+    def frozen(self, dtype: torch.dtype, gain: Tensor | None) -> Freezable:
+        if self.weight is not None and self.resample_filter is None:
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return FrozenConv(self.weight.to(dtype), bias)
+        self.weight, self.bias = constant(self.weight, dtype), constant(self.bias, dtype)
+        return self
 
-class GroupNorm(nn.Module):
+
+class GroupNorm(Freezable):
     """Group normalization with at least four channels a group, at most 32 groups."""
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
@@ -111,6 +119,10 @@ class GroupNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         return F.group_norm(x, self.groups, weight, bias, self.eps)
+
+    def frozen(self, dtype: torch.dtype, gain: Tensor | None) -> GroupNorm:
+        self.weight, self.bias = constant(self.weight, dtype), constant(self.bias, dtype)
+        return self
 
 
 class Block(nn.Module):
@@ -455,18 +467,15 @@ def _drop(labels: Tensor, share: float, training: bool) -> Tensor:
 MODELS: dict[str, type[nn.Module]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 
 
-class EDMPrecond(nn.Module):
+class EDMPrecond(Preconditioned):
     """The denoiser D(x; sigma) around one of the U-Nets (Karras et al. 2022, table 1, "EDM").
 
     Parameters not named here are passed to the U-Net of type `model_type`.
 
     Attributes:
-        config: the constructor's arguments, JSON-compatible.
         sigma_min, sigma_max: range of sigma the network was made for, as far as its file says.
-        precision: dtype that the U-Net computes in; None is what the file asks for.
+            For the others see `Preconditioned`.
     """
-
-    precision: torch.dtype | None = None
 
     def __init__(
         self,
@@ -503,6 +512,10 @@ class EDMPrecond(nn.Module):
             img_resolution, img_channels, img_channels, label_dim, **model_options
         )
 
+    @property
+    def inner(self) -> nn.Module:
+        return self.model
+
     def forward(
         self,
         x: Tensor,
@@ -511,5 +524,5 @@ class EDMPrecond(nn.Module):
         force_fp32: bool = False,
     ) -> Tensor:
         """Denoise `x` [N, C, H, W] at noise level `sigma` (a scalar or [N]); see `Precond`."""
-        denoised, _ = preconditioned(self, self.model, x, sigma, class_labels, force_fp32)
+        denoised, _ = self.denoised(x, sigma, class_labels, force_fp32)
         return denoised

@@ -4,9 +4,8 @@ Written from Karras et al. 2024, "Analyzing and Improving the Training Dynamics 
 Diffusion Models" (arXiv 2312.02696), figure 21 and the equations named below. The
 parameter names are those of the published checkpoints, so that their state dicts load.
 
-Inference is faster than in a plain transcription. The *effective* weight of a layer (normalized,
-scaled by its gain) is constant after training, so it is computed once and kept (`MPConv`).
-Attention runs through `scaled_dot_product_attention`.
+The *effective* weight of a layer (normalized, scaled by its gain) is constant after training; a
+frozen network holds it (`freeze`). Attention runs through `scaled_dot_product_attention`.
 """
 
 from __future__ import annotations
@@ -14,11 +13,21 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from erk_guid.models.networks.frozen import (
+    Freezable,
+    FrozenConv,
+    HasGains,
+    laid_out,
+    layout,
+    may_overwrite,
+)
+from erk_guid.models.networks.precond import Preconditioned
 
 Flavor = Literal["enc", "dec"]
 Resampling = Literal["keep", "up", "down"]
@@ -45,16 +54,6 @@ def normalize(x: Tensor, dim: Sequence[int] | int | None = None, eps: float = 1e
     return x / norm.to(x.dtype)
 
 
-def layout(x: Tensor) -> torch.memory_format:
-    """Return the memory format in which convolutions of x are faster; one of x's own dimensions.
-
-    On a CPU with bfloat16 that is channels last: EDM2-XS takes 0.95 to 0.98 times as long, measured
-    in turn on two cores. With float32 nothing was gained.
-    """
-    last = x.ndim == 4 and x.dtype == torch.bfloat16 and x.device.type == "cpu"
-    return torch.channels_last if last else torch.contiguous_format
-
-
 SILU_SCALE = 1 / 0.596
 """Makes SiLU magnitude-preserving (eq. 81): mp_silu(x) = SILU_SCALE silu(x)."""
 
@@ -68,6 +67,23 @@ def sum_weights(t: float) -> tuple[float, float]:
     """Return the weights of a and b in the magnitude-preserving sum mp_sum(a, b, t) (eq. 88)."""
     norm = math.sqrt((1 - t) ** 2 + t**2)
     return (1 - t) / norm, t / norm
+
+
+def scaled_silu(y: Tensor, scale: Tensor) -> Tensor:
+    """Return silu(y scale); y may be overwritten."""
+    if may_overwrite(y) and may_overwrite(scale):
+        return F.silu(y.mul_(scale), inplace=True)
+    return F.silu(y * scale)
+
+
+def added(y: Tensor, x: Tensor, weight: float) -> Tensor:
+    """Return y + weight x; y may be overwritten."""
+    return y.add_(x, alpha=weight) if may_overwrite(y) else torch.add(y, x, alpha=weight)
+
+
+def clipped(x: Tensor, limit: float) -> Tensor:
+    """Return x, limited to [-limit, limit]; x may be overwritten."""
+    return x.clamp_(-limit, limit) if may_overwrite(x) else x.clamp(-limit, limit)
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
@@ -95,6 +111,8 @@ def resample(x: Tensor, f: Sequence[float] = (1, 1), mode: Resampling = "keep") 
     """Halve or double the resolution of `x` [N, C, H, W] with the separable filter `f`."""
     if mode == "keep":
         return x
+    if tuple(f) == (1, 1):  # as in all published networks: the same, by kernels of their own
+        return F.avg_pool2d(x, 2) if mode == "down" else F.interpolate(x, scale_factor=2.0)
     # Doubling spreads each pixel over four, so the kernel must sum to four to keep magnitudes.
     kernel = _resampling_kernel(tuple(f), 4.0 if mode == "up" else 1.0, x.dtype, x.device)
     channels, pad = x.shape[1], (len(f) - 1) // 2
@@ -121,87 +139,43 @@ class MPFourier(nn.Module):
         return angles.cos() * math.sqrt(2)
 
 
-class _CachedWeight:
-    """An effective weight together with what it was computed from."""
-
-    __slots__ = ("key", "value")
-
-    def __init__(self, key: tuple[Any, ...], value: Tensor) -> None:
-        self.key = key
-        self.value = value
-
-
-class MPConv(nn.Module):
+class MPConv(Freezable):
     """Magnitude-preserving convolution or linear layer (eq. 47, 66); no bias.
 
     The stored `weight` [cout, cin, *kernel] is used through its *effective* value,
-    ``normalize(weight) * gain / sqrt(fan_in)``. In training mode the stored weight is first
-    replaced by its normalized value (forced weight normalization).
+    ``normalize(weight) * gain * scale / sqrt(fan_in)``, computed at every call. In training mode
+    the stored weight is first replaced by its normalized value (forced weight normalization).
+    Its frozen form holds the effective value.
 
-    In evaluation mode, when no gradient of the weight is wanted, the effective weight is
-    computed once and reused. Every call compares what it was computed from: the parameters'
-    identity, storage and version counter, and the requested dtype. So loading, moving, casting
-    and editing in place all lead to a new one. PyTorch does not report one kind of edit, an
-    in-place write through ``weight.data``: call ``train()`` or ``eval()`` after it.
+    Args:
+        scale: a constant factor of the result, such as that of the activation before it.
     """
 
-    def __init__(self, cin: int, cout: int, kernel: Sequence[int]) -> None:
+    def __init__(self, cin: int, cout: int, kernel: Sequence[int], scale: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(cout, cin, *kernel))
-        self._cached: _CachedWeight | None = None
+        self.scale = scale
 
-    def forward(self, x: Tensor, gain: Tensor | float = 1.0, scale: float = 1.0) -> Tensor:
-        """Convolve [N, cin, H, W], or map [N, cin]; the result is multiplied by `scale`."""
-        w = self.effective_weight(x.dtype, gain, scale)
-        if w.ndim == 2:
-            return x @ w.t()
-        return F.conv2d(x, w, padding=w.shape[-1] // 2)
-
-    def effective_weight(
-        self, dtype: torch.dtype, gain: Tensor | float = 1.0, scale: float = 1.0
-    ) -> Tensor:
-        """Return the weight that `forward` uses, in `dtype`."""
+    def forward(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
+        """Convolve [N, cin, H, W], or map [N, cin]; the result is multiplied by `gain`."""
         if self.training:
             with torch.no_grad():
                 self.weight.copy_(normalize(self.weight))
-            return self._compute(dtype, gain, scale)
-        sources = [self.weight, gain] if isinstance(gain, Tensor) else [self.weight]
-        wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in sources)
-        # Tensors made in inference mode have no version counter, so an edit would not be noticed.
-        if wants_grad or any(t.is_inference() for t in sources) or torch.compiler.is_compiling():
-            return self._compute(dtype, gain, scale)
-        key = (
-            dtype,
-            scale,
-            gain if not isinstance(gain, Tensor) else None,
-            *((id(t), t.data_ptr(), t._version, t.dtype) for t in sources),
-        )
-        if self._cached is None or self._cached.key != key:
-            # A normal tensor even inside inference_mode: a backward pass may use it later.
-            with torch.inference_mode(False), torch.no_grad():
-                self._cached = _CachedWeight(key, self._compute(dtype, gain, scale))
-        return self._cached.value
+        w = self.effective_weight(gain).to(x.dtype)
+        if w.ndim == 2:
+            return x @ w.t()
+        return F.conv2d(x, laid_out(w), padding=w.shape[-1] // 2)
 
-    def _compute(self, dtype: torch.dtype, gain: Tensor | float, scale: float) -> Tensor:
+    def effective_weight(self, gain: Tensor | None = None) -> Tensor:
+        """Return the weight that `forward` applies, in float32."""
         # The quotient is a scalar in the gain's own dtype: published files store float16
         # gains, and their programs round it to float16.
-        factor = gain / math.sqrt(self.weight[0].numel())
-        weight = (normalize(self.weight.float()) * (factor * scale)).to(dtype)
-        return weight.contiguous(memory_format=layout(weight))
+        factor = (1 if gain is None else gain) / math.sqrt(self.weight[0].numel())
+        return normalize(self.weight.float()) * (factor * self.scale)
 
-    def train(self, mode: bool = True) -> MPConv:
-        self._cached = None
-        super().train(mode)
-        return self
-
-    def _apply(self, fn: Any, recurse: bool = True) -> MPConv:
-        # Moving and casting may reuse a freed address; the key would then look unchanged.
-        self._cached = None
-        super()._apply(fn, recurse)
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}  # copies and pickles start without it
+    def frozen(self, dtype: torch.dtype, gain: Tensor | None) -> FrozenConv:
+        weight = self.effective_weight(gain)
+        return FrozenConv(weight.to(dtype) if weight.ndim == 4 else weight)
 
 
 def attention(qkv: Tensor, heads: int) -> Tensor:
@@ -216,11 +190,15 @@ def attention(qkv: Tensor, heads: int) -> Tensor:
     parts = qkv.reshape(n, heads, -1, 3, height * width).permute(3, 0, 1, 4, 2).contiguous()
     q, k, v = normalize(parts, dim=-1).unbind(0)
     y = F.scaled_dot_product_attention(q, k, v)
+    if layout(qkv) == torch.channels_last:
+        return y.transpose(1, 2).reshape(n, height, width, c3 // 3).permute(0, 3, 1, 2)
     return y.transpose(-1, -2).reshape(n, c3 // 3, height, width)
 
 
-class Block(nn.Module):
+class Block(HasGains):
     """Residual block with optional resampling and attention (figure 21)."""
+
+    GAINS: ClassVar[dict[str, str]] = {"emb_linear": "emb_gain"}
 
     def __init__(
         self,
@@ -249,16 +227,21 @@ class Block(nn.Module):
                 f"divide the {cout} channels of an attention block"
             )
         self.dropout = dropout
-        self.res_balance = res_balance
-        self.attn_balance = attn_balance
+        self.res_balance, self.attn_balance = res_balance, attn_balance
         self.clip_act = clip_act
-        self.emb_gain = nn.Parameter(torch.zeros([]))
-        self.conv_res0 = MPConv(cout if flavor == "enc" else cin, cout, [3, 3])
+        # Constant factors (of mp_silu and mp_sum) are folded into the weights that follow or
+        # precede them, each of which saves a pass over the activations.
+        keep, add = sum_weights(res_balance)
+        folded = flavor == "dec" and cin != cout
+        self.keep_res = 1.0 if folded else keep
+        self.keep_attn, add_attn = sum_weights(attn_balance)
+        self.emb_gain: nn.Parameter | None = nn.Parameter(torch.zeros([]))
+        self.conv_res0 = MPConv(cout if flavor == "enc" else cin, cout, [3, 3], SILU_SCALE)
         self.emb_linear = MPConv(emb, cout, [])
-        self.conv_res1 = MPConv(cout, cout, [3, 3])
-        self.conv_skip = MPConv(cin, cout, [1, 1]) if cin != cout else None
+        self.conv_res1 = MPConv(cout, cout, [3, 3], SILU_SCALE * add)
+        self.conv_skip = MPConv(cin, cout, [1, 1], keep if folded else 1.0) if cin != cout else None
         self.attn_qkv = MPConv(cout, cout * 3, [1, 1]) if self.heads else None
-        self.attn_proj = MPConv(cout, cout, [1, 1]) if self.heads else None
+        self.attn_proj = MPConv(cout, cout, [1, 1], add_attn) if self.heads else None
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         x = resample(x, self.resample_filter, self.resample_mode)
@@ -267,28 +250,21 @@ class Block(nn.Module):
                 x = self.conv_skip(x)
             x = normalize(x, dim=1)
 
-        # Constant factors (of mp_silu and mp_sum) are folded into the weights that follow or
-        # precede them, each of which saves a pass over the activations.
-        y = self.conv_res0(F.silu(x), scale=SILU_SCALE)
-        c = self.emb_linear(emb, gain=self.emb_gain) + 1
-        y = F.silu(y * c[:, :, None, None].to(y.dtype))
+        y = self.conv_res0(F.silu(x))
+        c = self.emb_linear(emb, self.emb_gain) + 1
+        y = scaled_silu(y, c[:, :, None, None].to(y.dtype))
         if self.training and self.dropout:
             y = F.dropout(y, self.dropout)
-        keep, add = sum_weights(self.res_balance)
-        y = self.conv_res1(y, scale=SILU_SCALE * add)
-
+        y = self.conv_res1(y)
         if self.flavor == "dec" and self.conv_skip is not None:
-            x = self.conv_skip(x, scale=keep)
-            x = x + y
-        else:
-            x = torch.add(y, x, alpha=keep)
+            x = self.conv_skip(x)
+        x = added(y, x, self.keep_res)
 
         if self.attn_qkv is not None and self.attn_proj is not None:
-            keep, add = sum_weights(self.attn_balance)
-            y = self.attn_proj(attention(self.attn_qkv(x), self.heads), scale=add)
-            x = torch.add(y, x, alpha=keep)
+            y = self.attn_proj(attention(self.attn_qkv(x), self.heads))
+            x = added(y, x, self.keep_attn)
         if self.clip_act is not None:
-            x = x.clamp(-self.clip_act, self.clip_act)
+            x = clipped(x, self.clip_act)
         return x
 
 
@@ -303,8 +279,10 @@ class BlockOptions(TypedDict, total=False):
     clip_act: float | None
 
 
-class UNet(nn.Module):
+class UNet(HasGains):
     """The U-Net F of figure 21; `forward` maps (x, c_noise, labels) to an image like x."""
+
+    GAINS: ClassVar[dict[str, str]] = {"out_conv": "out_gain"}
 
     def __init__(
         self,
@@ -329,12 +307,15 @@ class UNet(nn.Module):
         cnoise = model_channels * channel_mult_noise if channel_mult_noise else widths[0]
         cemb = model_channels * channel_mult_emb if channel_mult_emb else max(widths)
         self.label_dim = label_dim
-        self.label_balance = label_balance
         self.concat_balance = concat_balance
-        self.out_gain = nn.Parameter(torch.zeros([]))
+        self.out_gain: nn.Parameter | None = nn.Parameter(torch.zeros([]))
         self.emb_fourier = MPFourier(cnoise)
         self.emb_noise = MPConv(cnoise, cemb, [])
-        self.emb_label = MPConv(label_dim, cemb, []) if label_dim else None
+        self.label_balance = label_balance
+        self.keep_emb, add_label = sum_weights(label_balance)
+        self.emb_label: nn.Module | None = None
+        if label_dim:
+            self.emb_label = MPConv(label_dim, cemb, [], add_label * math.sqrt(label_dim))
 
         def block(cin: int, cout: int, flavor: Flavor, **special: Any) -> Block:
             return Block(cin, cout, cemb, flavor, **special, **block_options)
@@ -376,8 +357,7 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
         emb = self.emb_noise(self.emb_fourier(c_noise))
         if self.emb_label is not None and labels is not None:
-            keep, add = sum_weights(self.label_balance)
-            emb = emb * keep + self.emb_label(labels * math.sqrt(self.label_dim), scale=add)
+            emb = emb * self.keep_emb + self.emb_label(labels)
         emb = mp_silu(emb)  # float32 whatever the dtype of x, as in the published program
 
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
@@ -389,21 +369,16 @@ class UNet(nn.Module):
             if "_block" in name:
                 x = mp_cat(x, skips.pop(), t=self.concat_balance)
             x = layer(x, emb)
-        return self.out_conv(x, gain=self.out_gain)
+        return self.out_conv(x, self.out_gain)
 
 
-class Precond(nn.Module):
+class Precond(Preconditioned):
     """The denoiser D(x; sigma) around the U-Net (Karras et al. 2022, table 1, "EDM").
 
     Parameters not named here are passed to `UNet` (and from there to `Block`).
 
-    Attributes:
-        config: the constructor's arguments, JSON-compatible; ``Precond(**net.config)`` has
-            the same shape.
-        precision: dtype that the U-Net computes in; None is what the file asks for.
+    ``Precond(**net.config)`` has the same shape. See `Preconditioned` for the attributes.
     """
-
-    precision: torch.dtype | None = None
 
     def __init__(
         self,
@@ -434,6 +409,10 @@ class Precond(nn.Module):
         self.logvar_fourier = MPFourier(logvar_channels)
         self.logvar_linear = MPConv(logvar_channels, 1, [])
 
+    @property
+    def inner(self) -> UNet:
+        return self.unet
+
     def forward(
         self,
         x: Tensor,
@@ -454,75 +433,7 @@ class Precond(nn.Module):
         Raises:
             ValueError: labels of another shape, or class numbers out of range.
         """
-        denoised, c_noise = preconditioned(self, self.unet, x, sigma, class_labels, force_fp32)
+        denoised, c_noise = self.denoised(x, sigma, class_labels, force_fp32)
         if not return_logvar:
             return denoised
         return denoised, self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)
-
-
-def one_hot_rows(labels: Tensor, label_dim: int, count: int) -> Tensor:
-    """Return class labels as a network takes them: rows, float32 [count or 1, label_dim].
-
-    Args:
-        labels: rows [count, label_dim], one row for all [1, label_dim], or class numbers: whole
-            numbers [count] or a single one. For a single image a row may be [label_dim].
-        label_dim: number of classes.
-        count: number of images.
-
-    Raises:
-        ValueError: any other shape, or a class number out of range. The range is checked only on
-            the CPU; elsewhere the check would wait for the device.
-    """
-    whole = not labels.is_floating_point() and labels.dtype != torch.bool
-    if whole and labels.ndim < 2:
-        numbers = labels.reshape(-1)
-        if numbers.device.type == "cpu" and not ((numbers >= 0) & (numbers < label_dim)).all():
-            raise ValueError(
-                f"class numbers must be from 0 to {label_dim - 1}, got {numbers.tolist()[:8]}"
-            )
-        labels = F.one_hot(numbers.long(), label_dim)
-    if labels.ndim == 1 and count == 1:  # with more images, this might be meant as their classes
-        labels = labels[None]
-    if labels.ndim != 2 or labels.shape[1] != label_dim or len(labels) not in (1, count):
-        raise ValueError(
-            f"class labels must be one-hot rows [{count}, {label_dim}] or class numbers [{count}], "
-            f"got {labels.dtype} {list(labels.shape)}"
-        )
-    return labels.to(torch.float32)
-
-
-def preconditioned(
-    precond: Any,
-    unet: nn.Module,
-    x: Tensor,
-    sigma: Tensor | float,
-    class_labels: Tensor | None,
-    force_fp32: bool,
-) -> tuple[Tensor, Tensor]:
-    """Apply EDM's preconditioning around a U-Net; return the denoised x, and c_noise [N] or [1].
-
-    Args:
-        precond: has `label_dim`, `sigma_data`, `use_fp16` and `precision`.
-        unet: called as ``unet(x, c_noise, labels)``.
-    """
-    x = x.to(torch.float32)
-    sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
-    labels: Tensor | None = None
-    if precond.label_dim:
-        if class_labels is None:
-            labels = torch.zeros([1, precond.label_dim], device=x.device)
-        else:
-            given = torch.as_tensor(class_labels)
-            labels = one_hot_rows(given, precond.label_dim, len(x)).to(x.device)
-    dtype = torch.float32
-    if not force_fp32:
-        published = precond.use_fp16 and x.device.type == "cuda"
-        dtype = precond.precision or (torch.float16 if published else torch.float32)
-
-    total = sigma**2 + precond.sigma_data**2
-    c_noise = sigma.flatten().log() / 4
-    x_in = (x / total.sqrt()).to(dtype)
-    x_in = x_in.contiguous(memory_format=layout(x_in))
-    out = unet(x_in, c_noise, labels).to(torch.float32)
-    denoised = (precond.sigma_data**2 / total) * x
-    return denoised + (sigma * precond.sigma_data / total.sqrt()) * out, c_noise
