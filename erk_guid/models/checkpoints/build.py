@@ -101,6 +101,8 @@ WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def build_network(class_name: str, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Any:
     """Build our network of that class for inference, with these weights in their stored dtypes.
 
+    It uses the memory of `state`.
+
     Raises:
         CheckpointError: an unknown class, settings it does not take, or weights that do not fit
             them or are not finite.
@@ -120,7 +122,7 @@ def build_network(class_name: str, config: Mapping[str, Any], state: Mapping[str
     except (TypeError, ValueError, RuntimeError, ArithmeticError, IndexError) as error:
         raise CheckpointError(f"its settings do not make a {class_name}: {error}") from error
     _check_weights(net.state_dict(), state)
-    net.load_state_dict({name: _aligned(value) for name, value in state.items()}, assign=True)
+    net.load_state_dict(state, assign=True)
     return net.eval().requires_grad_(False)
 
 
@@ -145,13 +147,16 @@ class _WithoutValues(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _aligned(value: Tensor) -> Tensor:
-    """Return the weights in memory aligned to 64 bytes, as torch's own allocations are.
+def own_memory(net: nn.Module) -> None:
+    """Copy weights that lie in a file's memory to memory aligned to 64 bytes, as torch's own is.
 
     The CPU's kernels choose their method by alignment, and the methods round differently. Without
     this, the last digits of a network's output would depend on the file it came from.
     """
-    return value if value.data_ptr() % 64 == 0 else value.clone()
+    for parameter in net.parameters():
+        parameter.data = parameter.data.clone()
+    for buffer in net.buffers():
+        buffer.data = buffer.data.clone()
 
 
 def build_encoder(class_name: str, config: Mapping[str, Any]) -> Encoder:

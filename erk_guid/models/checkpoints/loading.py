@@ -15,7 +15,7 @@ from torch import nn
 
 from erk_guid.common.errors import CheckpointError, ErkGuidError, printable
 from erk_guid.common.files import sha256_of
-from erk_guid.models.checkpoints.build import NETWORKS
+from erk_guid.models.checkpoints.build import NETWORKS, own_memory
 from erk_guid.models.checkpoints.download import download, is_url
 from erk_guid.models.checkpoints.folder import fetch_from_hub, is_model, read_model, weights_in
 from erk_guid.models.checkpoints.native import has_header, read_native, save_network
@@ -95,7 +95,7 @@ def load(
             for CUDA: elsewhere a line on stderr says that it is float32. None is what the file asks
             for: float16 on CUDA for most published ones.
         compile: compile the network with `torch.compile`, when it is first called. Where that does
-            not work (on a CPU it needs a C++ compiler) a line on stderr says so, and it is not done.
+            not work (on a CPU it needs a C++ compiler), a line on stderr says so.
         freeze: return the inference form of our own networks, see `erk_guid.models.freeze`. With
             False the network can be trained and saved, and has the file's own weights in their own
             dtypes; it is slower.
@@ -132,6 +132,9 @@ def load(
         _set_precision(loaded.net, source, precision, torch.device(device or "cpu"))
     if freeze and isinstance(loaded.net, Preconditioned):
         frozen(loaded.net, inplace=True)
+    elif loaded.format in ("safetensors", "diffusers"):
+        assert isinstance(loaded.net, nn.Module)
+        own_memory(loaded.net)
     if compile and can_compile(torch.device(device or "cpu")):
         assert isinstance(loaded.net, nn.Module)
         loaded.net.compile()

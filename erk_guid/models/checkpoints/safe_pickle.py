@@ -8,20 +8,24 @@ name; each of them builds a plain value or an inert record. Any other name or in
 the reading with an error that names it.
 
 A size that the file gives is trusted only if the file has that many bytes. Nothing is allocated
-because of a number alone.
+because of a number alone. Long byte strings, which hold the weights, are not read with the
+instructions: a storage is filled from the file later, so that weights are in memory once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import mmap
+import os
+import pickle
 import pickletools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -49,10 +53,68 @@ class UnsafePickleError(CheckpointError):
     """A file that asks for something that a snapshot does not need."""
 
 
+LONG = 1 << 16
+"""Byte strings of this length and more stay in the file."""
+
+
 class _Source(Protocol):
-    def read(self, n: int = ..., /) -> bytes: ...
+    def read(self, n: int = ..., /) -> Any: ...
     def readline(self) -> bytes: ...
     def tell(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Bytes that stay in the file until they are wanted."""
+
+    file: BinaryIO
+    start: int
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, part: slice) -> bytes:
+        begin, end, _ = part.indices(self.length)
+        with self._at(begin) as file:
+            return file.read(end - begin)
+
+    def fill(self, tensor: Tensor, begin: int) -> None:
+        """Overwrite a tensor with the bytes from `begin` on; there must be as many."""
+        into = tensor.view(torch.uint8).numpy().data
+        with self._at(begin) as file:
+            if file.readinto(into) != len(into):  # type: ignore[attr-defined]
+                raise CheckpointError("the file became shorter while it was read")
+
+    @contextlib.contextmanager
+    def _at(self, place: int) -> Iterator[BinaryIO]:
+        """Read elsewhere in the file, and come back to where its instructions are read."""
+        here = self.file.tell()
+        self.file.seek(self.start + place)
+        yield self.file
+        self.file.seek(here)
+
+
+class _File:
+    """A pickle's file. Long byte strings come as a `_Span`, what the file does not have as b""."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._size = file, size
+        self._opcode = b""
+        self.readline, self.tell = file.readline, file.tell
+
+    def read(self, n: int = -1, /) -> Any:
+        if n < LONG:
+            found = self._file.read(n)
+            self._opcode = found if n == 1 else self._opcode
+            return found
+        start = self._file.tell()
+        if start + n > self._size:
+            return b""  # no memory for a length that is only claimed
+        if self._opcode not in (pickle.BINBYTES, pickle.BINBYTES8):
+            return self._file.read(n)
+        self._file.seek(n, os.SEEK_CUR)
+        return _Span(self._file, start, n)
 
 
 @dataclass(frozen=True)
@@ -277,9 +339,9 @@ def read_pickle(source: Path | bytes) -> Any:
             return _Machine(len(source)).run(io.BytesIO(source))
         if source.stat().st_size == 0:
             raise CheckpointError("the file is empty")
-        # A memory map reads no more than the file has, whatever length an instruction claims.
-        with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as m:
-            return _Machine(len(m)).run(m)
+        with open(source, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            return _Machine(size).run(_File(file, size))
     except CheckpointError:
         raise
     except (ValueError, IndexError, TypeError, ArithmeticError, EOFError, RuntimeError) as error:
@@ -381,10 +443,11 @@ def _parameter(machine: _Machine, name: str, args: tuple[Any, ...]) -> Tensor:
 
 def _storage(machine: _Machine, name: str, args: tuple[Any, ...]) -> _Storage:
     """Read a legacy torch archive that holds one storage (torch.storage._load_from_bytes)."""
-    if len(args) != 1 or not isinstance(args[0], bytes):
+    if len(args) != 1 or not isinstance(args[0], (bytes, _Span)):
         raise CheckpointError("a storage that is not made of bytes")
-    machine.charge(len(args[0]))
-    stream = io.BytesIO(args[0])
+    archive = args[0]
+    machine.charge(len(archive))
+    stream = io.BytesIO(archive[:LONG])  # what is in front of the elements is short
     magic = machine.run(stream, nested=True)
     if magic != _LEGACY_MAGIC:
         raise CheckpointError("a nested archive that is not in torch's legacy format")
@@ -401,17 +464,24 @@ def _storage(machine: _Machine, name: str, args: tuple[Any, ...]) -> _Storage:
             dtype = None
     if dtype is None:
         raise CheckpointError("a nested archive that holds something else than one storage")
-    data = args[0][stream.tell() :]
-    if len(data) < 8 or int.from_bytes(data[:8], "little") != count:
+    begin = stream.tell() + 8
+    carried = len(archive) - begin
+    if carried < 0 or int.from_bytes(stream.read(8), "little") != count:
         raise CheckpointError("a storage whose length is given in two ways")
-    if len(data) - 8 != count * dtype.itemsize:
+    if carried != count * dtype.itemsize:
         raise CheckpointError(
-            f"a storage that declares {count} elements but carries {len(data) - 8} bytes"
+            f"a storage that declares {count} elements but carries {carried} bytes"
         )
-    if not count:
-        return _Storage(torch.empty(0, dtype=dtype))
-    # A bytearray, since tensors over read-only bytes must not be written to.
-    return _Storage(torch.frombuffer(bytearray(data[8:]), dtype=dtype))
+    if isinstance(archive, _Span):
+        # Pages of its own, so that all the memory goes back when the weights are replaced.
+        elements = torch.frombuffer(mmap.mmap(-1, carried), dtype=dtype)
+        archive.fill(elements, begin)
+        return _Storage(elements)
+    elements = torch.empty(count, dtype=dtype)
+    if count:
+        # A bytearray, since tensors over read-only bytes must not be written to.
+        elements.copy_(torch.frombuffer(bytearray(archive[begin:]), dtype=dtype))
+    return _Storage(elements)
 
 
 def _new_dtype(machine: _Machine, name: str, args: tuple[Any, ...]) -> _Dtype:
@@ -443,12 +513,12 @@ def _array_from(machine: _Machine, state: tuple[Any, ...]) -> np.ndarray:
     if not isinstance(shape, tuple) or len(shape) > 32 or not all(_is_size(n) for n in shape):
         raise CheckpointError("a NumPy array whose shape is not valid")
     count = math.prod(shape)
-    if not isinstance(data, bytes) or len(data) != count * record.dtype.itemsize:
+    if not isinstance(data, (bytes, _Span)) or len(data) != count * record.dtype.itemsize:
         raise CheckpointError(
             f"a NumPy array of shape {list(shape)[:8]} with other bytes than that"
         )
     machine.charge(len(data))
-    flat = np.frombuffer(data, record.dtype) if count else np.empty(0, record.dtype)
+    flat = np.frombuffer(data[:], record.dtype) if count else np.empty(0, record.dtype)
     return flat.reshape(shape, order="F" if fortran else "C").copy()
 
 

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from erk_guid.models.networks.frozen import Freezable, FrozenConv, constant
+from erk_guid.models.networks.frozen import Freezable, FrozenConv, constant, copied
 from erk_guid.models.networks.precond import Preconditioned
 
 
-class Linear(nn.Module):
+class Linear(Freezable):
     """Linear layer. The weight may be stored in one dtype and used in another."""
 
     def __init__(self, cin: int, cout: int, bias: bool = True) -> None:
@@ -30,6 +30,10 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias.to(x.dtype) if self.bias is not None else None
         return F.linear(x, self.weight.to(x.dtype), bias)
+
+    def frozen(self, dtype: torch.dtype, gain: Tensor | None) -> FrozenConv:
+        bias = None if self.bias is None else copied(self.bias, torch.float32)
+        return FrozenConv(copied(self.weight, torch.float32), bias)
 
 
 class Conv2d(Freezable):
@@ -101,9 +105,11 @@ class Conv2d(Freezable):
 
     def frozen(self, dtype: torch.dtype, gain: Tensor | None) -> Freezable:
         if self.weight is not None and self.resample_filter is None:
-            bias = None if self.bias is None else self.bias.to(dtype)
-            return FrozenConv(self.weight.to(dtype), bias)
-        self.weight, self.bias = constant(self.weight, dtype), constant(self.bias, dtype)
+            bias = None if self.bias is None else copied(self.bias, dtype)
+            return FrozenConv(copied(self.weight, dtype), bias)
+        if self.weight is not None and self.bias is not None:
+            self.weight = constant(copied(self.weight, dtype))
+            self.bias = constant(copied(self.bias, dtype))
         return self
 
 
@@ -121,7 +127,8 @@ class GroupNorm(Freezable):
         return F.group_norm(x, self.groups, weight, bias, self.eps)
 
     def frozen(self, dtype: torch.dtype, gain: Tensor | None) -> GroupNorm:
-        self.weight, self.bias = constant(self.weight, dtype), constant(self.bias, dtype)
+        self.weight = constant(copied(self.weight, dtype))
+        self.bias = constant(copied(self.bias, dtype))
         return self
 
 

@@ -33,11 +33,17 @@ Flavor = Literal["enc", "dec"]
 Resampling = Literal["keep", "up", "down"]
 
 
-def normalize(x: Tensor, dim: Sequence[int] | int | None = None, eps: float = 1e-4) -> Tensor:
+def normalize(
+    x: Tensor,
+    dim: Sequence[int] | int | None = None,
+    eps: float = 1e-4,
+    out: Tensor | None = None,
+) -> Tensor:
     """Scale `x` to unit root-mean-square over `dim` (eq. 66): x / (eps + ||x|| / sqrt(n)).
 
     `dim` defaults to every dimension but the first; n is the number of elements in one norm.
-    The norm is computed in at least float32. The result has the dtype of `x`.
+    The norm is computed in at least float32. The result has the dtype of `x`; it is in `out`, if
+    that is given.
     """
     if dim is None:
         dim = tuple(range(1, x.ndim))
@@ -51,7 +57,7 @@ def normalize(x: Tensor, dim: Sequence[int] | int | None = None, eps: float = 1e
         )
     # sqrt(norms / elements) turns the Euclidean norm into a root mean square.
     norm = eps + norm * math.sqrt(norm.numel() / x.numel())
-    return x / norm.to(x.dtype)
+    return torch.div(x, norm.to(x.dtype), out=out)
 
 
 SILU_SCALE = 1 / 0.596
@@ -168,14 +174,19 @@ class MPConv(Freezable):
 
     def effective_weight(self, gain: Tensor | None = None) -> Tensor:
         """Return the weight that `forward` applies, in float32."""
+        return normalize(self.weight.float()) * self._factor(gain)
+
+    def _factor(self, gain: Tensor | None) -> Tensor | float:
         # The quotient is a scalar in the gain's own dtype: published files store float16
         # gains, and their programs round it to float16.
-        factor = (1 if gain is None else gain) / math.sqrt(self.weight[0].numel())
-        return normalize(self.weight.float()) * (factor * self.scale)
+        return (1 if gain is None else gain) / math.sqrt(self.weight[0].numel()) * self.scale
 
     def frozen(self, dtype: torch.dtype, gain: Tensor | None) -> FrozenConv:
-        weight = self.effective_weight(gain)
-        return FrozenConv(weight.to(dtype) if weight.ndim == 4 else weight)
+        # Where it will be: without copies of its size, loading takes little more memory.
+        weight = self.weight.detach().float()
+        effective = torch.empty_like(weight, memory_format=layout(weight))
+        normalize(weight, out=effective).mul_(self._factor(gain))
+        return FrozenConv(effective.to(dtype) if weight.ndim == 4 else effective)
 
 
 def attention(qkv: Tensor, heads: int) -> Tensor:

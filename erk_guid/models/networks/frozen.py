@@ -8,7 +8,7 @@ find stale.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, TypeVar, overload
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -37,17 +37,14 @@ def may_overwrite(x: Tensor) -> bool:
     return not x.requires_grad
 
 
-@overload
-def constant(value: Tensor, dtype: torch.dtype) -> nn.Parameter: ...
-@overload
-def constant(value: None, dtype: torch.dtype) -> None: ...
-@overload
-def constant(value: Tensor | None, dtype: torch.dtype) -> nn.Parameter | None: ...
-def constant(value: Tensor | None, dtype: torch.dtype) -> nn.Parameter | None:
-    """Return a new parameter without gradient, in a dtype and its `layout`; None stays None."""
-    if value is None:
-        return None
-    return nn.Parameter(laid_out(value.detach().to(dtype)), requires_grad=False)
+def constant(value: Tensor) -> nn.Parameter:
+    """Return a parameter without gradient, in its `layout`; it may share the memory of `value`."""
+    return nn.Parameter(laid_out(value.detach()), requires_grad=False)
+
+
+def copied(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a copy of a parameter's value in a dtype."""
+    return value.detach().to(dtype, copy=True)
 
 
 class Freezable(nn.Module):
@@ -71,15 +68,15 @@ class HasGains(nn.Module):
 
 
 class FrozenConv(Freezable):
-    """A convolution or linear layer that applies the weight it holds.
+    """A convolution or linear layer that applies the weight it is given.
 
     The parameter is called `effective`, so that neither kind of state dict loads into the other.
     """
 
     def __init__(self, effective: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.effective = constant(effective, effective.dtype)
-        self.bias = constant(bias, effective.dtype)
+        self.effective = constant(effective)
+        self.bias = None if bias is None else constant(bias)
 
     def forward(self, x: Tensor, gain: None = None) -> Tensor:
         """Convolve [N, cin, H, W], or map [N, cin]; a gain would be in the weight already."""
@@ -91,21 +88,23 @@ class FrozenConv(Freezable):
 
     def frozen(self, dtype: torch.dtype, gain: Tensor | None) -> FrozenConv:
         if self.effective.ndim == 4:
-            self.effective = constant(self.effective, dtype)
-            self.bias = constant(self.bias, dtype)
+            self.effective = constant(self.effective.to(dtype))
+            self.bias = None if self.bias is None else constant(self.bias.to(dtype))
         return self
 
 
 def freeze_layers(net: nn.Module, dtype: torch.dtype) -> None:
-    """Replace all layers by their frozen forms, one after the other, so that memory is reused."""
-    for module in list(net.modules()):
-        gains = module.GAINS if isinstance(module, HasGains) else {}
-        for name, layer in module.named_children():
-            if isinstance(layer, Freezable):
-                gain = getattr(module, gains[name]) if name in gains else None
-                setattr(module, name, layer.frozen(dtype, gain).train(False))
-        for gain_name in gains.values():
-            setattr(module, gain_name, None)
+    """Replace layers by their frozen forms, one by one, so that the memory of each is reused."""
+    gains = net.GAINS if isinstance(net, HasGains) else {}
+    for name in list(net._modules):
+        layer = net._modules[name]
+        if isinstance(layer, Freezable):
+            gain = getattr(net, gains[name]) if name in gains else None
+            setattr(net, name, layer.frozen(dtype, gain).train(False))
+        elif layer is not None:
+            freeze_layers(layer, dtype)
+    for name in gains.values():
+        setattr(net, name, None)
 
 
 def shallow(module: Net) -> Net:

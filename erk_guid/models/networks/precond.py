@@ -133,12 +133,15 @@ def freeze(net: Net, precision: torch.dtype | None = None, *, inplace: bool = Fa
     if net.frozen_in is not None:
         raise ValueError("the network is frozen already")
     made = net if inplace else shallow(net)
-    made.eval().requires_grad_(False)
+    made.eval()
     if precision is not None:
         made.precision = precision
     dtype: torch.dtype = made.computes_in(next(made.parameters()).device)
     with torch.no_grad():
         freeze_layers(made, dtype)
+        for module in made.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.clone())  # not shared with `net`, or with its file
     made.frozen_in = dtype
     return made
 

@@ -37,15 +37,17 @@ def given(net: Any) -> tuple[Tensor, Tensor, Tensor | None]:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_frozen_networks_compute_the_same(name: str) -> None:
     # Seen to fail by 4e-2 and more with a gain, or with a folded factor, left out.
-    net = opened(name)
+    net = opened(name).requires_grad_(True)
     args = given(net)
     parameters = {k: v.clone() for k, v in net.state_dict().items()}
-    before = net(*args)
+    before = net(*args).detach()
     frozen = freeze(net)
     assert relative(frozen(*args), before) < 1e-6
+    assert not any(p.requires_grad for p in frozen.parameters())
     # The network it was made from is as it was.
     assert torch.equal(net(*args), before)
     assert net.frozen_in is None
+    assert all(p.requires_grad for p in net.parameters())
     assert parameters.keys() == net.state_dict().keys()
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in parameters.items())
 
