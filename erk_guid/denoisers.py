@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -59,7 +59,11 @@ class ModelGuidance:
             return main.to(x.dtype)
         # A copy: both may be one network that returns the same tensor each time.
         main = main.to(x.dtype, copy=True)
-        return self.guide(x, sigma).to(x.dtype).lerp(main, self.strength)
+        return _led_away(main, self.guide(x, sigma), self.strength)
+
+
+def _led_away(main: Tensor, guide: Tensor, strength: float) -> Tensor:
+    return guide.to(main.dtype).lerp(main, strength)
 
 
 def check_interval(interval: tuple[float, float]) -> None:
@@ -108,6 +112,20 @@ class ConditionalDenoiser(Protocol):
     def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor: ...
 
 
+@runtime_checkable
+class PairedDenoiser(Protocol):
+    """A guiding network that can be evaluated together with the network it guides."""
+
+    def pair(
+        self, net: ConditionalDenoiser, x: Tensor, sigma: Tensor, labels: Tensor | None, /
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return the outputs of `net` and of this one by a single call, each like x.
+
+        None means that there is no such call, or that two calls are faster.
+        """
+        ...
+
+
 def guided_denoiser(
     net: ConditionalDenoiser,
     gnet: ConditionalDenoiser | None,
@@ -117,7 +135,8 @@ def guided_denoiser(
     """Return the denoiser of a network and its guiding network.
 
     Args:
-        net, gnet: called as ``net(x, sigma, labels)``.
+        net, gnet: called as ``net(x, sigma, labels)``. If `gnet` is a `PairedDenoiser` it may
+            evaluate both at once.
         strength: of model guidance; with 1 `gnet` is not run, and may be None.
         interval: see `ModelGuidance`.
 
@@ -130,17 +149,23 @@ def guided_denoiser(
         return net
     if gnet is None:
         raise ValueError(f"model guidance of {strength} needs a guiding network (gnet)")
-    return _GuidedNetwork(net, gnet, strength, interval)
+    paired = gnet if isinstance(gnet, PairedDenoiser) else None
+    return _GuidedNetwork(net, gnet, paired, strength, interval)
 
 
 @dataclass(frozen=True)
 class _GuidedNetwork:
     net: ConditionalDenoiser
     gnet: ConditionalDenoiser
+    paired: PairedDenoiser | None
     strength: float
     interval: tuple[float, float] | None
 
     def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None, /) -> Tensor:
+        if self.paired is not None and within(self.interval, sigma):
+            both = self.paired.pair(self.net, x, sigma, labels)
+            if both is not None:
+                return _led_away(both[0].to(x.dtype), both[1], self.strength)
         main, guide = (partial(_with_labels, network, labels) for network in (self.net, self.gnet))
         return ModelGuidance(main, guide, self.strength, self.interval)(x, sigma)
 

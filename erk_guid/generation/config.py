@@ -17,7 +17,7 @@ from erk_guid.generation.images import BATCH_SIZE, check_networks
 from erk_guid.generation.process_groups import ProcessGroup
 from erk_guid.guidance import ERKGuidance, Guidance, ParameterFreeGuidance, settings_of
 from erk_guid.models.checkpoints import Checkpoint, load
-from erk_guid.models.checkpoints.loading import locate
+from erk_guid.models.checkpoints.loading import UNCONDITIONAL, locate
 from erk_guid.models.encoders import GENERATION_VAE_BATCH, PIXELS, Encoder, StabilityVAEEncoder
 from erk_guid.models.networks import Unconditional
 from erk_guid.schedules import RHO, SIGMA_MAX, SIGMA_MIN
@@ -195,7 +195,7 @@ class GenerationConfig:
         # Rank 0 fetches first; the others then find the files in the cache.
         group.agree(self._fetch)
         loaded = self._load(self.net, device)
-        guide = self._load(self.gnet, device) if self.gnet and self.guidance != 1 else None
+        guide = self._guide(loaded, device)
         try:
             check_networks(loaded.net, guide.net if guide else None, self.class_idx)
         except ValueError as error:
@@ -206,6 +206,13 @@ class GenerationConfig:
             group.agree(lambda: vae.prepare(device))
             vae.prepare(device)
         return Models(self, device, loaded, guide, encoder)
+
+    def _guide(self, loaded: Checkpoint, device: torch.device) -> Checkpoint | None:
+        if not self.gnet or self.guidance == 1:
+            return None
+        if self.gnet.startswith(UNCONDITIONAL) and locate(self.gnet) == loaded.path:
+            return loaded.without_classes(self.gnet)  # in memory once
+        return self._load(self.gnet, device)
 
     def _fetch(self) -> None:
         for source in (self.net, self.gnet if self.guidance != 1 else None):

@@ -69,6 +69,13 @@ class Checkpoint:
         """The file's hash and how it is used; what the network computes depends on both."""
         return (UNCONDITIONAL if self.unconditional else "") + self.sha256
 
+    def without_classes(self, source: str) -> Checkpoint:
+        """Return the same network, run without classes, as `load(source)` would."""
+        return replace(
+            self, net=Unconditional(self.net), source=source, unconditional=True,
+            preset=PRESETS.get(source.removeprefix(UNCONDITIONAL)),
+        )  # fmt: skip
+
 
 def load(
     name_or_path_or_url: str | Path,
@@ -111,7 +118,7 @@ def load(
             source.removeprefix(UNCONDITIONAL), device, trust,
             precision=precision, compile=compile, freeze=freeze,
         )  # fmt: skip
-        return replace(loaded, net=Unconditional(loaded.net), source=source, unconditional=True)
+        return loaded.without_classes(source)
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     path = locate(source)

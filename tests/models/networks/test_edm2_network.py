@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import golden, network_of, relative
 
+from erk_guid.denoisers import guided_denoiser
 from erk_guid.models.networks import Unconditional
 from erk_guid.models.networks.edm2 import Block, MPConv, Precond, normalize
 
@@ -162,3 +163,38 @@ def test_float16_on_a_gpu(cond: Precond) -> None:
     half = net(data["x"].cuda(), data["sigma"].cuda(), data["labels"].cuda())
     assert half.dtype == torch.float32
     assert relative(half.cpu(), data["denoised"]) < 2e-2
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.7])
+def test_guidance_by_one_network_takes_one_call(cond: Precond, strength: float) -> None:
+    # The same images as two calls make; seen to fail with the halves exchanged.
+    calls = []
+
+    class Counting(torch.nn.Module):
+        img_resolution, img_channels, label_dim = 16, 3, 5
+
+        def forward(self, x: torch.Tensor, *args: object) -> torch.Tensor:
+            calls.append(len(x))
+            out: torch.Tensor = cond(x, *args)
+            return out
+
+    net = Counting()
+    for count in (2, 8):
+        x, labels = torch.randn(count, 3, 16, 16), torch.eye(5)[[i % 5 for i in range(count)]]
+        guide = Unconditional(net)  # type: ignore[arg-type]
+        for given in (labels, labels[:1]):
+            both = guided_denoiser(net, guide, strength)(x, torch.tensor(0.9), given)
+            assert calls == [2 * count]
+            apart = guided_denoiser(net, lambda *args: guide(*args), strength)  # noqa: B023
+            calls.clear()
+            assert relative(both, apart(x, torch.tensor(0.9), given)) < 1e-5
+            assert calls == [count, count]
+            calls.clear()
+    # Two calls where that is faster, without labels, and outside of the interval one.
+    few = torch.randn(2, 3, 16, 16)
+    many = torch.randn(100, 3, 16, 16)
+    guided = guided_denoiser(net, guide, strength)
+    guided(many, torch.tensor(0.9), labels[:1])
+    guided(few, torch.tensor(0.9))
+    guided_denoiser(net, guide, strength, (1, 2))(few, torch.tensor(0.9), labels[:2])
+    assert calls == [100, 100, 2, 2, 2]
