@@ -14,7 +14,7 @@ from erk_guid.common.errors import ErkGuidError
 from erk_guid.edm2 import edm_sampler
 from erk_guid.generation.devices import choose_device
 from erk_guid.generation.images import BATCH_SIZE, check_networks
-from erk_guid.generation.process_groups import ProcessGroup
+from erk_guid.generation.process_groups import Agreeing
 from erk_guid.guidance import ERKGuidance, Guidance, ParameterFreeGuidance, settings_of
 from erk_guid.models.checkpoints import Checkpoint, load
 from erk_guid.models.checkpoints.loading import UNCONDITIONAL, locate
@@ -181,12 +181,12 @@ class GenerationConfig:
             raise ErkGuidError("mps has no float64; use --dtype float32")
         return device
 
-    def open(self, device: torch.device, group: ProcessGroup, decoding: bool = True) -> Models:
+    def open(self, device: torch.device, group: Agreeing, decoding: bool = True) -> Models:
         """Load the networks and the encoder; every rank calls this.
 
         Args:
             device: where to load them.
-            group: the process group.
+            group: the processes that share the work.
             decoding: whether images will be decoded; a VAE may then have to be fetched.
 
         Raises:

@@ -20,7 +20,18 @@ BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
-class Batch:
+class Sampled:
+    """A batch of latents, with what they were made from; see `Batch`."""
+
+    latents: Tensor
+    noise: Tensor
+    labels: Tensor | None
+    seeds: list[int]
+    indices: list[int]
+
+
+@dataclass(frozen=True)
+class Batch(Sampled):
     """A batch of images, with what they were made from.
 
     Attributes:
@@ -34,11 +45,6 @@ class Batch:
     """
 
     images: Tensor
-    latents: Tensor
-    noise: Tensor
-    labels: Tensor | None
-    seeds: list[int]
-    indices: list[int]
     batch_idx: int
     num_batches: int
 
@@ -62,11 +68,14 @@ class _Generation:
 
     def __iter__(self) -> Iterator[Batch]:
         for batch_idx, indices in enumerate(self.shares):
+            made = self.sample(indices)
             with torch.no_grad():
-                batch = self._make(batch_idx, indices)
-            yield batch
+                images = self.encoder.decode(made.latents)
+            yield Batch(**vars(made), images=images, batch_idx=batch_idx, num_batches=len(self))
 
-    def _make(self, batch_idx: int, indices: list[int]) -> Batch:
+    @torch.no_grad()
+    def sample(self, indices: list[int]) -> Sampled:
+        """Return the latents of some of the seeds; on CUDA, without waiting for them."""
         seeds = [int(self.seeds[i]) for i in indices]
         random = SeededNoise(seeds, self.device)
         noise, labels = draw(self.net, random, self.class_idx)
@@ -78,16 +87,7 @@ class _Generation:
             randn_like=random.randn_like,
             **self.sampler_options,
         )
-        return Batch(
-            images=self.encoder.decode(latents),
-            latents=latents,
-            noise=noise,
-            labels=labels,
-            seeds=seeds,
-            indices=indices,
-            batch_idx=batch_idx,
-            num_batches=len(self),
-        )
+        return Sampled(latents, noise, labels, seeds, indices)
 
 
 def draw(net: Network, random: SeededNoise, class_idx: int | None) -> tuple[Tensor, Tensor | None]:
@@ -153,10 +153,9 @@ def generate(
     if device is None:
         device = next(net.parameters()).device
     seeds = list(seeds)
-    # The same number of batches for every rank, of nearly equal size.
-    rounds = -(-len(seeds) // (batch_size * world_size))
-    parts = np.array_split(np.arange(len(seeds)), max(rounds, 1) * world_size)
-    shares = [part.tolist() for part in parts[rank::world_size] if len(part)]
+    shares = [
+        part for part in divided(len(seeds), batch_size, world_size)[rank::world_size] if part
+    ]
     return _Generation(
         net=net,
         seeds=seeds,
@@ -168,6 +167,15 @@ def generate(
         sampler_options=sampler_options,
         shares=shares,
     )
+
+
+def divided(count: int, batch_size: int, world_size: int = 1) -> list[list[int]]:
+    """Divide 0 to count - 1 into batches of nearly equal size, as many for every process.
+
+    Some are empty where there are fewer images than processes.
+    """
+    rounds = max(-(-count // (batch_size * world_size)), 1)
+    return [part.tolist() for part in np.array_split(np.arange(count), rounds * world_size)]
 
 
 def check_networks(net: Network, gnet: Network | None = None, class_idx: int | None = None) -> None:

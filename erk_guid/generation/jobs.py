@@ -10,7 +10,7 @@ import json
 import platform
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ from tqdm import tqdm
 from erk_guid._version import __version__
 from erk_guid.common.errors import ErkGuidError
 from erk_guid.common.files import PARTIAL, check_writable, write_bytes
-from erk_guid.common.pictures import is_whole_png, save_picture, save_png, tile
+from erk_guid.common.pictures import is_whole_png, save_picture, tile
 from erk_guid.generation.config import GenerationConfig, Models
-from erk_guid.generation.images import Batch, generate
-from erk_guid.generation.process_groups import ProcessGroup, process_group
-from erk_guid.generation.trace import Trace, check_trace_path, read_trace, write_trace
+from erk_guid.generation.images import divided, generate
+from erk_guid.generation.trace import NO_ROWS, Trace, check_trace_path, read_trace, write_trace
+from erk_guid.generation.workers import Queue, Workers, workers
+from erk_guid.generation.writing import ImageWriter, finish
 from erk_guid.sampling import StepInfo
 from erk_guid.solvers import same_as_recorded
 
@@ -56,7 +57,7 @@ def image_path(outdir: Path, seed: int, subdirs: bool) -> Path:
 
 
 def run_job(job: GenerationJob) -> int:
-    """Generate the images of `job`; under torchrun, this process's share of them.
+    """Generate the images of `job`; under torchrun, together with the other processes.
 
     Returns:
         How many images all processes made together, on rank 0; the other ranks return 0.
@@ -66,20 +67,17 @@ def run_job(job: GenerationJob) -> int:
     """
     device = job.choose_device()
     _check_outputs(job)
-    with process_group(device) as group:
+    with workers() as group:
         models = job.open(device, group)
         todo = group.agree(lambda: _prepare(job, models))
-        trace = Trace() if job.trace else None
-        done = _generate(job, models, group, todo, trace)
-        # The ranks meet only here, after the work, so that rank 0 can join the results.
-        totals = group.gather(done)
-        traces = group.gather(trace.rows() if trace else None)
-        if group.rank == 0:
-            if job.trace:
-                _write_trace(job, todo, [rows for rows in traces if rows is not None])
-            if job.grid:
-                _write_grid(job)
-        return sum(totals)
+        queue = _generate(job, models, group, todo)
+        if group.rank:
+            return 0
+        if job.trace:
+            _write_trace(job, todo, queue.notes())
+        if job.grid:
+            _write_grid(job)
+        return queue.made()
 
 
 def _check_outputs(job: GenerationJob) -> None:
@@ -175,7 +173,7 @@ def _write_trace(job: GenerationJob, made: list[int], parts: list[np.ndarray]) -
         before = read_trace(job.trace)
         parts = [before[~np.isin(before[:, 0], made)], *parts]
     try:
-        write_trace(job.trace, np.concatenate(parts))
+        write_trace(job.trace, np.concatenate([NO_ROWS, *parts]))
     except OSError as error:
         raise ErkGuidError(f"cannot write the trace {job.trace}: {error}") from error
 
@@ -209,15 +207,11 @@ def _refuse_mixture(outdir: Path, before: dict[str, Any], now: dict[str, Any]) -
         )
 
 
-def _generate(
-    job: GenerationJob,
-    models: Models,
-    group: ProcessGroup,
-    todo: list[int],
-    trace: Trace | None,
-) -> int:
-    """Generate this process's share; write images while the next batch is computed."""
-    bar = tqdm(unit="image", disable=group.rank != 0)
+def _generate(job: GenerationJob, models: Models, group: Workers, todo: list[int]) -> Queue:
+    """Take batches from the queue until all are made, by this process or by others."""
+    trace = Trace() if job.trace else None
+    label = "images" if group.world_size == 1 else f"images of {group.world_size} ranks"
+    bar = tqdm(total=len(todo), desc=label, unit="image", disable=group.rank != 0)
 
     def callback(info: StepInfo) -> None:
         if trace:
@@ -228,52 +222,48 @@ def _generate(
         models.loaded.net,
         todo,
         batch_size=job.batch,
-        rank=group.rank,
-        world_size=group.world_size,
         callback=callback if trace or group.rank == 0 else None,
         **models.generation_options,
     )
-    share = sum(len(part) for part in batches.shares)
-    bar.total = share
-    bar.set_description("images" if group.world_size == 1 else f"rank 0 of {group.world_size}")
+    parts = [part for part in divided(len(todo), job.batch, group.world_size) if part]
+    queue = group.queue(len(parts))
     line = models.used.describe()
-    pending: list[Future[None]] = []
+
+    def about(seed: int, number: int | None) -> str:
+        return f"seed {seed}, {line}" if number is None else f"seed {seed}, class {number}, {line}"
+
+    def path(seed: int) -> Path:
+        return image_path(job.outdir, seed, job.subdirs)
+
+    def made(index: int, files: list[Future[None]], rows: np.ndarray | None) -> None:
+        finish(files, job.outdir)
+        queue.done(index, len(files), rows)
+        bar.update(queue.made() - bar.n)
+
     try:
-        with bar, ThreadPoolExecutor(max_workers=4) as pool:
-            for batch in batches:
-                group.check()
-                _finish(job, pending)
-                pending = _save(job, batch, line, pool)
-                if trace:
-                    trace.end_batch(batch.seeds)
-                bar.update(len(batch.seeds))
-            _finish(job, pending)
+        with bar, ImageWriter(models.encoder, models.device, path, about) as writer:
+
+            def begin(index: int) -> tuple[int, list[Future[None]], np.ndarray | None]:
+                batch = batches.sample(parts[index])
+                files = writer.write(batch)
+                return index, files, trace.end_batch(batch.seeds) if trace else None
+
+            before = None
+            for index in queue.fresh():
+                now = begin(index)
+                if before is not None:
+                    made(*before)
+                before = now
+            if before is not None:
+                made(*before)
+            for index in queue.abandoned():
+                made(*begin(index))
+            bar.update(queue.made() - bar.n)
     except torch.cuda.OutOfMemoryError as error:
         raise ErkGuidError(
             f"{models.device} ran out of memory with --batch {job.batch}; choose a smaller one"
         ) from error
-    return share
-
-
-def _save(
-    job: GenerationJob, batch: Batch, line: str, pool: ThreadPoolExecutor
-) -> list[Future[None]]:
-    pixels = batch.images.cpu().numpy()
-    classes = [None] * len(pixels) if batch.labels is None else batch.labels.argmax(1).tolist()
-    futures = []
-    for seed, image, number in zip(batch.seeds, pixels, classes, strict=True):
-        about = f"seed {seed}, {line}" if number is None else f"seed {seed}, class {number}, {line}"
-        path = image_path(job.outdir, seed, job.subdirs)
-        futures.append(pool.submit(save_png, path, image, about))
-    return futures
-
-
-def _finish(job: GenerationJob, pending: list[Future[None]]) -> None:
-    for future in pending:
-        try:
-            future.result()
-        except OSError as error:
-            raise ErkGuidError(f"cannot write an image to {job.outdir}: {error}") from error
+    return queue
 
 
 def _write_grid(job: GenerationJob) -> None:

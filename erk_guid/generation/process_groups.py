@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,21 @@ from torch import Tensor
 from erk_guid.common.errors import ErkGuidError
 
 T = TypeVar("T")
+
+
+def launched() -> tuple[int, int] | None:
+    """Return the rank and number of processes that torchrun started, None for a single one.
+
+    Raises:
+        ErkGuidError: its environment variables are incomplete.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        return None
+    missing = [v for v in ("RANK", "MASTER_ADDR", "MASTER_PORT") if v not in os.environ]
+    if missing:
+        raise ErkGuidError(f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set")
+    return launched_rank(), world_size
 
 
 def launched_rank() -> int:
@@ -31,6 +46,14 @@ FAILED, ARRIVED = "erk_guid/failed", "erk_guid/arrived"
 
 class OtherRankError(ErkGuidError):
     """Another rank failed and has said why; this process only has to stop."""
+
+
+class Agreeing(Protocol):
+    """Processes of which rank 0 can do something for all."""
+
+    def agree(self, function: Callable[[], T], /) -> T:
+        """Run `function` on rank 0 only, and return its result on every rank."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -152,13 +175,9 @@ def process_group(device: torch.device) -> Iterator[ProcessGroup]:
     Raises:
         ErkGuidError: the launcher's environment variables are incomplete.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size == 1:
+    if launched() is None:
         yield ProcessGroup()
         return
-    missing = [v for v in ("RANK", "MASTER_ADDR", "MASTER_PORT") if v not in os.environ]
-    if missing:
-        raise ErkGuidError(f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set")
     nccl = device.type == "cuda" and dist.is_nccl_available()
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -31,6 +31,8 @@ COLUMNS = (
 where the correction acts. Sizes are Euclidean norms. Empty (NaN) at steps with no embedded pair;
 `gate` also in the parameter-free form, which has none."""
 
+NO_ROWS = np.empty((0, len(COLUMNS)))
+
 MOST_STEPS = 10_000
 """Largest number of steps of a trace that is read."""
 
@@ -42,7 +44,6 @@ class Trace:
 
     def __init__(self) -> None:
         self._open: list[list[Tensor | float]] = []
-        self._rows: list[np.ndarray] = []
 
     def callback(self, info: StepInfo) -> None:
         """Record one step on the device, without waiting for it."""
@@ -59,20 +60,22 @@ class Trace:
             ]
         )  # fmt: skip
 
-    def end_batch(self, seeds: Sequence[int]) -> None:
-        """Store the steps recorded since the last call under these seeds."""
+    def end_batch(self, seeds: Sequence[int]) -> np.ndarray:
+        """Return the steps recorded since the last call, as rows of these seeds.
+
+        Returns:
+            float64 [steps x seeds, len(COLUMNS)].
+        """
         names = np.asarray(seeds, dtype=np.float64)
+        rows = [NO_ROWS]
         for values in self._open:
             columns = [
                 v.cpu().double().numpy() if isinstance(v, Tensor) else np.full(len(names), v)
                 for v in values
             ]
-            self._rows.append(np.stack([names, *columns], axis=1))
+            rows.append(np.stack([names, *columns], axis=1))
         self._open = []
-
-    def rows(self) -> np.ndarray:
-        """Return all rows so far, float64 [rows, len(COLUMNS)]."""
-        return np.concatenate(self._rows) if self._rows else np.empty((0, len(COLUMNS)))
+        return np.concatenate(rows)
 
 
 def check_trace_path(path: Path) -> None:

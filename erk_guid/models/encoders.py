@@ -114,6 +114,8 @@ class StabilityVAEEncoder:
                     "diffusion_pytorch_model.safetensors) and name that with --vae"
                 ) from error
             self._vae = vae.eval().requires_grad_(False)
+        # Here, as a copy at every batch would wait for the device.
+        self.scale, self.bias = self.scale.to(device), self.bias.to(device)
         return self._vae.to(device)
 
     def prepare(self, device: torch.device) -> None:

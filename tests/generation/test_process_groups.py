@@ -164,12 +164,11 @@ FAILING = """
 import os, sys
 sys.argv[1:] = ["--net", sys.argv[1], "--outdir", sys.argv[2], "--seeds", "0-199", "--steps", "64",
                 "--batch", "4", "--device", "cpu"]
-import erk_guid.generation.jobs
+import erk_guid.generation.writing
 if os.environ["RANK"] == "1":
-    save = erk_guid.generation.jobs.save_png
     def failing(path, *args):
         raise OSError(28, "No space left on device")
-    erk_guid.generation.jobs.save_png = failing
+    erk_guid.generation.writing.save_png = failing
 from erk_guid.cli.generate import generate_command
 generate_command()
 """
