@@ -12,10 +12,13 @@ import torch
 from erk_guid.models.networks.edm2 import Precond
 
 
-def edm2_xs(device: str = "cpu") -> Precond:
-    """Return EDM2-XS with random weights: 128 channels, 64x64x4 latents, 1000 classes."""
+def edm2_xs(device: str = "cpu", channels: int = 4) -> Precond:
+    """Return EDM2-XS with random weights: 128 channels, 64x64 latents, 1000 classes.
+
+    It is the form that can be trained; `erk_guid.models.freeze` makes the one for inference.
+    """
     torch.manual_seed(0)
-    net = Precond(64, 4, 1000, model_channels=128)
+    net = Precond(64, channels, 1000, model_channels=128)
     with torch.no_grad():
         # The initial gains are 0, which would multiply much of the network away.
         for name, parameter in net.named_parameters():

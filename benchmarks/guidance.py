@@ -19,6 +19,7 @@ import torch
 from common import edm2_xs, in_turn, machine, report_ratio
 
 import erk_guid
+from erk_guid.models import freeze
 
 
 def peak_bytes(device: str) -> int:
@@ -38,7 +39,7 @@ def peak_bytes(device: str) -> int:
 @click.option("--peak-of", type=float, hidden=True, help="Sample once, print the peak memory.")
 @torch.no_grad()
 def main(rounds: int, steps: int, device: str, peak_of: float | None) -> None:
-    net = edm2_xs(device)
+    net = freeze(edm2_xs(device), inplace=True)
     noise = torch.randn(1, 4, 64, 64, device=device)
     labels = torch.eye(1000, device=device)[:1]
 

@@ -10,7 +10,6 @@ in turn (A B A B ...). These are the tables of docs/settings.md.
 
 from __future__ import annotations
 
-import copy
 import statistics
 from functools import partial
 from typing import Any
@@ -24,28 +23,27 @@ import erk_guid
 from erk_guid.generation.devices import choose_device
 from erk_guid.generation.images import draw
 from erk_guid.generation.seeds import SeededNoise
+from erk_guid.models import freeze
 
 SIGMAS = (40.0, 5.0, 1.0, 0.3, 0.05)
 
 
-def output_error(net: Any, dtype: torch.dtype, x: Tensor, labels: Tensor) -> list[float]:
-    """Return the relative error of the U-Net's output at each of `SIGMAS`."""
+def output_error(nets: tuple[Any, Any], x: Tensor, labels: Tensor) -> list[float]:
+    """Return how far the U-Net's outputs are apart, relative, at each of `SIGMAS`."""
     found = []
     for sigma in SIGMAS:
         outputs = []
-        for precision in (torch.float32, dtype):
-            net.precision = precision
+        for each in nets:
             level = torch.tensor(sigma, device=x.device)
             noisy = x * (sigma**2 + 0.25) ** 0.5
             passed = noisy * 0.25 / (sigma**2 + 0.25)  # beside the network
-            outputs.append(net(noisy, level, labels) - passed)
+            outputs.append(each(noisy, level, labels) - passed)
         found.append(float((outputs[1] - outputs[0]).norm() / outputs[0].norm()))
     return found
 
 
-def images(net: Any, dtype: torch.dtype, noise: Tensor, labels: Tensor | None, n: int) -> Tensor:
+def images(net: Any, noise: Tensor, labels: Tensor | None, n: int) -> Tensor:
     """Return what `n` evaluations of modal make."""
-    net.precision = dtype
     return erk_guid.edm_sampler(
         net, noise, labels, num_steps=n + 1, solver="modal", denoise_to_zero=False
     )
@@ -58,28 +56,34 @@ def main(rounds: int, device: str | None) -> None:
     where = choose_device(device)
     print(machine(), where)
     dtypes = [torch.bfloat16, *([torch.float16] if where.type == "cuda" else [])]
-    digits: Any = erk_guid.load("digits", device=where).net
-    xs = edm2_xs(str(where))
+
+    def opened(dtype: torch.dtype) -> tuple[Any, Any]:
+        precision = str(dtype).removeprefix("torch.")
+        digits: Any = erk_guid.load("digits", device=where, precision=precision).net
+        return digits, freeze(edm2_xs(str(where)), dtype)
+
+    digits, xs = opened(torch.float32)
     noise, labels = draw(digits, SeededNoise(range(32), where), None)
     assert labels is not None
     with torch.no_grad():
         for dtype in dtypes:
-            rows: list[tuple[str, Any, Tensor, Tensor]] = [
-                ("digits", digits, noise[:8], labels[:8]),
-                ("EDM2-XS, random", xs, torch.randn(2, 4, 64, 64, device=where),
+            low_digits, low_xs = opened(dtype)
+            rows: list[tuple[str, tuple[Any, Any], Tensor, Tensor]] = [
+                ("digits", (digits, low_digits), noise[:8], labels[:8]),
+                ("EDM2-XS, random", (xs, low_xs), torch.randn(2, 4, 64, 64, device=where),
                  torch.eye(1000, device=where)[:2]),
             ]  # fmt: skip
-            for name, net, x, given in rows:
-                errors = output_error(net, dtype, x, given)
+            for name, nets, x, given in rows:
+                errors = output_error(nets, x, given)
                 said = ", ".join(f"{e:.2%} at {s:g}" for s, e in zip(SIGMAS, errors, strict=True))
                 print(f"{name}, {dtype}: output off by {said}", flush=True)
-            whole = images(digits, torch.float32, noise, labels, 12)
-            fine = images(digits, torch.float32, noise, labels, 62)
+            whole = images(digits, noise, labels, 12)
+            fine = images(digits, noise, labels, 62)
 
             def apart(a: Tensor, b: Tensor) -> float:
                 return float((a - b).flatten(1).norm(dim=1).mean())
 
-            low = images(digits, dtype, noise, labels, 12)
+            low = images(low_digits, noise, labels, 12)
             print(
                 f"digits, {dtype}, 12 evaluations: {apart(low, whole):.3f} from the float32 "
                 f"images; from the fine solution {apart(low, fine):.3f}, float32 "
@@ -93,9 +97,6 @@ def main(rounds: int, device: str | None) -> None:
                 def run(net: Any, x: Tensor = x, given: Tensor = given) -> None:
                     net(x, torch.tensor(1.0, device=where), given)
 
-                # Two networks, each of which keeps the weights of its own precision.
-                low_xs = copy.deepcopy(xs)
-                xs.precision, low_xs.precision = torch.float32, dtype
                 times = in_turn(partial(run, xs), partial(run, low_xs), rounds)
                 ratios = sorted(a / b for a, b in zip(*times, strict=True))
                 print(

@@ -298,6 +298,8 @@ def evaluate(denoiser: Denoiser, x: Tensor, sigma: float) -> Evaluation:
 
 def _call(denoiser: Denoiser, x: Tensor, level: Tensor) -> Tensor:
     """Call the denoiser, and raise if it edited what it was given."""
+    if torch.compiler.is_compiling():
+        return denoiser(x, level)  # a traced graph has no edits to count
     # Inference tensors count no edits: the denoiser gets copies of those.
     given, sigma = (t.clone() if t.is_inference() else t for t in (x, level))
     before = [None if t.is_inference() else t._version for t in (given, sigma)]

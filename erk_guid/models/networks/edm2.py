@@ -96,7 +96,10 @@ def mp_cat(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
     """Concatenate over channels, preserving magnitudes (eq. 103)."""
     na, nb = a.shape[1], b.shape[1]
     scale = math.sqrt((na + nb) / ((1 - t) ** 2 + t**2))
-    return torch.cat([a * (scale * (1 - t) / math.sqrt(na)), b * (scale * t / math.sqrt(nb))], 1)
+    weights = scale * (1 - t) / math.sqrt(na), scale * t / math.sqrt(nb)
+    # Equal widths are not weighted: the factors are 1 then, up to rounding.
+    parts = [x if math.isclose(w, 1) else x * w for x, w in zip((a, b), weights, strict=True)]
+    return torch.cat(parts, 1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -199,7 +202,8 @@ def attention(qkv: Tensor, heads: int) -> Tensor:
     # One copy to [3, N, heads, pixels, channels]: with channels last, both the norm and the
     # fused attention kernels run over contiguous memory.
     parts = qkv.reshape(n, heads, -1, 3, height * width).permute(3, 0, 1, 4, 2).contiguous()
-    q, k, v = normalize(parts, dim=-1).unbind(0)
+    out = parts if may_overwrite(parts) else None
+    q, k, v = normalize(parts, dim=-1, out=out).unbind(0)
     y = F.scaled_dot_product_attention(q, k, v)
     if layout(qkv) == torch.channels_last:
         return y.transpose(1, 2).reshape(n, height, width, c3 // 3).permute(0, 3, 1, 2)
