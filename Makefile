@@ -9,7 +9,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-slow lint bench report clean
+.PHONY: demo test test-slow lint bench gpu report clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m erk_guid demo --outdir output/demo
@@ -28,10 +28,13 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
+# One table of times and memory against their targets, about twenty minutes on two cores.
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/network.py
-	$(BIN)/python benchmarks/guidance.py
-	$(BIN)/python benchmarks/frechet.py
+	$(BIN)/python benchmarks/bench.py
+
+# What only a CUDA device can show, in under eight minutes; writes docs/gpu.md. It needs torch alone.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) scripts/gpu.py
 
 # The experiment of docs/digits.md: over an hour on two cores; NUM=100 for a first look.
 NUM ?= 1000

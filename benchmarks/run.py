@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 def write(path: Path, dtype: torch.dtype) -> None:
     """Write the network as a published snapshot."""
     sys.path.insert(0, str(ROOT / "scripts"))
-    from check_programs import EDM2_SOURCE, write_snapshot
+    from check_programs import EDM2_SOURCE, write_snapshot  # type: ignore[import-not-found]
 
     write_snapshot(path, edm2_xs(channels=3).to(dtype), EDM2_SOURCE)
 
