@@ -4,7 +4,11 @@
 Scripts of EDM2's users find its functions here under their own names.
 """
 
-from erk_guid.cli.metrics import metrics_command
+from erk_guid.cli import run_script
+
+if __name__ == "__main__":
+    run_script("metrics")  # it ends here
+
 from erk_guid.integrations.edm2 import (
     calculate_metrics_from_stats,
     calculate_stats_for_files,
@@ -20,6 +24,3 @@ __all__ = [
     "load_stats",
     "save_stats",
 ]
-
-if __name__ == "__main__":
-    metrics_command()

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Precision, recall and inception score of a folder of images. See --help."""
 
-from erk_guid.cli.precision_recall import precision_recall_command
+from erk_guid.cli import run_script
 
 if __name__ == "__main__":
-    precision_recall_command()
+    run_script("precision-recall")  # it ends here

@@ -4,7 +4,11 @@
 Scripts of EDM2's users find its functions here under their own names.
 """
 
-from erk_guid.cli.generate import generate_command
+from erk_guid.cli import run_script
+
+if __name__ == "__main__":
+    run_script("generate")  # it ends here
+
 from erk_guid.integrations.edm2 import (
     StackedRandomGenerator,
     config_presets,
@@ -20,6 +24,3 @@ __all__ = [
     "generate_images",
     "parse_int_list",
 ]
-
-if __name__ == "__main__":
-    generate_command()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
+from functools import partial
 from importlib import import_module
+from typing import NoReturn
 
 import click
 
 from erk_guid._version import __version__
+from erk_guid.cli.outline import outlined
 
 COMMANDS: Mapping[str, str] = {
     "generate": "Generate images with a diffusion model, with or without ERK guidance.",
@@ -30,12 +35,25 @@ COMMANDS: Mapping[str, str] = {
 }
 """What the list of commands says of each.
 
-A command's module is imported when the command is asked for: the list appears without torch.
+A command's module is imported when the command is run: help and errors in options need no torch.
 """
 
 
+def command_named(name: str) -> click.Command:
+    """Return a command itself, and import what it runs."""
+    module = import_module(f"erk_guid.cli.{name.replace('-', '_')}")
+    command: click.Command = getattr(module, f"{name.replace('-', '_')}_command")
+    return command
+
+
+def run_script(name: str) -> NoReturn:
+    """Run a command as a script's main program."""
+    outlined(name, partial(command_named, name))(prog_name=os.path.basename(sys.argv[0]))
+    raise SystemExit(0)  # not reached: the command ends the process
+
+
 class _Commands(click.Group):
-    """The commands, each imported when it is asked for."""
+    """The commands, each imported when it is run."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -43,10 +61,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        name = cmd_name.replace("-", "_")
-        module = import_module(f"erk_guid.cli.{name}")
-        command: click.Command = getattr(module, f"{name}_command")
-        return command
+        return outlined(cmd_name, partial(command_named, cmd_name))
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -15,7 +15,8 @@ from erk_guid.common.pictures import save_png
 from erk_guid.generation.images import Sampled
 from erk_guid.models.encoders import Encoder
 
-THREADS = 4
+THREADS = {"cuda": 4}
+"""Threads that write files, by device; 1 on others: on a CPU they take time from the network."""
 
 
 class ImageWriter:
@@ -40,7 +41,7 @@ class ImageWriter:
         about: Callable[[int, int | None], str],
     ) -> None:
         self._encoder, self._path, self._about = encoder, path, about
-        self._pool = ThreadPoolExecutor(THREADS)
+        self._pool = ThreadPoolExecutor(THREADS.get(device.type, 1))
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __enter__(self) -> ImageWriter:

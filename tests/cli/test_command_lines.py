@@ -10,9 +10,9 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
-from conftest import DATA
+from conftest import DATA, ROOT
 
-from erk_guid.cli import COMMANDS, main
+from erk_guid.cli import COMMANDS, command_named, main, outline
 
 
 def options_of(command: click.Command) -> dict[str, Any]:
@@ -37,7 +37,8 @@ def command_lines(command: click.Command, *path: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     context = click.Context(command)
     for name in command.list_commands(context):
-        sub = command.get_command(context, name)
+        # The commands themselves, not their outlines.
+        sub = command_named(name) if command is main else command.get_command(context, name)
         assert sub is not None
         found |= command_lines(sub, *path, name)
     return found
@@ -50,10 +51,8 @@ def test_every_option_is_as_it_was() -> None:
 
 
 def test_the_list_says_what_the_commands_say() -> None:
-    context = click.Context(main)
     for name, said in COMMANDS.items():
-        command = main.get_command(context, name)
-        assert command is not None
+        command = command_named(name)
         assert command.get_short_help_str(limit=200) == said
     unknown = CliRunner().invoke(main, ["paint"])
     assert unknown.exit_code == 2
@@ -83,3 +82,73 @@ def test_every_help_text_is_whole() -> None:
         for names in options:
             if names.startswith("-"):
                 assert names.split("/")[0] in shown.output, (line, names)
+
+
+def test_the_outlines_are_those_of_the_commands() -> None:
+    stored = (ROOT / "erk_guid" / "cli" / outline.FILE).read_text()
+    assert stored == outline.text(), "run 'python scripts/outline.py'"
+
+
+LINES = [[*line.split(" ")[1:]] for line in json.loads((DATA / "command_lines.json").read_text())]
+
+
+def without_outlines() -> click.Group:
+    return click.Group(
+        commands={name: command_named(name) for name in COMMANDS},
+        context_settings=main.context_settings,
+    )
+
+
+@pytest.mark.parametrize("line", [*LINES, ["metrics"]], ids=" ".join)
+@pytest.mark.parametrize("width", [50, 100])
+def test_outlines_show_the_same_help(line: list[str], width: int) -> None:
+    whole = without_outlines()
+    found = [
+        CliRunner().invoke(each, [*line, "--help"], terminal_width=width, prog_name="erk-guid")
+        for each in (main, whole)
+    ]
+    assert found[0].output == found[1].output
+    assert found[0].exit_code == 0
+
+
+WRONG = [
+    "generate --solver=rk4", "generate --stps 3", "generate --batch 0", "generate --steps",
+    "generate --rho x", "generate --w_stiff", "generate --resume=3", "generate more",
+    "generate --dtype float16 --batch 3", "metrics calc", "metrics gen --num x", "metrics clac",
+    "convert", "convert a", "convert a b c", "accuracy --batch -1", "fit --samples -1",
+    "reproduce --table x", "precision-recall", "presets more", "toy --nothing", "demo -x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_outlines_report_the_same_errors(line: str) -> None:
+    whole = without_outlines()
+    found = [
+        CliRunner().invoke(each, line.split(" "), prog_name="erk-guid") for each in (main, whole)
+    ]
+    assert found[0].output == found[1].output
+    assert found[0].exit_code == found[1].exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        *(f"from erk_guid.cli import main; main({line.split(' ')!r})" for line in WRONG[:6]),
+        "from erk_guid.cli import main; main(['generate', '--help'])",
+        "import sys, runpy; sys.argv = ['x', '--solver=rk4']; "
+        "runpy.run_path('generate_images.py', run_name='__main__')",
+        "import sys, runpy; sys.argv = ['x', 'calc']; "
+        "runpy.run_path('calculate_metrics.py', run_name='__main__')",
+    ],
+)
+def test_errors_in_options_need_no_torch(program: str) -> None:
+    code = (
+        "import sys\n"
+        "try:\n"
+        f"    {program}\n"
+        "except SystemExit as end:\n"
+        "    print(end.code, 'torch' in sys.modules, 'numpy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    expected = "0 False False" if "--help" in program else "2 False False"
+    assert done.stdout.splitlines()[-1] == expected, done.stderr

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -22,7 +21,7 @@ from conftest import DATA, ROOT
 from PIL import Image
 
 import erk_guid
-from erk_guid.cli import main
+from erk_guid.cli import command_named, main
 from erk_guid.cli.reproduce import reproduce_command
 from erk_guid.studies.reproduce import TABLES, Reproduction, choose_rows, plan, write_report
 from erk_guid.studies.reproduce.report import Findings
@@ -115,7 +114,7 @@ def test_a_dry_run_prints_commands_that_parse() -> None:
         if command[0] == "rm":
             continue
         name = command[command.index("erk_guid") + 1]
-        known: Any = main.get_command(click.Context(main), name)
+        known: Any = command_named(name)
         if name == "metrics":
             known = known.commands["calc"]
         options = {o for p in known.params for o in (*p.opts, *p.secondary_opts)}
