@@ -9,14 +9,20 @@ in its own process. Then the correction alone is timed against one solver step.
 
 from __future__ import annotations
 
+import json
 import statistics
 import subprocess
 import sys
 import time
+import weakref
+from pathlib import Path
+from typing import Any
 
 import click
 import torch
 from common import edm2_xs, in_turn, machine, report_ratio
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import erk_guid
 from erk_guid.models import freeze
@@ -32,13 +38,36 @@ def peak_bytes(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+class Held(TorchDispatchMode):
+    """Counts the bytes of tensors made inside, as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if torch.is_tensor(t)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if torch.is_tensor(tensor) and tensor.untyped_storage().data_ptr() not in given:
+                size = tensor.nbytes
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(tensor, self._freed, size)
+        return out
+
+    def _freed(self, size: int) -> None:
+        self.now -= size
+
+
 @click.command(help=__doc__)
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--steps", default=3, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
+@click.option("--json", "to", type=click.Path(path_type=Path), help="Write the numbers to a file.")
 @click.option("--peak-of", type=float, hidden=True, help="Sample once, print the peak memory.")
 @torch.no_grad()
-def main(rounds: int, steps: int, device: str, peak_of: float | None) -> None:
+def main(rounds: int, steps: int, device: str, to: Path | None, peak_of: float | None) -> None:
     net = freeze(edm2_xs(device), inplace=True)
     noise = torch.randn(1, 4, 64, 64, device=device)
     labels = torch.eye(1000, device=device)[:1]
@@ -52,10 +81,8 @@ def main(rounds: int, steps: int, device: str, peak_of: float | None) -> None:
         return
 
     print(f"EDM2-XS, batch 1, {steps} steps, float32; {machine()}")
-    report_ratio(
-        ("guided sampling (gate open)", "unguided sampling"),
-        in_turn(lambda: sampled(0.5), lambda: sampled(0.0), rounds),
-    )
+    times = in_turn(lambda: sampled(0.5), lambda: sampled(0.0), rounds)
+    report_ratio(("guided sampling (gate open)", "unguided sampling"), times)
     peaks = {}
     for w_stiff in (0.5, 0.0):
         command = [sys.executable, __file__, "--steps", str(steps), "--device", device]
@@ -86,6 +113,17 @@ def main(rounds: int, steps: int, device: str, peak_of: float | None) -> None:
         f"  the correction alone {alone * 1e6:.0f} us, one step {step * 1e3:.0f} ms: "
         f"{alone / step:.3%} of a step"
     )
+
+    # What it holds at once, besides its inputs and its result.
+    pair = erk_guid.Pair(x_high, x_low, f_high, f_low, h)
+    with Held() as held:
+        guidance.correction(pair)
+    held_batches = held.peak / noise.nbytes - 1
+    print(f"  largest temporaries at once: {held_batches:.2f} batches of latents")
+    if to:
+        ratio = statistics.median(a / b for a, b in zip(*times, strict=True))
+        numbers = {"ratio": ratio, "of_a_step": alone / step, "batches": held_batches}
+        to.write_text(json.dumps(numbers))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ the first load of a network. `import torch` alone is the floor of the last one.
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
@@ -45,8 +46,10 @@ def seconds(checkout: Path, arguments: list[str]) -> float:
     "--against", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A checkout."
 )
 @click.option("--rounds", default=5, show_default=True)
-def main(against: Path | None, rounds: int) -> None:
+@click.option("--json", "to", type=click.Path(path_type=Path), help="Write the numbers to a file.")
+def main(against: Path | None, rounds: int, to: Path | None) -> None:
     print(machine())
+    medians = {}
     for name, arguments in PROGRAMS.items():
         checkouts = [HERE, *([against.resolve()] if against else [])]
         times: list[list[float]] = [[] for _ in checkouts]
@@ -63,6 +66,9 @@ def main(against: Path | None, rounds: int) -> None:
                 f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
             )
         print(line, flush=True)
+        medians[name] = statistics.median(times[0])
+    if to:
+        to.write_text(json.dumps(medians))
 
 
 if __name__ == "__main__":

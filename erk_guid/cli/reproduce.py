@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from erk_guid.cli.common import Names, SeedList, load_plugins, name_and_path, reporting_errors
+from erk_guid.cli.options import chosen_options
 from erk_guid.common.errors import ErkGuidError
 from erk_guid.metrics.comparison import REAL
 from erk_guid.studies.reproduce.planning import Reproduction, commands
@@ -75,6 +76,7 @@ JOB = Reproduction
     help="Processes, one for each GPU.  [default: all GPUs present, else 1]",
 )
 @click.option("--device", metavar="STR", help="cuda, mps or cpu.  [default: the best present]")
+@chosen_options("precision", "compile")
 @click.option(
     "--metrics", metavar="LIST", type=Names(), help="[default: those of the model's data set]"
 )

@@ -42,6 +42,8 @@ class Reproduction:
     batch: int = PAPER_BATCH
     gpus: int | None = None
     device: str | None = None
+    precision: str | None = None
+    compile: bool = False
     model: str | None = None
     gnet: str | None = None
     metrics: Sequence[str] | None = None
@@ -156,6 +158,12 @@ def plan(job: Reproduction, row: Row) -> Plan:
             f"row {row.id}: the paper's w_stiff and w_con are not known here; choose them with "
             "--w_stiff and --w_con"
         )
+    fitted_in = row.options.get("precision", job.precision)
+    if job.precision not in (None, fitted_in):
+        raise ErkGuidError(
+            f"row {row.id}: its settings were measured with --precision {fitted_in}; leave "
+            f"--precision {job.precision} out"
+        )
     model = _model_options(job, row)
     metrics, ref = _scoring(job, row)
     seeds = spell(job.chosen_seeds)
@@ -170,6 +178,7 @@ def plan(job: Reproduction, row: Row) -> Plan:
         "denoise_to_zero": row.denoise_to_zero,
         **({"options": dict(row.options)} if row.options else {}),
         **({"settings": row.settings} if row.settings else {}),
+        **({"precision": job.precision} if job.precision else {}),
         **({"pixels": PIXELS} if _may_have_a_vae(job, row) else {}),
         **sampling_rules(modal=row.solver == "modal", parameter_free=row.w_stiff in FORMS),
         "seeds": seeds,
@@ -188,7 +197,8 @@ def plan(job: Reproduction, row: Row) -> Plan:
         papers=model[0] == f"--preset={row.model}"
         and standard is not None
         and ref == standard[1]
-        and not job.detector_weights,
+        and not job.detector_weights
+        and job.precision is None,
     )  # fmt: skip
     made.generate.extend(_generate_command(job, made, model, seeds))
     made.score.extend(_score_command(job, made, metrics, ref))
@@ -246,7 +256,9 @@ def _generate_command(job: Reproduction, one: Plan, model: list[str], seeds: str
         f"--seeds={seeds}", f"--batch={job.batch}", *sampler,
         *(f"--{k}={v:g}" if isinstance(v, float | int) else f"--{k}={v}"
           for k, v in row.options.items()),
-        *_device(job), "--resume",
+        *([f"--precision={job.precision}"]
+          if job.precision and "precision" not in row.options else []),
+        *(["--compile"] if job.compile else []), *_device(job), "--resume",
     ]  # fmt: skip
 
 

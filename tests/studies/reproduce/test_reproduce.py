@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from PIL import Image
 import erk_guid
 from erk_guid.cli import command_named, main
 from erk_guid.cli.reproduce import reproduce_command
+from erk_guid.common.errors import ErkGuidError
 from erk_guid.studies.reproduce import TABLES, Reproduction, choose_rows, plan, write_report
 from erk_guid.studies.reproduce.report import Findings
 from erk_guid.studies.reproduce.runner import _mend, read_results, result_of
@@ -493,3 +495,22 @@ def test_a_settings_file_that_makes_no_row(
     assert message in " ".join(done.output.split())
     assert "Traceback" not in done.output
     assert not (tmp_path / "o").exists()
+
+
+def test_precision_is_another_row_and_no_comparison_and_compile_is_the_same() -> None:
+    args = ("--model=digits", "--num=500", "--row=2-32-plain", "--device=cpu")
+    usual, compiled, low = (
+        commands_of(*args, *more) for more in ((), ("--compile",), ("--precision=bfloat16",))
+    )
+    assert compiled.replace(" --compile", "") == usual
+    assert low.count("--precision=bfloat16") == 1
+    assert low.replace(" --precision=bfloat16", "") != usual  # another folder
+    row = TABLES["2"][0]
+    assert plan(Reproduction(rows=[row]), row).papers
+    assert plan(Reproduction(rows=[row], compile=True), row).papers
+    assert not plan(Reproduction(rows=[row], precision="bfloat16"), row).papers
+    fitted = replace(row, options={"precision": "bfloat16"})
+    command = plan(Reproduction(rows=[fitted], precision="bfloat16"), fitted).generate
+    assert command.count("--precision=bfloat16") == 1
+    with pytest.raises(ErkGuidError, match="measured with --precision bfloat16; leave"):
+        plan(Reproduction(rows=[fitted], precision="float16"), fitted)
