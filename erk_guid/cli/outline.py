@@ -132,6 +132,9 @@ class Outline(click.Command):
         super().make_context(info_name, list(args), parent, **extra)
         return self._command().make_context(info_name, args, parent, **extra)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        return ctx.command.invoke(ctx)  # the command's context, see above
+
 
 def _made_parameter(stored: dict[str, Any]) -> click.Parameter:
     kind = _made_type(stored)

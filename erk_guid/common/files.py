@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield path
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}{path.suffix}")
+    # Processes on two nodes may have one number, and write the same file.
+    mark = f"{os.getpid()}-{secrets.token_hex(3)}"
+    partial = path.with_name(f".{path.name}.{mark}{PARTIAL}{path.suffix}")
     try:
         yield partial
         os.replace(partial, path)

@@ -72,12 +72,12 @@ def run_job(job: GenerationJob) -> int:
         todo = group.agree(lambda: _prepare(job, models))
         queue = _generate(job, models, group, todo)
         if group.rank:
-            return 0
+            return 0  # rank 0 counts them all
         if job.trace:
             _write_trace(job, todo, queue.notes())
         if job.grid:
             _write_grid(job)
-        return queue.made()
+        return len(todo)
 
 
 def _check_outputs(job: GenerationJob) -> None:

@@ -8,6 +8,8 @@ a dead rank had begun is made by another.
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import os
 import pickle
 import threading
@@ -78,6 +80,7 @@ class Workers:
     world_size: int = 1
     store: Store = field(default_factory=_Own, repr=False)
     patience: float = PATIENCE
+    keeps_store: bool = False
     _agreed: int = 0
 
     def agree(self, function: Callable[[], T]) -> T:
@@ -123,9 +126,9 @@ class Workers:
         self.store.add(f"beat/{self.rank}", 1)
 
     def leave(self) -> None:
-        """Say goodbye; rank 0 waits for the others, for it may be the one that keeps the store."""
+        """Say goodbye. Whoever keeps the store waits for the others, and for some that may come."""
         self.store.add(f"left/{self.rank}", 1)
-        if self.rank:
+        if not self.keeps_store:
             return
         signs = Signs(self)
         others = list(range(1, self.world_size))
@@ -180,12 +183,13 @@ class Queue:
         Call it after `done` of all batches of one's own.
         """
         store, signs = self.workers.store, Signs(self.workers)
-        while int(store.add("finished", 0)) < self.count:
+        # By the batches themselves: a rank may die between two records of one.
+        while not store.check([self._done(index) for index in range(self.count)]):
             self.workers.check()
             alive = [r for r in range(self.workers.world_size) if signs.alive(r)]
             if len(alive) < self.workers.world_size:
                 yield from self._retaken(alive)
-            time.sleep(0.1)
+            time.sleep(0.2)
 
     def _retaken(self, alive: list[int]) -> Iterator[int]:
         store = self.workers.store
@@ -209,7 +213,6 @@ class Queue:
         if int(store.add(self._done(index), 1)) > 1:
             return  # twice: by a rank that was slow, and by the one that took it for dead
         store.add("images", images)
-        store.add("finished", 1)
 
     def made(self) -> int:
         """Return how many images all ranks have made so far."""
@@ -246,39 +249,52 @@ def workers(patience: float = PATIENCE) -> Iterator[Workers]:
         return
     rank, world_size = found
     try:
-        made = Workers(rank, world_size, _connected(rank), patience)
+        keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "") != "True"
+        made = Workers(rank, world_size, _connected(rank, keeps), patience, keeps)
         stop = threading.Event()
         beating = threading.Thread(target=_beat, args=(made, stop), daemon=True)
         beating.start()
         try:
             yield made
-        except BaseException:
-            with contextlib.suppress(RuntimeError):  # the store may be gone
-                made.store.set(FAILED, str(rank))
+        except BaseException as error:
+            with contextlib.suppress(*LOST):  # the store may be gone
+                if not isinstance(error, OtherRankError):
+                    made.store.set(FAILED, str(rank))
+                made.leave()
             raise
         finally:
             stop.set()
+            beating.join(timeout=5)  # in the store's code it must not see the process end
         made.leave()
     except LOST as error:
-        raise ErkGuidError(f"rank {rank} lost the other processes: {error}") from error
+        raise ErkGuidError(
+            f"rank {rank} lost the other processes: rank 0 has ended or never began ({error})"
+        ) from error
 
 
 def _beat(made: Workers, stop: threading.Event) -> None:
-    with contextlib.suppress(RuntimeError):  # the main thread will notice
+    with contextlib.suppress(*LOST):  # the main thread will notice
         made.beat()
         while not stop.wait(BEAT):
             made.beat()
 
 
-def _connected(rank: int) -> Store:
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "") == "True"  # by torchrun itself
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        host, port, is_master=rank == 0 and not kept, timeout=JOINING, wait_for_workers=False,
-    )  # fmt: skip
-    # Restarted by torchrun, the counters begin again.
+_JOBS = itertools.count()
+"""Jobs that this process has joined, in the order in which all ranks join them."""
+
+
+def _connected(rank: int, keeps: bool) -> Store:
+    store = _store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), keeps)
+    # A process restarted by torchrun, or its next job, begins with counters of its own.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     made: Store = dist.PrefixStore(  # type: ignore[attr-defined]
-        f"erk_guid/generate/{attempt}", store
+        f"erk_guid/generate/{attempt}/{next(_JOBS)}", store
     )
     return made
+
+
+@functools.cache
+def _store(host: str, port: int, keeps: bool) -> Any:
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        host, port, is_master=keeps, timeout=JOINING, wait_for_workers=False
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -152,3 +153,20 @@ def test_errors_in_options_need_no_torch(program: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     expected = "0 False False" if "--help" in program else "2 False False"
     assert done.stdout.splitlines()[-1] == expected, done.stderr
+
+
+@pytest.mark.parametrize("script", [True, False])
+def test_what_the_outline_passes_is_run(script: bool, tmp_path: Path) -> None:
+    args = ["--preset=digits", f"--outdir={tmp_path / 'o'}", "--seeds=3", "--steps=2"]
+    command = ["generate_images.py"] if script else ["-m", "erk_guid", "generate"]
+    done = subprocess.run(
+        [sys.executable, *command, *args], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "o" / "000003.png").is_file()
+    failing = subprocess.run(
+        [sys.executable, "calculate_precision_recall_is.py", str(tmp_path / "n"), "--real=n.zip"],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert failing.returncode == 1
+    assert failing.stderr.startswith("Error: ")

@@ -81,6 +81,14 @@ def test_an_error_of_rank_0_reaches_those_that_come_later() -> None:
     assert pickle.loads(first.store.get("agreed/0")) == (None, "no such file")
 
 
+def test_a_batch_is_done_without_the_count_of_its_images() -> None:
+    # A rank was killed between the two records: nobody may wait for the second.
+    queue = Workers().queue(1)
+    list(queue.fresh())
+    queue.workers.store.add("done/0", 1)
+    assert list(queue.abandoned()) == []
+
+
 PROGRAM = """
 import functools, os, signal, sys, time
 rank, what = int(os.environ["RANK"]), sys.argv[3]
@@ -169,3 +177,57 @@ def test_two_ranks_share_by_speed(what: str, bounds: tuple[int, int], tmp_path: 
     assert run_job(job) == 48
     for name, alone in images(tmp_path / "alone").items():
         assert np.abs(found[name] - alone).max() <= 1
+
+
+TWICE = """
+import os, sys, time
+import erk_guid.generation.workers as w
+from erk_guid.common.errors import ErkGuidError
+def fail():
+    raise ErkGuidError("no such network")
+rank = int(os.environ["RANK"])
+if sys.argv[1] == "twice":
+    for job in range(2):
+        with w.workers() as group:
+            assert group.agree(lambda: job) == job
+            queue = group.queue(4)
+            for index in queue.fresh():
+                queue.done(index, 1)
+            list(queue.abandoned())
+            assert queue.made() == 4
+else:
+    if rank:
+        time.sleep(3)
+    try:
+        with w.workers() as group:
+            group.agree(fail)
+    except ErkGuidError as error:
+        print("error:", error)
+        sys.exit(1)
+print("good")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["twice", "failing"])
+def test_jobs_in_a_row_and_a_failure_before_the_other_rank_came(what: str, tmp_path: Path) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(TWICE)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), what], env={**common, "RANK": str(rank)}, cwd=ROOT,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    for process in processes:
+        out, err = process.communicate(timeout=60)
+        if what == "twice":
+            assert (process.returncode, out.strip()) == (0, "good"), err
+        else:
+            # Both know why, though rank 0 had failed when the other came.
+            assert (process.returncode, out.strip()) == (1, "error: no such network"), err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -193,7 +194,9 @@ def _check_settings(class_name: str, config: Mapping[str, Any], tensors: int) ->
         if name not in kinds:
             raise CheckpointError(f"its network has no option {name[:40]}")
         if not kinds[name](value):
-            raise CheckpointError(f"its setting {name} is {str(value)[:40]}")
+            # Without writing all of it out: one long text may be there many times.
+            shown = value if isinstance(value, str) else reprlib.repr(value)
+            raise CheckpointError(f"its setting {name} is {shown[:40]}")
     # Every block has weights, so there cannot be more blocks than the file has tensors.
     levels, blocks = len(config.get("channel_mult", [1])), config.get("num_blocks", 1)
     if levels * (2 * blocks + 1) > max(tensors, 64):

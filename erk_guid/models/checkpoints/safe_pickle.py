@@ -49,6 +49,10 @@ MAX_KEY = 1 << 60
 """Bound on whole numbers as dict keys. Below Python's hash modulus no two of them collide."""
 
 
+MAX_KEY_LENGTH = 4096
+"""Bound on text as dict keys: two equal ones are compared whenever one is used."""
+
+
 class UnsafePickleError(CheckpointError):
     """A file that asks for something that a snapshot does not need."""
 
@@ -174,6 +178,10 @@ _STORAGES = {
     "torch.CharStorage": torch.int8,
     "torch.ByteStorage": torch.uint8,
 }
+_PRIVATE: dict[str, int] = (
+    {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+)
+"""Memory that a forked process does not share; Windows forks none."""
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _MODULES = frozenset(f"torch.nn.modules.container.{n}" for n in ("ModuleDict", "ModuleList"))
 
@@ -358,6 +366,8 @@ def _check_key(key: Any) -> None:
     """Refuse a key of a dict or set unless it hashes quickly and without collisions."""
     if not isinstance(key, (str, int, bytes, type(None))):
         raise UnsafePickleError(f"a dict key of type {type(key).__name__}")
+    if isinstance(key, (str, bytes)) and len(key) > MAX_KEY_LENGTH:
+        raise UnsafePickleError(f"a dict key of {len(key)} characters")
     if isinstance(key, int) and abs(key) >= MAX_KEY:
         raise UnsafePickleError(f"a dict key of {key.bit_length()} bits")
 
@@ -474,7 +484,7 @@ def _storage(machine: _Machine, name: str, args: tuple[Any, ...]) -> _Storage:
         )
     if isinstance(archive, _Span):
         # Pages of its own, so that all the memory goes back when the weights are replaced.
-        elements = torch.frombuffer(mmap.mmap(-1, carried), dtype=dtype)
+        elements = torch.frombuffer(mmap.mmap(-1, carried, **_PRIVATE), dtype=dtype)
         archive.fill(elements, begin)
         return _Storage(elements)
     elements = torch.empty(count, dtype=dtype)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from erk_guid.models.networks.precond import Preconditioned
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -72,15 +74,16 @@ class Unconditional(nn.Module):
     ) -> tuple[Tensor, Tensor] | None:
         """Return D with one-hot `labels` and D without, by one call with a doubled batch.
 
-        None if `net` is not the network in here, or if two calls are faster: with more than
-        `DOUBLED` elements in x.
+        None if `net` is not the network in here, or is not one of ours (for which no label is a row
+        of zeros), or if two calls are faster: with more than `DOUBLED` elements in x.
         """
-        if net is not self.net or labels is None or labels.ndim != 2:
+        if net is not self.net or not isinstance(net, Preconditioned):
             return None
-        if x.numel() > DOUBLED.get(x.device.type, 0):
+        if labels is None or labels.ndim != 2 or x.numel() > DOUBLED.get(x.device.type, 0):
             return None
         rows = labels.expand(len(x), -1)
-        sigmas = sigma if sigma.ndim == 0 else torch.cat([sigma, sigma])
+        sigmas = torch.as_tensor(sigma)
+        sigmas = sigmas.reshape(()) if sigmas.numel() == 1 else torch.cat([sigmas, sigmas])
         out = net(torch.cat([x, x]), sigmas, torch.cat([rows, torch.zeros_like(rows)]))
         main, guide = out.chunk(2)
         return main, guide

@@ -33,17 +33,10 @@ Flavor = Literal["enc", "dec"]
 Resampling = Literal["keep", "up", "down"]
 
 
-def normalize(
-    x: Tensor,
-    dim: Sequence[int] | int | None = None,
-    eps: float = 1e-4,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Scale `x` to unit root-mean-square over `dim` (eq. 66): x / (eps + ||x|| / sqrt(n)).
+def magnitude(x: Tensor, dim: Sequence[int] | int | None = None, eps: float = 1e-4) -> Tensor:
+    """Return what `normalize` divides `x` by, in the dtype of `x`, with the dimensions of x.
 
-    `dim` defaults to every dimension but the first; n is the number of elements in one norm.
-    The norm is computed in at least float32. The result has the dtype of `x`; it is in `out`, if
-    that is given.
+    The norm is computed in at least float32.
     """
     if dim is None:
         dim = tuple(range(1, x.ndim))
@@ -57,7 +50,16 @@ def normalize(
         )
     # sqrt(norms / elements) turns the Euclidean norm into a root mean square.
     norm = eps + norm * math.sqrt(norm.numel() / x.numel())
-    return torch.div(x, norm.to(x.dtype), out=out)
+    return norm.to(x.dtype)
+
+
+def normalize(x: Tensor, dim: Sequence[int] | int | None = None, eps: float = 1e-4) -> Tensor:
+    """Scale `x` to unit root-mean-square over `dim` (eq. 66): x / (eps + ||x|| / sqrt(n)).
+
+    `dim` defaults to every dimension but the first; n is the number of elements in one norm.
+    The result has the dtype of `x`.
+    """
+    return x / magnitude(x, dim, eps)
 
 
 SILU_SCALE = 1 / 0.596
@@ -187,8 +189,8 @@ class MPConv(Freezable):
     def frozen(self, dtype: torch.dtype, gain: Tensor | None) -> FrozenConv:
         # Where it will be: without copies of its size, loading takes little more memory.
         weight = self.weight.detach().float()
-        effective = torch.empty_like(weight, memory_format=layout(weight))
-        normalize(weight, out=effective).mul_(self._factor(gain))
+        effective = torch.empty_like(weight, memory_format=layout(weight)).copy_(weight)
+        effective.div_(magnitude(weight)).mul_(self._factor(gain))
         return FrozenConv(effective.to(dtype) if weight.ndim == 4 else effective)
 
 
@@ -202,8 +204,8 @@ def attention(qkv: Tensor, heads: int) -> Tensor:
     # One copy to [3, N, heads, pixels, channels]: with channels last, both the norm and the
     # fused attention kernels run over contiguous memory.
     parts = qkv.reshape(n, heads, -1, 3, height * width).permute(3, 0, 1, 4, 2).contiguous()
-    out = parts if may_overwrite(parts) else None
-    q, k, v = normalize(parts, dim=-1, out=out).unbind(0)
+    size = magnitude(parts, dim=-1)
+    q, k, v = (parts.div_(size) if may_overwrite(parts) else parts / size).unbind(0)
     y = F.scaled_dot_product_attention(q, k, v)
     if layout(qkv) == torch.channels_last:
         return y.transpose(1, 2).reshape(n, height, width, c3 // 3).permute(0, 3, 1, 2)

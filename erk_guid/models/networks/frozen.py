@@ -8,6 +8,7 @@ find stale.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -113,6 +114,10 @@ def shallow(module: Net) -> Net:
     own: dict[str, Any] = dict(module.__dict__)
     for kind in ("_parameters", "_buffers"):
         own[kind] = dict(own[kind])
+    for name, value in own.items():
+        if "hooks" in name or name == "_non_persistent_buffers_set":
+            own[name] = copy.copy(value)
+    own["_compiled_call_impl"] = None  # of the original
     own["_modules"] = {
         name: None if child is None else shallow(child) for name, child in own["_modules"].items()
     }

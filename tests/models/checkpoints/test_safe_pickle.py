@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import pickle
 import resource
 import struct
@@ -342,7 +343,7 @@ FILES: dict[str, tuple[Callable[[Path], bytes], str]] = {
         lambda c: snapshot(
             network(state=dict_of(_init_kwargs=b"}", _parameters=pairs(text("x" * 10**6), b"N")))
         ),
-        "no name",
+        "a dict key of 1000000 characters",
     ),
     "a number of 40,000 bits": (
         lambda c: snapshot(network(img_resolution=LONG)), "a whole number of 40001 bits"
@@ -587,3 +588,40 @@ def test_safetensors_with_weights_of_another_type(dtype: str, tmp_path: Path) ->
     path.write_bytes(struct.pack("<Q", len(text_header)) + text_header + raw[8 + size :])
     with pytest.raises(CheckpointError, match="not floating-point weights"):
         erk_guid.load(path)
+
+
+def test_long_text_as_a_key_is_refused() -> None:
+    # Two equal ones are compared byte by byte whenever one is used: hours for a large file.
+    short, long = "k" * 4096, "k" * 4097
+    assert read_pickle(file_of(b"}" + text(short) + b"K\x01s")) == {short: 1}
+    for key in (text(long), data(long.encode())):
+        with pytest.raises(CheckpointError, match="a dict key of 4097 characters"):
+            read_pickle(file_of(b"}" + key + b"K\x01s"))
+
+
+def test_a_setting_that_repeats_a_long_text_is_not_written_out() -> None:
+    import tracemalloc
+
+    from erk_guid.models.checkpoints.build import _check_settings
+
+    config = {"channel_mult": ["x" * 100_000] * 9000}  # 900 MB as text
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match="its setting channel_mult is"):
+        _check_settings("Precond", config, 100)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e6
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
+def test_weights_are_not_shared_with_a_forked_process() -> None:
+    net: Any = erk_guid.load(DATA / "edm_ddpmpp.pkl", freeze=False).net
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    pid = os.fork()
+    if pid == 0:
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.zero_()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())

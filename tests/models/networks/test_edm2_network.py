@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -168,20 +169,12 @@ def test_float16_on_a_gpu(cond: Precond) -> None:
 @pytest.mark.parametrize("strength", [0.0, 1.7])
 def test_guidance_by_one_network_takes_one_call(cond: Precond, strength: float) -> None:
     # The same images as two calls make; seen to fail with the halves exchanged.
-    calls = []
-
-    class Counting(torch.nn.Module):
-        img_resolution, img_channels, label_dim = 16, 3, 5
-
-        def forward(self, x: torch.Tensor, *args: object) -> torch.Tensor:
-            calls.append(len(x))
-            out: torch.Tensor = cond(x, *args)
-            return out
-
-    net = Counting()
+    calls: list[int] = []
+    net = copy.deepcopy(cond)
+    net.unet.register_forward_pre_hook(lambda m, args: calls.append(len(args[0])))
     for count in (2, 8):
         x, labels = torch.randn(count, 3, 16, 16), torch.eye(5)[[i % 5 for i in range(count)]]
-        guide = Unconditional(net)  # type: ignore[arg-type]
+        guide = Unconditional(net)
         for given in (labels, labels[:1]):
             both = guided_denoiser(net, guide, strength)(x, torch.tensor(0.9), given)
             assert calls == [2 * count]
@@ -198,3 +191,21 @@ def test_guidance_by_one_network_takes_one_call(cond: Precond, strength: float) 
     guided(few, torch.tensor(0.9))
     guided_denoiser(net, guide, strength, (1, 2))(few, torch.tensor(0.9), labels[:2])
     assert calls == [100, 100, 2, 2, 2]
+
+
+def test_another_kind_of_network_is_asked_without_labels(cond: Precond) -> None:
+    # Its "no label" may be something else than a row of zeros.
+    class Foreign(torch.nn.Module):
+        img_resolution, img_channels, label_dim = 16, 3, 5
+
+        def forward(self, x: torch.Tensor, sigma: torch.Tensor, labels: Any = None) -> torch.Tensor:
+            return x * (2.0 if labels is None else 1.0)
+
+    net = Foreign()
+    x = torch.ones(2, 3, 16, 16)
+    guided = guided_denoiser(net, Unconditional(net), 2.0)  # type: ignore[arg-type]
+    assert torch.equal(guided(x, torch.tensor(0.9), torch.eye(5)[:2]), torch.zeros_like(x))
+    # One sigma in a list of its own, as networks take it.
+    guided = guided_denoiser(cond, Unconditional(cond), 2.0)
+    a = guided(x, torch.tensor([0.9]), torch.eye(5)[:2])
+    assert torch.equal(a, guided(x, torch.tensor(0.9), torch.eye(5)[:2]))

@@ -177,3 +177,19 @@ def test_the_graph_has_no_breaks(name: str) -> None:
     with torch.compiler.set_stance("fail_on_recompile"):
         for sigma in (0.2, 0.3, torch.tensor(5.0)):
             net(args[0], sigma, args[2])
+
+
+def test_freezing_a_compiled_network_leaves_its_compiled_form_behind() -> None:
+    torch.compiler.reset()
+    net = opened("edm2_cond")
+    net.compile(backend="eager")
+    args = given(net)
+    before = net(*args)
+    frozen = freeze(net)
+    with torch.no_grad():
+        net.unet.out_gain.mul_(2)
+    assert relative(frozen(*args), before) < 1e-6
+    seen = []
+    frozen.unet.register_forward_hook(lambda *args: seen.append(1))
+    net(*args)
+    assert not seen
