@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -42,24 +43,34 @@ def test_a_batch_that_is_done_twice_counts_once() -> None:
 
 
 def test_what_dead_ranks_left_is_retaken_and_what_living_ones_do_is_not() -> None:
-    # Rank 1 died after taking batch 0, rank 2 before it signed batch 1; rank 3 lives. Signs of
-    # life are counted here by hand.
-    me = Workers(rank=0, world_size=4, patience=0.3)
-    for index, rank in ((0, 1), (2, 3), (3, 0)):
+    # Rank 1 died after taking batch 1, rank 2 before it signed batch 2; rank 3 lives, with batch
+    # 0, and gives signs of life.
+    me = Workers(rank=0, world_size=4, patience=0.5)
+    for index, rank in ((0, 3), (1, 1), (3, 0)):
         me.store.set(f"owner/{index}", str(rank))
     me.store.add("next", 4)
     queue = Queue(me, 4)
     queue.done(3, 1)
     taken = []
-    for index in queue.abandoned():
-        taken.append(index)
-        queue.done(index, 1)
-        for _ in range(3):
-            me.store.add("beat/3", 1)
-        me.beat()
-        if len(taken) == 2:
-            queue.done(2, 1)  # by rank 3
-    assert taken == [0, 1]
+    stop = threading.Event()
+
+    def beating() -> None:
+        while not stop.wait(0.05):
+            for rank in (0, 3):
+                me.store.add(f"beat/{rank}", 1)
+
+    thread = threading.Thread(target=beating)
+    thread.start()
+    try:
+        for index in queue.abandoned():
+            taken.append(index)
+            queue.done(index, 1)
+            if len(taken) == 2:
+                queue.done(0, 1)  # by rank 3
+    finally:
+        stop.set()
+        thread.join()
+    assert taken == [1, 2]
     assert queue.made() == 4
 
 
