@@ -163,7 +163,10 @@ def outlined(name: str, command: Callable[[], click.Command]) -> click.Command:
     if "commands" not in stored:
         return Outline(name, stored, command)
     settings = {"help_option_names": stored["help_option_names"]}
-    group = click.Group(name, help=stored["help"], context_settings=settings, no_args_is_help=True)
+    group = click.Group(
+        name, help=stored["help"], context_settings=settings,
+        no_args_is_help=stored["no_args_is_help"],
+    )  # fmt: skip
 
     def inner(child: str) -> Callable[[], click.Command]:
         def find() -> click.Command:

@@ -123,6 +123,8 @@ class GenerationConfig:
             **record_of(self.solver),
             "dtype": self.dtype,
             "precision": self.precision,
+            # In low precision a compiled network rounds otherwise: do not mix their images.
+            **({"compile": True} if self.compile else {}),
             "class": self.class_idx,
             **sampling_rules(
                 modal=isinstance(self.solver, Modal),
@@ -262,11 +264,13 @@ class Models:
 
     @property
     def used(self) -> GenerationConfig:
-        """The config with what the network computes in, where its device lacks what was asked."""
+        """The config with how the network is really run, where its device lacks what was asked."""
         net = self.loaded.net
-        dtype = getattr(net.net if isinstance(net, Unconditional) else net, "precision", None)
+        net = net.net if isinstance(net, Unconditional) else net
+        dtype = getattr(net, "precision", None)
         precision = None if dtype is None else str(dtype).removeprefix("torch.")
-        return replace(self.config, precision=precision)
+        compiled = getattr(net, "compiled", self.config.compile)
+        return replace(self.config, precision=precision, compile=compiled)
 
     def record(self) -> dict[str, Any]:
         """Return what the images depend on, in JSON's types (reads the files to hash them)."""

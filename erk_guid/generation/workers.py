@@ -81,7 +81,7 @@ class Workers:
     store: Store = field(default_factory=_Own, repr=False)
     patience: float = PATIENCE
     keeps_store: bool = False
-    _agreed: int = 0
+    _agreed: int = field(default=0, init=False, repr=False)
 
     def agree(self, function: Callable[[], T]) -> T:
         """Run `function` on rank 0 only, and return its result on every rank.
@@ -250,7 +250,7 @@ def workers(patience: float = PATIENCE) -> Iterator[Workers]:
     rank, world_size = found
     try:
         keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "") != "True"
-        made = Workers(rank, world_size, _connected(rank, keeps), patience, keeps)
+        made = Workers(rank, world_size, _connected(keeps), patience, keeps)
         stop = threading.Event()
         beating = threading.Thread(target=_beat, args=(made, stop), daemon=True)
         beating.start()
@@ -283,7 +283,7 @@ _JOBS = itertools.count()
 """Jobs that this process has joined, in the order in which all ranks join them."""
 
 
-def _connected(rank: int, keeps: bool) -> Store:
+def _connected(keeps: bool) -> Store:
     store = _store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), keeps)
     # A process restarted by torchrun, or its next job, begins with counters of its own.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

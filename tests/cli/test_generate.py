@@ -256,6 +256,21 @@ def test_resume_refuses_other_settings(change: list[Any], named: str, tmp_path: 
     assert "choose another --outdir" in result.output
 
 
+def test_compiled_and_other_images_are_not_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What was really done is recorded: compiling is refused on --resume, a fallback is not.
+    args = ["--preset", "digits", "--outdir", tmp_path, "--steps", 2, "--seeds", "0-1"]
+    assert generate(*args).exit_code == 0
+    loading = "erk_guid.models.checkpoints.loading.can_compile"
+    monkeypatch.setattr(loading, lambda device: True)
+    result = generate(*args, "--resume", "--compile")
+    assert result.exit_code == 1
+    assert "compile was None, now True" in result.output
+    monkeypatch.setattr(loading, lambda device: False)
+    assert generate(*args, "--resume", "--compile").exit_code == 0
+
+
 def test_an_overwritten_run_that_was_killed_is_not_mixed(tmp_path: Path) -> None:
     # First a run, then another over it that dies before its first image, then its --resume:
     # the images of the first run must not be taken for the second's.

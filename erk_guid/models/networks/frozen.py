@@ -9,6 +9,7 @@ find stale.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -48,9 +49,10 @@ def copied(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.detach().to(dtype, copy=True)
 
 
-class Freezable(nn.Module):
+class Freezable(nn.Module, ABC):
     """A layer that has a frozen form."""
 
+    @abstractmethod
     def frozen(self, dtype: torch.dtype, gain: Tensor | None) -> nn.Module:
         """Return a layer that applies the same; it may be this one, changed.
 
@@ -58,7 +60,6 @@ class Freezable(nn.Module):
             dtype: of activations. What the layer applies to embeddings stays float32.
             gain: the factor that `forward` would be given.
         """
-        raise NotImplementedError
 
 
 class HasGains(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class Preconditioned(nn.Module):
+class Preconditioned(nn.Module, ABC):
     """A denoiser D(x; sigma) made of a U-Net (Karras et al. 2022, table 1, "EDM").
 
     Attributes:
@@ -35,9 +36,14 @@ class Preconditioned(nn.Module):
     frozen_in: torch.dtype | None = None
 
     @property
+    @abstractmethod
     def inner(self) -> nn.Module:
         """The U-Net, called as ``inner(x, c_noise, labels)``."""
-        raise NotImplementedError
+
+    @property
+    def compiled(self) -> bool:
+        """Whether `compile` was called."""
+        return self.inner._compiled_call_impl is not None
 
     def computes_in(self, device: torch.device, force_fp32: bool = False) -> torch.dtype:
         """Return the dtype that the U-Net computes in on `device`.

@@ -179,6 +179,7 @@ def plan(job: Reproduction, row: Row) -> Plan:
         **({"options": dict(row.options)} if row.options else {}),
         **({"settings": row.settings} if row.settings else {}),
         **({"precision": job.precision} if job.precision else {}),
+        **({"compile": True} if job.compile else {}),
         **({"pixels": PIXELS} if _may_have_a_vae(job, row) else {}),
         **sampling_rules(modal=row.solver == "modal", parameter_free=row.w_stiff in FORMS),
         "seeds": seeds,
