@@ -63,8 +63,9 @@ def test_churn_is_edm2s() -> None:
 
 
 @pytest.mark.parametrize("num_steps", range(2, 65))
-def test_levels_are_edm2s_to_the_bit(num_steps: int) -> None:
-    # Catches: levels computed in float64 and rounded.
+def test_levels_are_edm2s_in_float32(num_steps: int) -> None:
+    # Catches: levels computed in float64 and rounded, which are off by 2.3e-7 and more. The golden
+    # ones come from a processor with AVX-512; others round a few powers to the neighbouring number.
     data = golden("edm2_churn")
     seen: list[Tensor] = []
 
@@ -73,7 +74,8 @@ def test_levels_are_edm2s_to_the_bit(num_steps: int) -> None:
         return x / 2
 
     erk_guid.edm_sampler(denoise, torch.ones(1, 1), num_steps=num_steps, solver="euler")
-    assert torch.equal(torch.stack(seen), data[f"levels_f32_{num_steps}"])
+    levels = data[f"levels_f32_{num_steps}"]
+    torch.testing.assert_close(torch.stack(seen), levels, rtol=1.2e-7, atol=0)
     assert seen[0].dtype == torch.float32
 
 
