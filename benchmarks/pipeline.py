@@ -29,6 +29,8 @@ from common import edm2_xs, machine
 
 import erk_guid
 from erk_guid.generation import images, jobs
+from erk_guid.generation.locks import locked
+from erk_guid.generation.nonfinite import Watch
 from erk_guid.generation.workers import workers
 from erk_guid.models.checkpoints import save_network
 
@@ -54,8 +56,12 @@ def ratios(net: str, count: int, batch: int, steps: int, rounds: int) -> list[fl
                 made.sample(part)
 
         def whole() -> None:
-            with contextlib.redirect_stderr(io.StringIO()), workers() as group:
-                jobs._generate(job, models, group, list(job.seeds))
+            with (
+                contextlib.redirect_stderr(io.StringIO()),
+                locked(job.outdir) as lock,
+                workers() as group,
+            ):
+                jobs._generate(job, models, group, list(job.seeds), lock)
 
         alone()
         whole()
@@ -74,9 +80,11 @@ def share(how: str, count: int, batch: int, steps: int, outdir: Path) -> None:
     rank = int(os.environ["RANK"])
     sample = images._Generation.sample
 
-    def slowed(self: images._Generation, indices: list[int]) -> images.Sampled:
+    def slowed(
+        self: images._Generation, indices: list[int], watch: Watch | None = None
+    ) -> images.Sampled:
         begun = time.perf_counter()
-        made = sample(self, indices)
+        made = sample(self, indices, watch)
         if rank:
             time.sleep((SLOWED - 1) * (time.perf_counter() - begun))
         return made

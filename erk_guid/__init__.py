@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     )
     from erk_guid.models.checkpoints import Checkpoint, load
     from erk_guid.processes import VE, VP, Process, RectifiedFlow, UnitVariance
-    from erk_guid.sampling import StepInfo, sample
+    from erk_guid.sampling import NonFiniteError, StepInfo, sample
     from erk_guid.schedules import karras_sigmas
     from erk_guid.solvers import Pair, Solver, Step, StepResult
     from erk_guid.studies.fitting import Calibration, Fitted, calibrate, fit
@@ -49,6 +49,7 @@ __all__ = [
     "Guidance",
     "Guided",
     "ModelGuidance",
+    "NonFiniteError",
     "Pair",
     "ParameterFreeGuidance",
     "Process",
@@ -84,7 +85,7 @@ _HOMES = {
     ),
     "erk_guid.models.checkpoints": ("Checkpoint", "load"),
     "erk_guid.processes": ("VE", "VP", "Process", "RectifiedFlow", "UnitVariance"),
-    "erk_guid.sampling": ("StepInfo", "sample"),
+    "erk_guid.sampling": ("NonFiniteError", "StepInfo", "sample"),
     "erk_guid.schedules": ("karras_sigmas",),
     "erk_guid.solvers": ("Pair", "Solver", "Step", "StepResult"),
     "erk_guid.studies.fitting": ("Calibration", "Fitted", "calibrate", "fit"),

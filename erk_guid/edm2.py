@@ -41,6 +41,7 @@ def edm_sampler(
     schedule: str | Sequence[float] = "polynomial",
     denoise_to_zero: bool = True,
     afs: bool = False,
+    check_finite: bool = True,
 ) -> Tensor:
     """Sample as EDM2's sampler does, with ERK guidance.
 
@@ -69,7 +70,7 @@ def edm_sampler(
             `w_con`.
         guidance_interval: (low, high) in sigma: model guidance acts there only, and the guiding
             network is not run elsewhere, see `ModelGuidance`.
-        callback, afs: see `sample`.
+        callback, afs, check_finite: see `sample`.
         schedule: how the noise levels are spaced, see `make_sigmas`; or the levels themselves,
             falling to above 0: then `num_steps`, `sigma_min`, `sigma_max` and `rho` are not used.
         denoise_to_zero: end with an Euler step to sigma = 0; False stops at the last level.
@@ -78,6 +79,7 @@ def edm_sampler(
         The samples, like noise, in `dtype`.
 
     Raises:
+        NonFiniteError: see `sample`.
         ValueError: a value out of range, model guidance without `gnet`, or `erk` beside `w_stiff`
             or `w_con`.
     """
@@ -110,4 +112,5 @@ def edm_sampler(
         churn=Churn(S_churn, S_min, S_max, S_noise, randn_like),
         afs=afs,
         randn_like=randn_like,
+        check_finite=check_finite,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -65,6 +65,28 @@ class StepInfo:
 Callback = Callable[[StepInfo], None]
 
 
+class NonFiniteError(ValueError):
+    """Samples that came out as NaN or infinity.
+
+    Attributes:
+        indices: which samples of the batch, from 0.
+    """
+
+    def __init__(self, indices: Sequence[int], count: int) -> None:
+        self.indices = list(indices)
+        shown = ", ".join(map(str, self.indices[:8])) + (", ..." if len(self.indices) > 8 else "")
+        super().__init__(
+            f"{len(self.indices)} of {count} samples are not finite (number {shown}): x was not to "
+            "begin with, the denoiser returned NaN or infinity, or a strength or noise level is "
+            "beyond what the dtype holds; a callback can look at each step"
+        )
+
+
+def finite_rows(x: Tensor) -> Tensor:
+    """Return which samples of x [N, ...] are finite everywhere, bool [N]; does not wait for it."""
+    return torch.isfinite(x).flatten(1).all(1)
+
+
 def sample(
     denoiser: Denoiser,
     x: Tensor,
@@ -77,6 +99,7 @@ def sample(
     churn: Churn | None = None,
     afs: bool = False,
     randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
+    check_finite: bool = True,
 ) -> Tensor:
     """Integrate the probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma.
 
@@ -109,6 +132,8 @@ def sample(
             x / sqrt(1 + sigma^2), which saves an evaluation.
         randn_like: returns standard normal noise shaped like its argument, for a solver with
             `eta`. Called once in each step that adds noise. `churn` has its own.
+        check_finite: raise if a sample is NaN or infinite at the end. This waits for the device,
+            once. False returns such samples as they are.
 
     Returns:
         x at ``sigmas[-1]``. A Heun run over N levels and a trailing 0 takes 2 N - 1 evaluations.
@@ -117,6 +142,7 @@ def sample(
     (networks from `erk_guid.load` do not ask for any).
 
     Raises:
+        NonFiniteError: samples came out as NaN or infinity; a `ValueError` with their `indices`.
         ValueError: unusable sigmas, an unknown solver, guidance for a solver without what it
             needs, churn with guidance or for a solver with a memory, a denoiser that returns
             another shape or edits its x.
@@ -153,9 +179,10 @@ def sample(
             problem.denoiser, problem.x, problem.sigmas,
             solver=solver, guidance=guidance, churn=churn, afs=afs,
             callback=None if callback is None else _restating(callback, problem, sigmas.tolist()),
-            randn_like=randn_like,
+            randn_like=randn_like, check_finite=False,
         )  # fmt: skip
-        return problem.restored(end, float(problem.sigmas[-1])).to(x.dtype)
+        restored = problem.restored(end, float(problem.sigmas[-1])).to(x.dtype)
+        return _checked(restored) if check_finite else restored
     # One look at the noise levels from the host; after this the loop never waits for the device.
     levels = check_levels(sigmas)
     steps = solver.plan(levels)
@@ -200,6 +227,16 @@ def sample(
             )
         # What the next step needs is in the memory; the rest should not live through it.
         del result, guided, x_before
+    return _checked(x) if check_finite else x
+
+
+def _checked(x: Tensor) -> Tensor:
+    """Return x, or raise if a sample of it is not finite; a graph being traced is not looked at."""
+    if x.is_meta or torch.compiler.is_compiling():
+        return x
+    finite = finite_rows(x)
+    if not bool(finite.all()):
+        raise NonFiniteError((~finite).nonzero().flatten().tolist(), len(x))
     return x
 
 

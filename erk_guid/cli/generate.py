@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -34,6 +34,9 @@ from erk_guid.generation.process_groups import launched_rank
 @sampler_options
 @click.option("--resume", is_flag=True, help="Make only what is missing in --outdir.")
 @click.option(
+    "--overwrite", is_flag=True, help="Delete images of other settings that are in --outdir."
+)
+@click.option(
     "--trace",
     metavar="FILE",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -45,14 +48,25 @@ from erk_guid.generation.process_groups import launched_rank
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write a contact sheet of the images to FILE.",
 )
+@click.option(
+    "--on-nonfinite",
+    type=click.Choice(["stop", "skip"]),
+    default=GenerationJob.on_nonfinite,
+    show_default=True,
+    help="When an image comes out as NaN or infinity: stop, or leave it out and go on.",
+)
+@click.option("--refresh", is_flag=True, help="Download the networks again, though in the cache.")
 @reporting_errors
 def generate_command(
     outdir: Path,
     subdirs: bool,
     seeds: list[int],
     resume: bool,
+    overwrite: bool,
     trace: Path | None,
     grid: Path | None,
+    on_nonfinite: Literal["stop", "skip"],
+    refresh: bool,
     **options: Any,
 ) -> None:
     """Generate images with a diffusion model, with or without ERK guidance.
@@ -75,8 +89,11 @@ def generate_command(
         subdirs=subdirs,
         seeds=seeds,
         resume=resume,
+        overwrite=overwrite,
         trace=trace,
         grid=grid,
+        on_nonfinite=on_nonfinite,
+        refresh=refresh,
         **config_fields(**options),
     )
     made = run_job(job)

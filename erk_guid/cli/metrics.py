@@ -106,6 +106,13 @@ BOOTSTRAP = click.option(
 )
 
 
+REFRESH = click.option(
+    "--refresh",
+    is_flag=True,
+    help="Download the reference and the networks again, though they are in the cache.",
+)
+
+
 def options(*chosen: Callable[[F], F]) -> Callable[[F], F]:
     """Add several options at once, in this order."""
 
@@ -149,7 +156,7 @@ def metrics_command() -> None:
     help="Folder (searched recursively), zip, or .npz of images.",
 )
 @options(REF, METRICS, NUM, SEED, BATCH, WORKERS, DEVICE, WEIGHTS)
-@options(PLUGIN, JSON, FEATURES, BOOTSTRAP)
+@options(PLUGIN, JSON, FEATURES, BOOTSTRAP, REFRESH)
 @reporting_errors
 def calc_command(images: Path, ref: str, json_path: Path | None, **fields: Any) -> None:
     """Score existing images: a folder, a zip or an .npz.
@@ -163,7 +170,7 @@ def calc_command(images: Path, ref: str, json_path: Path | None, **fields: Any) 
 @metrics_command.command("gen")
 @options(REF, METRICS, NUM, SEED)
 @sampler_options
-@options(WEIGHTS, PLUGIN, JSON, FEATURES, BOOTSTRAP)
+@options(WEIGHTS, PLUGIN, JSON, FEATURES, BOOTSTRAP, REFRESH)
 @reporting_errors
 def gen_command(
     ref: str,
@@ -174,6 +181,7 @@ def gen_command(
     json_path: Path | None,
     features: Path | None,
     bootstrap: int,
+    refresh: bool,
     **fields: Any,
 ) -> None:
     """Generate the images of seeds SEED to SEED+NUM-1 and score them, without writing them."""
@@ -188,6 +196,7 @@ def gen_command(
         json=json_path,
         features=features,
         bootstrap=bootstrap,
+        refresh=refresh,
     )
     _report(gen(config, ref, scoring))
 

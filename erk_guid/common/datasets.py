@@ -11,17 +11,19 @@ import json
 import os
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from erk_guid.common.errors import ErkGuidError
+from erk_guid.common.errors import ErkGuidError, printable, reason_of
 from erk_guid.common.files import user_path
 from erk_guid.common.npz import NpzError, npz_names, read_npz
+from erk_guid.common.zips import ZipError, open_zip, read_member
 
 FORMATS = {
     "PNG": (".png",),
@@ -32,12 +34,15 @@ FORMATS = {
 """Formats that are read; Pillow knows more, some of which run other programs."""
 
 SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
-COMPANIONS = frozenset({"run.json", "dataset.json"})
+LABELS = "dataset.json"
+COMPANIONS = frozenset({"run.json", LABELS})
 """Other files that are expected among images."""
 
 MAX_PIXELS = 1 << 24
 MAX_BYTES = 1 << 26
-"""Bounds on one image and on one file in a zip; nothing larger is unpacked."""
+"""Bounds on one image and on one file that is read; nothing larger is unpacked."""
+
+MAX_LABEL = (1 << 63) - 1
 
 
 class DatasetError(ErkGuidError, ValueError):
@@ -59,6 +64,7 @@ class ImageSource:
     ignored: list[str]
     _read: Callable[[str], bytes] | None = field(repr=False)
     _arrays: dict[str, np.ndarray] | None = field(default=None, repr=False)
+    _labelled: bool = False
 
     def __len__(self) -> int:
         return len(self.names)
@@ -78,18 +84,20 @@ class ImageSource:
             image: np.ndarray = self._arrays["images"][index]
             return image
         assert self._read is not None
+        shown = printable(name, 100)
         try:
-            return _decode(self._read(name), name, size)
+            return _decode(self._read(name), shown, size)
         except _OtherSizeError as error:
             raise DatasetError(
-                f"{self.path}: {name} is {error}, {self.names[0]} is "
+                f"{self.path}: {shown} is {error}, {printable(self.names[0], 100)} is "
                 f"{size[1] if size else 0}x{size[0] if size else 0}; all images must have one size"
             ) from error
-        except DatasetError as error:
+        except (DatasetError, ZipError) as error:
             raise DatasetError(f"{self.path}: {error}") from error
         except Exception as error:  # decoders raise many kinds for damaged files
-            reason = "it is no image" if isinstance(error, UnidentifiedImageError) else error
-            raise DatasetError(f"{self.path}: cannot read the image {name}: {reason}") from error
+            no_image = isinstance(error, UnidentifiedImageError)
+            reason = "it is no image" if no_image else reason_of(error)
+            raise DatasetError(f"{self.path}: cannot read the image {shown}: {reason}") from error
 
     def batches(self, parts: Sequence[Sequence[int]], workers: int = 0) -> Iterator[np.ndarray]:
         """Yield the images of each part (a list of indices), uint8 [n, C, H, W].
@@ -142,10 +150,7 @@ def open_images(path: str | Path) -> ImageSource:
     path = user_path(path)
     try:
         if path.is_dir():
-            files = [Path(top, n) for top, _, names in os.walk(path) for n in names]
-            files = [p for p in files if p.is_file()]
-            names = [p.relative_to(path).as_posix() for p in files]
-            return _listed(path, names, lambda name: (path / name).read_bytes())
+            return _listed(path, _files_in(path), lambda name: _read_file(path / name, name))
         if not path.exists():
             raise DatasetError(f"no such folder, zip or .npz: {path}")
         if not path.is_file():
@@ -155,42 +160,70 @@ def open_images(path: str | Path) -> ImageSource:
             names = [f"image {k}" for k in range(len(arrays["images"]))]
             return ImageSource(path, names, [], None, arrays)
         if zipfile.is_zipfile(path):
-            archive = zipfile.ZipFile(path)
+            archive = open_zip(path)
             names = [n for n in archive.namelist() if not n.endswith("/")]
-            if len(set(names)) < len(names):
-                twice = next(n for k, n in enumerate(names) if n in names[:k])
-                raise DatasetError(f"{path} holds {twice} more than once")
-            return _listed(path, names, lambda name: _unpack(archive, name))
-    except (OSError, zipfile.BadZipFile, RecursionError) as error:
-        raise DatasetError(f"cannot read {path}: {error}") from error
+            return _listed(path, names, lambda name: read_member(archive, name, MAX_BYTES))
+    except DatasetError:
+        raise
+    except Exception as error:  # zipfile raises many kinds for damaged files
+        raise DatasetError(f"cannot read {path}: {reason_of(error)}") from error
     if path.suffix.lower() == ".zip":
         raise DatasetError(f"{path} is a damaged zip, or none; make or fetch it again")
     raise DatasetError(f"{path} is neither a folder nor a zip nor an .npz")
 
 
-def _listed(path: Path, names: list[str], read: Callable[[str], bytes]) -> ImageSource:
-    images, ignored = [], []
+def _files_in(path: Path) -> Iterator[str]:
+    """Yield the names of the files in a folder and in its folders, without hidden ones."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise error  # os.walk would pass over the folder in silence
+
+    for top, folders, names in os.walk(path, onerror=refuse):
+        folders[:] = [folder for folder in folders if not _hidden(folder)]
+        above = Path(top).relative_to(path)
+        for name in names:
+            yield (above / name).as_posix()
+
+
+def _is_image(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in SUFFIXES
+
+
+def _hidden(part: str) -> bool:
+    return part.startswith(".") or part == "__MACOSX"
+
+
+def _read_file(path: Path, name: str) -> bytes:
+    if not path.is_file():
+        raise DatasetError(
+            f"{printable(name, 100)} is no file, or a link that leads nowhere; remove it"
+        )
+    with open(path, "rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise DatasetError(f"{printable(name, 100)} is larger than {MAX_BYTES:,} bytes")
+    return data
+
+
+def _listed(path: Path, names: Iterable[str], read: Callable[[str], bytes]) -> ImageSource:
+    images, ignored, labelled = [], [], False
     for name in sorted(names):
         pure = PurePosixPath(name)
-        if any(part.startswith(".") or part == "__MACOSX" for part in pure.parts):
+        if any(map(_hidden, pure.parts)):
             continue
-        if pure.suffix.lower() in SUFFIXES:
+        if _is_image(pure.name):
             images.append(name)
         elif pure.name not in COMPANIONS:
             ignored.append(name)
+        labelled = labelled or name == LABELS
     if not images:
-        among = f" among {len(ignored)} files (such as {ignored[0]})" if ignored else ""
+        among = ""
+        if ignored:
+            among = f" among {len(ignored)} files (such as {printable(ignored[0], 100)})"
         raise DatasetError(
             f"no images in {path}{among}; readable are {', '.join(sorted(SUFFIXES))}"
         )
-    return ImageSource(path, images, ignored, read)
-
-
-def _unpack(archive: zipfile.ZipFile, name: str) -> bytes:
-    size = archive.getinfo(name).file_size
-    if size > MAX_BYTES:
-        raise DatasetError(f"{name} would unpack to {size:,} bytes; that is no image")
-    return archive.read(name)
+    return ImageSource(path, images, ignored, read, _labelled=labelled)
 
 
 _UNUSABLE = {
@@ -303,29 +336,131 @@ def load_image_set(path: str | Path) -> ImageSet:
                 f"{path}: labels must be one whole number for each of {len(images)} images, got "
                 f"{given.dtype} {list(given.shape)}"
             )
+        if not 0 <= int(given.min()) <= int(given.max()) <= MAX_LABEL:
+            raise DatasetError(
+                f"{path}: labels must be whole numbers from 0 to {MAX_LABEL}, got "
+                f"{given.min()} to {given.max()}"
+            )
         return ImageSet(images, given.astype(np.int64))
     labels = _labels(source)
-    (images,) = source.batches([range(len(source))])
+    try:
+        (images,) = source.batches([range(len(source))])
+    except MemoryError as error:
+        raise DatasetError(f"{path}: its images do not fit into memory") from error
     return ImageSet(images, np.asarray(labels, dtype=np.int64))
 
 
 def _labels(source: ImageSource) -> list[int]:
-    assert source._read is not None
-    try:
-        table = json.loads(source._read("dataset.json")).get("labels") or []
-    except (FileNotFoundError, KeyError):
+    if not source._labelled:
         parents = [PurePosixPath(n).parent.as_posix() for n in source.names]
         number = {parent: k for k, parent in enumerate(sorted(set(parents)))}
         return [number[parent] for parent in parents]
-    except (ValueError, AttributeError) as error:
-        raise DatasetError(f"{source.path}: dataset.json is damaged ({error})") from error
+    assert source._read is not None
     try:
-        classes = {str(name): int(label) for name, label in table}
-    except (TypeError, ValueError) as error:
-        raise DatasetError(
-            f'{source.path}: dataset.json must hold {{"labels": [[file name, class], ...]}}'
-        ) from error
-    absent = [n for n in source.names if n not in classes]
-    if absent:
-        raise DatasetError(f"{source.path}: dataset.json has no label for {absent[0]}")
+        classes = _classes(json.loads(source._read(LABELS)))
+    except (DatasetError, ZipError) as error:
+        raise DatasetError(f"{source.path}: {error}") from error
+    except Exception as error:  # zipfile and the parser raise many kinds for damaged files
+        raise DatasetError(f"{source.path}: {LABELS} is damaged ({reason_of(error)})") from error
+    absent = next((n for n in source.names if n not in classes), None)
+    if absent is not None:
+        raise DatasetError(f"{source.path}: {LABELS} has no label for {printable(absent, 100)}")
     return [classes[n] for n in source.names]
+
+
+def _classes(content: Any) -> dict[str, int]:
+    """Return class numbers by file name, from the content of a `dataset.json`."""
+    if not isinstance(content, dict):
+        raise DatasetError(f"{LABELS} is damaged (it holds no names and values)")
+    table = content.get("labels")
+    layout = f'{LABELS} must hold {{"labels": [[file name, class], ...]}}'
+    if not isinstance(table, list | None):
+        raise DatasetError(layout)
+    classes: dict[str, int] = {}
+    for number, entry in enumerate(table or []):
+        if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
+            raise DatasetError(f"{layout}; entry {number} is something else")
+        name, label = entry
+        # In Python, true and false are whole numbers, too.
+        if type(label) is not int or not 0 <= label <= MAX_LABEL:
+            raise DatasetError(
+                f"{layout}; the class of {printable(name, 100)} is no whole number from 0 to "
+                f"{MAX_LABEL}"
+            )
+        if classes.setdefault(name, label) != label:
+            raise DatasetError(f"{LABELS} gives {printable(name, 100)} two classes")
+    return classes
+
+
+def refuse_overwriting(outputs: Mapping[str, Path | None], inputs: Sequence[str | Path]) -> None:
+    """Refuse an output that would replace an input, a file of a set of images, or another output.
+
+    Links are followed. What is no regular file, such as /dev/null, may be written to.
+
+    Args:
+        outputs: files that will be written, by the option that names them; None for no file.
+        inputs: files and folders of images. What does not exist, such as a preset, is passed over.
+
+    Raises:
+        ErkGuidError: two outputs are one file; an output is an input; or it lies in a folder of
+            images and is one of its files, or has a name by which it would be taken for one.
+    """
+    sources = [Path(os.path.expanduser(source)) for source in inputs if str(source)]
+    taken: dict[str, str] = {}
+    for option, output in outputs.items():
+        if output is None or (os.path.exists(output) and not os.path.isfile(output)):
+            continue
+        place = os.path.realpath(output)
+        if place in taken:
+            raise ErkGuidError(
+                f"{taken[place]} and {option} are one file, {output}; write to two files"
+            )
+        taken[place] = option
+        for source in sources:
+            if os.path.isdir(source):
+                _refuse_in_folder(option, output, source)
+            elif _is_same(source, _identity(output)):
+                raise ErkGuidError(f"{option} {output} is an input; write to another file")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what is equal for all names of one file, or None if there is no such file."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _is_same(path: Path, identity: tuple[int, int] | None) -> bool:
+    return identity is not None and _identity(path) == identity
+
+
+def _refuse_in_folder(option: str, output: Path, folder: Path) -> None:
+    """Refuse an output that is a file of the set of images in `folder`, or would become one."""
+    inside = os.path.realpath(folder)
+    # A link in the folder counts as its file, and so does the file that a link leads to.
+    for place in (
+        Path(os.path.realpath(output.parent), output.name),
+        Path(os.path.realpath(output)),
+    ):
+        if place.is_relative_to(inside) and _belongs_to_a_set(place.name):
+            raise ErkGuidError(
+                f"{option} {output} would be taken for a file of the images in {folder}; write it "
+                "to another folder"
+            )
+    there = _identity(output)
+    if there is None:
+        return
+    try:
+        names = [n for n in _files_in(folder) if _belongs_to_a_set(PurePosixPath(n).name)]
+    except OSError as error:
+        raise DatasetError(f"cannot read {folder}: {reason_of(error)}") from error
+    if any(_is_same(folder / name, there) for name in names):
+        raise ErkGuidError(
+            f"{option} {output} is a file of the images in {folder}; write to another file"
+        )
+
+
+def _belongs_to_a_set(name: str) -> bool:
+    return name in COMPANIONS or _is_image(name)

@@ -21,8 +21,15 @@ class MissingExtraError(ErkGuidError, ImportError):
 def printable(message: object, limit: int = 400) -> str:
     """Return `message` as one printable line of at most `limit` characters.
 
-    Messages quote text from files, and a terminal would obey control characters in it.
+    Messages quote text from files, and a terminal would obey control characters in it. Marks
+    that turn the direction of writing, and halves of characters (from names that are not UTF-8),
+    are replaced likewise.
     """
     text = str(message)
     text = text if len(text) <= limit else text[: limit - 1] + "…"
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def reason_of(error: BaseException, limit: int = 200) -> str:
+    """Return what an error of a library says, printable; its kind if it says nothing."""
+    return printable(str(error).strip() or type(error).__name__, limit)

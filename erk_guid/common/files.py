@@ -17,18 +17,20 @@ PARTIAL = ".partial"
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, make_folder: bool = True) -> Iterator[Path]:
     """Yield a temporary name beside `path`; rename it to `path` if the block succeeds.
 
-    A missing folder is made. A file that a killed process left behind has `PARTIAL` in its name
-    (and begins with a dot), so it is never taken for a finished file. A link is followed. What is
-    not a regular file (a terminal, /dev/null) is written to directly.
+    A missing folder is made, unless `make_folder` is False. A file that a killed process left
+    behind has `PARTIAL` in its name (and begins with a dot), so it is never taken for a finished
+    file. A link is followed. What is not a regular file (a terminal, /dev/null) is written to
+    directly.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
         yield path
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if make_folder:
+        path.parent.mkdir(parents=True, exist_ok=True)
     # Processes on two nodes may have one number, and write the same file.
     mark = f"{os.getpid()}-{secrets.token_hex(3)}"
     partial = path.with_name(f".{path.name}.{mark}{PARTIAL}{path.suffix}")
@@ -39,9 +41,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write `data` to `path`, whole or not at all."""
-    with replacing(path) as partial:
+def write_bytes(path: str | Path, data: bytes, make_folder: bool = True) -> None:
+    """Write `data` to `path`, whole or not at all, see `replacing`."""
+    with replacing(path, make_folder) as partial:
         partial.write_bytes(data)
 
 

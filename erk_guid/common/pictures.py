@@ -23,14 +23,17 @@ def to_pil(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels[:3].transpose(1, 2, 0)), "RGB")
 
 
-def save_png(path: Path, pixels: np.ndarray, text: str = "") -> None:
-    """Write uint8 [C, H, W] as PNG, whole or not at all, with `text` in its metadata."""
+def save_png(path: Path, pixels: np.ndarray, text: str = "", make_folder: bool = True) -> None:
+    """Write uint8 [C, H, W] as PNG, whole or not at all, with `text` in its metadata.
+
+    `make_folder` makes a missing folder.
+    """
     info = PngImagePlugin.PngInfo()
     if text:
         info.add_text("parameters", text)
     buffer = io.BytesIO()
     to_pil(pixels).save(buffer, "PNG", pnginfo=info)
-    write_bytes(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue(), make_folder)
 
 
 def is_whole_png(path: Path) -> bool:

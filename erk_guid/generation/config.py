@@ -183,19 +183,22 @@ class GenerationConfig:
             raise ErkGuidError("mps has no float64; use --dtype float32")
         return device
 
-    def open(self, device: torch.device, group: Agreeing, decoding: bool = True) -> Models:
+    def open(
+        self, device: torch.device, group: Agreeing, decoding: bool = True, refresh: bool = False
+    ) -> Models:
         """Load the networks and the encoder; every rank calls this.
 
         Args:
             device: where to load them.
             group: the processes that share the work.
             decoding: whether images will be decoded; a VAE may then have to be fetched.
+            refresh: download the networks again, though they are in the cache.
 
         Raises:
             ErkGuidError: a file cannot be fetched or used, or the networks do not fit together.
         """
         # Rank 0 fetches first; the others then find the files in the cache.
-        group.agree(self._fetch)
+        group.agree(lambda: self._fetch(refresh))
         loaded = self._load(self.net, device)
         guide = self._guide(loaded, device)
         try:
@@ -216,10 +219,10 @@ class GenerationConfig:
             return loaded.without_classes(self.gnet)  # in memory once
         return self._load(self.gnet, device)
 
-    def _fetch(self) -> None:
+    def _fetch(self, refresh: bool) -> None:
         for source in (self.net, self.gnet if self.guidance != 1 else None):
             if source:
-                locate(source)
+                locate(source, refresh)
 
     def _load(self, source: str, device: torch.device) -> Checkpoint:
         return load(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from erk_guid.edm2 import edm_sampler
+from erk_guid.generation.nonfinite import NonFiniteImagesError, Watch
 from erk_guid.generation.seeds import SeededNoise
-from erk_guid.models.encoders import Encoder, StandardRGBEncoder
+from erk_guid.models.encoders import Encoder, StandardRGBEncoder, decode_checked
 from erk_guid.models.networks import Network
 
 BATCH_SIZE = 32
@@ -70,24 +71,46 @@ class _Generation:
         for batch_idx, indices in enumerate(self.shares):
             made = self.sample(indices)
             with torch.no_grad():
-                images = self.encoder.decode(made.latents)
+                images, finite = decode_checked(self.encoder, made.latents)
+            if not bool(finite.all()):
+                raise self.failure(
+                    [k for k, f in zip(indices, finite.tolist(), strict=True) if not f]
+                )
             yield Batch(**vars(made), images=images, batch_idx=batch_idx, num_batches=len(self))
 
     @torch.no_grad()
-    def sample(self, indices: list[int]) -> Sampled:
-        """Return the latents of some of the seeds; on CUDA, without waiting for them."""
+    def sample(self, indices: list[int], watch: Watch | None = None) -> Sampled:
+        """Return the latents of some of the seeds; on CUDA, without waiting for them.
+
+        Args:
+            indices: places in the list of seeds.
+            watch: what looks at the networks, and waits for them.
+        """
+        net: Callable[..., Tensor] = self.net
+        gnet: Callable[..., Tensor] | None = self.gnet
+        if watch is not None:
+            net = watch.network(net, "the network")
+            gnet = gnet and watch.network(gnet, "the guiding network")
         seeds = [int(self.seeds[i]) for i in indices]
         random = SeededNoise(seeds, self.device)
         noise, labels = draw(self.net, random, self.class_idx)
         latents = self.sampler_fn(
-            self.net,
+            net,
             noise,
             labels=labels,
-            gnet=self.gnet,
+            gnet=gnet,
             randn_like=random.randn_like,
             **self.sampler_options,
         )
         return Sampled(latents, noise, labels, seeds, indices)
+
+    def failure(self, indices: list[int]) -> NonFiniteImagesError:
+        """Return the error for images that are not finite; they are sampled again to see where."""
+        watch = Watch()
+        if self.sampler_fn is edm_sampler:
+            options = {**self.sampler_options, "callback": watch, "check_finite": False}
+            replace(self, sampler_options=options).sample(indices, watch)
+        return NonFiniteImagesError([int(self.seeds[i]) for i in indices], indices, watch.found)
 
 
 def draw(net: Network, random: SeededNoise, class_idx: int | None) -> tuple[Tensor, Tensor | None]:
@@ -146,7 +169,11 @@ def generate(
     Raises:
         ValueError: a class the network does not have, a guiding network of another shape, or
             a batch size below 1.
+        NonFiniteImagesError: while iterating: images came out as NaN or infinity; it names their
+            seeds and indices, and the step.
     """
+    if sampler_fn is edm_sampler:  # what comes out is looked at together with the pixels
+        sampler_options = {"check_finite": False, **sampler_options}
     check_networks(net, gnet, class_idx)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +28,8 @@ from erk_guid.common.files import PARTIAL, check_writable, write_bytes
 from erk_guid.common.pictures import is_whole_png, save_picture, tile
 from erk_guid.generation.config import GenerationConfig, Models
 from erk_guid.generation.images import divided, generate
+from erk_guid.generation.locks import FolderLock, locked
+from erk_guid.generation.nonfinite import NonFiniteImagesError
 from erk_guid.generation.trace import NO_ROWS, Trace, check_trace_path, read_trace, write_trace
 from erk_guid.generation.workers import Queue, Workers, workers
 from erk_guid.generation.writing import ImageWriter, finish
@@ -48,6 +52,16 @@ class GenerationJob(GenerationConfig):
     resume: bool = False
     trace: Path | None = None
     grid: Path | None = None
+    overwrite: bool = False
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    refresh: bool = False
+
+
+class Made(NamedTuple):
+    """What rank 0 is told of a batch: rows of the trace, and seeds that were left out."""
+
+    rows: np.ndarray | None
+    skipped: list[int]
 
 
 def image_path(outdir: Path, seed: int, subdirs: bool) -> Path:
@@ -67,17 +81,24 @@ def run_job(job: GenerationJob) -> int:
     """
     device = job.choose_device()
     _check_outputs(job)
-    with workers() as group:
-        models = job.open(device, group)
+    with ExitStack() as held, workers() as group:
+        # Released after all ranks have left.
+        token = group.agree(lambda: held.enter_context(locked(job.outdir)).token)
+        lock = FolderLock(job.outdir, token)
+        models = job.open(device, group, refresh=job.refresh)
         todo = group.agree(lambda: _prepare(job, models))
-        queue = _generate(job, models, group, todo)
+        queue = _generate(job, models, group, todo, lock)
         if group.rank:
             return 0  # rank 0 counts them all
+        notes: list[Made] = queue.notes()
+        skipped = sorted(seed for made in notes for seed in made.skipped)
+        _check_folder(job, lock, [seed for seed in todo if seed not in set(skipped)])
+        _record_skipped(job, skipped)
         if job.trace:
-            _write_trace(job, todo, queue.notes())
+            _write_trace(job, todo, [made.rows for made in notes if made.rows is not None])
         if job.grid:
-            _write_grid(job)
-        return len(todo)
+            _write_grid(job, skipped)
+        return len(todo) - len(skipped)
 
 
 def _check_outputs(job: GenerationJob) -> None:
@@ -105,7 +126,7 @@ def _prepare(job: GenerationJob, models: Models) -> list[int]:
         if before is None and any(_files(job.outdir, "*.png")):
             raise ErkGuidError(
                 f"cannot resume: {job.outdir} holds images but no {RUN_FILE}, so nothing says how "
-                "they were made; choose another --outdir, or leave out --resume to overwrite"
+                "they were made; choose another --outdir, or --overwrite in place of --resume"
             )
         if before is not None:
             _refuse_mixture(job.outdir, before["settings"], settings)
@@ -121,7 +142,7 @@ def _prepare(job: GenerationJob, models: Models) -> list[int]:
         ]
         _remove(image_path(job.outdir, s, job.subdirs) for s in todo)
     else:
-        _clear(job, seeds)
+        recorded = _clear(job, seeds, settings)
     run = {
         "settings": settings,
         "net": job.net,
@@ -133,23 +154,95 @@ def _prepare(job: GenerationJob, models: Models) -> list[int]:
             "python": platform.python_version(),
         },
     }
-    try:
-        write_bytes(path, (json.dumps(run, indent=1) + "\n").encode())
-    except OSError as error:
-        reason = error.strerror or error
-        raise ErkGuidError(f"cannot write to --outdir {job.outdir}: {reason}") from error
+    _write_run(job, run)
     return todo
 
 
-def _clear(job: GenerationJob, seeds: list[int]) -> None:
-    """Delete old images of these seeds so that --resume cannot reuse them."""
-    ours = {image_path(job.outdir, seed, job.subdirs) for seed in seeds}
+def _check_folder(job: GenerationJob, lock: FolderLock, seeds: list[int] | None = None) -> None:
+    """Raise if the folder is gone, or images that were made; the message counts them."""
+    try:
+        lock.check()
+    except ErkGuidError as error:
+        there = sum(image_path(job.outdir, s, job.subdirs).exists() for s in job.seeds)
+        raise ErkGuidError(
+            f"{error}; {len(job.seeds) - there} of {len(job.seeds)} images are missing there"
+        ) from error
+    if seeds is None:
+        return
+    missing = [s for s in seeds if not image_path(job.outdir, s, job.subdirs).exists()]
+    if missing:
+        raise ErkGuidError(
+            f"{len(missing)} of {len(seeds)} images made are missing in {job.outdir}, such as that "
+            f"of seed {missing[0]}: something removed them; --resume makes them again"
+        )
+
+
+def _record_skipped(job: GenerationJob, skipped: list[int]) -> None:
+    """Write into run.json which seeds of this run have no image, and say so."""
+    if not skipped:
+        return
+    path = job.outdir / RUN_FILE
+    run = _read_run(path)
+    if run is not None:
+        _write_run(job, {**run, "nonfinite": skipped})
+    print(
+        f"Note: {len(skipped)} images came out as NaN or infinity and were left out; {path} lists "
+        "their seeds under nonfinite, and --resume makes them again",
+        file=sys.stderr,
+    )
+
+
+def _write_run(job: GenerationJob, run: dict[str, Any]) -> None:
+    try:
+        write_bytes(job.outdir / RUN_FILE, (json.dumps(run, indent=1) + "\n").encode())
+    except OSError as error:
+        reason = error.strerror or error
+        raise ErkGuidError(f"cannot write to --outdir {job.outdir}: {reason}") from error
+
+
+def _clear(job: GenerationJob, seeds: list[int], settings: dict[str, Any]) -> list[int]:
+    """Delete old images of these seeds, and with --overwrite those of other settings.
+
+    Returns:
+        The seeds of a run with the same settings, whose other images stay.
+
+    Raises:
+        ErkGuidError: there are images of other settings.
+    """
     there = set(_files(job.outdir, "*.png"))
-    _remove(there & ours)
+    if not there:
+        return []
+    recorded = _recorded(job.outdir, settings)
+    if recorded is None:
+        if not job.overwrite:
+            raise ErkGuidError(
+                f"{job.outdir} holds {len(there)} images of other settings, or of an unknown "
+                "origin; choose another --outdir, --resume with the first run's settings, or "
+                "--overwrite to delete them"
+            )
+        named = {path for path in there if re.fullmatch(r"\d{6,18}\.png", path.name)}
+        _remove(named)
+        there -= named
+    ours = {image_path(job.outdir, seed, job.subdirs) for seed in [*seeds, *(recorded or [])]}
+    _remove(there & {image_path(job.outdir, seed, job.subdirs) for seed in seeds})
     if there - ours:
         # A score over the folder would count them, too.
         count = len(there - ours)
         print(f"Note: {job.outdir} holds {count} other images, which stay", file=sys.stderr)
+    return recorded or []
+
+
+def _recorded(outdir: Path, settings: dict[str, Any]) -> list[int] | None:
+    """Return the seeds of a recorded run with these settings; None if there is none."""
+    try:
+        before = _read_run(outdir / RUN_FILE)
+        if before is None:
+            return None
+        _refuse_mixture(outdir, before["settings"], settings)
+    except ErkGuidError:
+        return None
+    seeds: list[int] = before["seeds"]
+    return seeds
 
 
 def _files(outdir: Path, pattern: str) -> Iterator[Path]:
@@ -207,7 +300,9 @@ def _refuse_mixture(outdir: Path, before: dict[str, Any], now: dict[str, Any]) -
         )
 
 
-def _generate(job: GenerationJob, models: Models, group: Workers, todo: list[int]) -> Queue:
+def _generate(
+    job: GenerationJob, models: Models, group: Workers, todo: list[int], lock: FolderLock
+) -> Queue:
     """Take batches from the queue until all are made, by this process or by others."""
     trace = Trace() if job.trace else None
     label = "images" if group.world_size == 1 else f"images of {group.world_size} ranks"
@@ -233,18 +328,31 @@ def _generate(job: GenerationJob, models: Models, group: Workers, todo: list[int
         return f"seed {seed}, {line}" if number is None else f"seed {seed}, class {number}, {line}"
 
     def path(seed: int) -> Path:
-        return image_path(job.outdir, seed, job.subdirs)
+        target = image_path(job.outdir, seed, job.subdirs)
+        if job.subdirs:
+            target.parent.mkdir(exist_ok=True)
+        return target
 
-    def made(index: int, files: list[Future[None]], rows: np.ndarray | None) -> None:
-        finish(files, job.outdir)
-        queue.done(index, len(files), rows)
+    def made(index: int, files: list[Future[bool]], rows: np.ndarray | None) -> None:
+        written = finish(files, job.outdir)
+        bad = [k for k, there in zip(parts[index], written, strict=True) if not there]
+        if bad and job.on_nonfinite == "stop":
+            failures.append(bad)
+            return
+        skipped = [todo[k] for k in bad]
+        if rows is not None:
+            rows = rows[~np.isin(rows[:, 0], skipped)]
+        queue.done(index, len(files) - len(bad), Made(rows, skipped))
         bar.update(queue.made() - bar.n)
+
+    failures: list[list[int]] = []
 
     try:
         with bar, ImageWriter(models.encoder, models.device, path, about) as writer:
 
-            def begin(index: int) -> tuple[int, list[Future[None]], np.ndarray | None]:
+            def begin(index: int) -> tuple[int, list[Future[bool]], np.ndarray | None]:
                 batch = batches.sample(parts[index])
+                _check_folder(job, lock)
                 files = writer.write(batch)
                 return index, files, trace.end_batch(batch.seeds) if trace else None
 
@@ -254,10 +362,16 @@ def _generate(job: GenerationJob, models: Models, group: Workers, todo: list[int
                 if before is not None:
                     made(*before)
                 before = now
+                if failures:
+                    break
             if before is not None:
                 made(*before)
+            if failures:
+                raise _stopped(batches.failure(failures[0]))
             for index in queue.abandoned():
                 made(*begin(index))
+                if failures:
+                    raise _stopped(batches.failure(failures[0]))
             bar.update(queue.made() - bar.n)
     except torch.cuda.OutOfMemoryError as error:
         raise ErkGuidError(
@@ -266,9 +380,18 @@ def _generate(job: GenerationJob, models: Models, group: Workers, todo: list[int
     return queue
 
 
-def _write_grid(job: GenerationJob) -> None:
+def _stopped(failure: NonFiniteImagesError) -> ErkGuidError:
+    return ErkGuidError(
+        f"{failure}. They were not written; the images before are there. --on-nonfinite=skip "
+        "leaves such images out and goes on"
+    )
+
+
+def _write_grid(job: GenerationJob, skipped: list[int]) -> None:
     assert job.grid is not None
-    seeds = list(dict.fromkeys(job.seeds))[:MAX_GRID]
+    seeds = [seed for seed in dict.fromkeys(job.seeds) if seed not in skipped][:MAX_GRID]
+    if not seeds:
+        raise ErkGuidError(f"cannot make the contact sheet {job.grid}: no image is finite")
     images = []
     try:
         for seed in seeds:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from erk_guid.common.errors import ErkGuidError
+from erk_guid.common.errors import ErkGuidError, printable
 
 T = TypeVar("T")
 
@@ -24,20 +25,32 @@ def launched() -> tuple[int, int] | None:
     """Return the rank and number of processes that torchrun started, None for a single one.
 
     Raises:
-        ErkGuidError: its environment variables are incomplete.
+        ErkGuidError: its environment variables are incomplete, or are not what they should be.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = _number("WORLD_SIZE", 1, 1, 1 << 20)
     if world_size == 1:
         return None
     missing = [v for v in ("RANK", "MASTER_ADDR", "MASTER_PORT") if v not in os.environ]
     if missing:
         raise ErkGuidError(f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set")
-    return launched_rank(), world_size
+    _number("MASTER_PORT", 0, 1, 65535)
+    return _number("RANK", 0, 0, world_size - 1), world_size
 
 
 def launched_rank() -> int:
     """Return the rank that torchrun gave this process, 0 for a single one."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0, 0, 1 << 20)
+
+
+def _number(name: str, default: int, low: int, high: int) -> int:
+    """Return a whole number that the launcher put into the environment."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch(r"\d{1,9}", text) or not low <= int(text) <= high:
+        raise ErkGuidError(
+            f"the environment variable {name} is {printable(text, 40)!r}, not a whole number from "
+            f"{low} to {high}: torchrun sets it; without torchrun, unset it"
+        )
+    return int(text)
 
 
 FAILED, ARRIVED = "erk_guid/failed", "erk_guid/arrived"
@@ -159,10 +172,15 @@ def current_group() -> ProcessGroup:
     )
 
 
-@functools.lru_cache(maxsize=1)
+_CONTROLS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""Control groups by the user's group. They end with it: Gloo's threads must not outlive it."""
+
+
 def _control_beside(world: Any) -> Any:
     """Return a Gloo group with the processes of `world`; every call returns the same one."""
-    return dist.new_group(backend="gloo", timeout=timedelta(days=2))
+    if world not in _CONTROLS:
+        _CONTROLS[world] = dist.new_group(backend="gloo", timeout=timedelta(days=2))
+    return _CONTROLS[world]
 
 
 @contextlib.contextmanager

@@ -295,6 +295,14 @@ def _connected(keeps: bool) -> Store:
 
 @functools.cache
 def _store(host: str, port: int, keeps: bool) -> Any:
-    return dist.TCPStore(  # type: ignore[attr-defined]
-        host, port, is_master=keeps, timeout=JOINING, wait_for_workers=False
-    )
+    try:
+        return dist.TCPStore(  # type: ignore[attr-defined]
+            host, port, is_master=keeps, timeout=JOINING, wait_for_workers=False
+        )
+    except LOST as error:
+        if keeps:
+            reason = str(error).split(". ")[0]
+            raise ErkGuidError(
+                f"rank 0 cannot open the port {port} ({reason}); set MASTER_PORT to a free one"
+            ) from error
+        raise

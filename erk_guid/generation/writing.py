@@ -13,7 +13,7 @@ from torch import Tensor
 from erk_guid.common.errors import ErkGuidError
 from erk_guid.common.pictures import save_png
 from erk_guid.generation.images import Sampled
-from erk_guid.models.encoders import Encoder
+from erk_guid.models.encoders import Encoder, decode_checked
 
 THREADS = {"cuda": 4}
 """Threads that write files, by device; 1 on others: on a CPU they take time from the network."""
@@ -50,35 +50,50 @@ class ImageWriter:
     def __exit__(self, *exc: object) -> None:
         self._pool.shutdown()
 
-    def write(self, made: Sampled) -> list[Future[None]]:
-        """Begin to write a batch; the results of the futures come when the files are there."""
-        images, classes, copied = self._fetch(made)
+    def write(self, made: Sampled) -> list[Future[bool]]:
+        """Begin to write a batch; the results of the futures come when the files are there.
 
-        def save(k: int) -> None:
+        The result is False for an image that came from NaN or infinity: it is not written.
+        """
+        images, finite, classes, copied = self._fetch(made)
+
+        def save(k: int) -> bool:
             if copied is not None:
                 copied.synchronize()
+            if not bool(finite[k]):
+                return False
             number = None if classes is None else int(classes[k])
             pixels: np.ndarray = images[k].numpy()
-            save_png(self._path(made.seeds[k]), pixels, self._about(made.seeds[k], number))
+            # A folder that vanished is not made again: what it held would be missing.
+            target = self._path(made.seeds[k])
+            save_png(target, pixels, self._about(made.seeds[k], number), make_folder=False)
+            return True
 
         return [self._pool.submit(save, k) for k in range(len(made.seeds))]
 
     @torch.no_grad()
-    def _fetch(self, made: Sampled) -> tuple[Tensor, Tensor | None, torch.cuda.Event | None]:
-        """Return images and classes on the CPU, and the event after which they are there."""
+    def _fetch(
+        self, made: Sampled
+    ) -> tuple[Tensor, Tensor, Tensor | None, torch.cuda.Event | None]:
+        """Return images, which are finite, and classes, and the event after which they are there.
+
+        All are on the CPU.
+        """
         if self._stream is None:
             classes = None if made.labels is None else made.labels.argmax(1).cpu()
-            return self._encoder.decode(made.latents).cpu(), classes, None
+            images, finite = decode_checked(self._encoder, made.latents)
+            return images.cpu(), finite.cpu(), classes, None
         self._stream.wait_stream(torch.cuda.current_stream(made.latents.device))
         with torch.cuda.stream(self._stream):
-            images = _pinned(self._encoder.decode(made.latents))
+            decoded = decode_checked(self._encoder, made.latents)
+            images, finite = _pinned(decoded[0]), _pinned(decoded[1])
             classes = None if made.labels is None else _pinned(made.labels.argmax(1))
             copied = torch.cuda.Event()
             copied.record(self._stream)
         for used in (made.latents, made.labels):
             if used is not None:
                 used.record_stream(self._stream)  # its memory is not free before that
-        return images, classes, copied
+        return images, finite, classes, copied
 
 
 def _pinned(x: Tensor) -> Tensor:
@@ -86,14 +101,13 @@ def _pinned(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
-def finish(pending: list[Future[None]], outdir: Path) -> None:
-    """Wait for files.
+def finish(pending: list[Future[bool]], outdir: Path) -> list[bool]:
+    """Wait for files, and return for each whether it was written.
 
     Raises:
         ErkGuidError: one of them cannot be written.
     """
-    for future in pending:
-        try:
-            future.result()
-        except OSError as error:
-            raise ErkGuidError(f"cannot write an image to {outdir}: {error}") from error
+    try:
+        return [future.result() for future in pending]
+    except OSError as error:
+        raise ErkGuidError(f"cannot write an image to {outdir}: {error}") from error

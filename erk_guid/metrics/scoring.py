@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from erk_guid._version import __version__
-from erk_guid.common.datasets import ImageSource, open_images
-from erk_guid.common.errors import ErkGuidError
+from erk_guid.common.datasets import ImageSource, open_images, refuse_overwriting
+from erk_guid.common.errors import ErkGuidError, printable
 from erk_guid.common.files import check_writable, write_bytes
 from erk_guid.generation.config import GenerationConfig
 from erk_guid.generation.devices import choose_device
@@ -36,7 +36,7 @@ from erk_guid.metrics.statistics import (
     write_reference,
 )
 from erk_guid.metrics.statistics.collecting import Block
-from erk_guid.metrics.statistics.references import check_destination
+from erk_guid.metrics.statistics.references import check_destination, locate_reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,7 @@ class Scoring:
     json: Path | None = None
     features: Path | None = None
     bootstrap: int = 0
+    refresh: bool = False
 
     @property
     def chosen(self) -> list[Metric]:
@@ -67,6 +68,11 @@ class Scoring:
     def detectors(self) -> list[str]:
         """Names of the detectors that the metrics need, each once."""
         return list(dict.fromkeys(metric.detector for metric in self.chosen))
+
+    @property
+    def outputs(self) -> dict[str, Path | None]:
+        """Files that are written, by option."""
+        return {"--json": self.json, "--features": self.features}
 
     def collect(
         self,
@@ -148,10 +154,12 @@ def calc(images: Path, ref: str, scoring: Scoring) -> dict[str, Any]:
 
         def look() -> Reference:
             scoring.check()
-            refuse_overwriting((scoring.json, scoring.features), (str(images), ref))
+            refuse_overwriting(scoring.outputs, (images, ref, *scoring.detector_weights.values()))
             tell_ignored(images)
             choose(open_images(images), scoring.num, scoring.seed)
             scoring.check_scores()
+            if scoring.refresh:
+                locate_reference(ref, refresh=True)
             return read_reference(ref)
 
         # Rank 0 checks first, so that each error is reported only once.
@@ -178,13 +186,18 @@ def gen(config: GenerationConfig, ref: str, scoring: Scoring) -> dict[str, Any]:
 
         def look() -> Reference:
             scoring.check()
-            refuse_overwriting((scoring.json, scoring.features), (config.net, ref))
+            networks = (config.net, config.gnet or "")
+            refuse_overwriting(
+                scoring.outputs, (*networks, ref, *scoring.detector_weights.values())
+            )
             _check_count(scoring.num, "--num")
             scoring.check_scores()
+            if scoring.refresh:
+                locate_reference(ref, refresh=True)
             return read_reference(ref)
 
         reference = group.agree(look)
-        models = config.open(device, group)
+        models = config.open(device, group, refresh=scoring.refresh)
         detectors = scoring.open_detectors(device, group)
         group.agree(lambda: _check_reference(scoring, reference, detectors))
         parts = blocks(range(scoring.num), config.batch, group)
@@ -234,7 +247,7 @@ def make_reference(
 
         def look() -> None:
             scoring.check()
-            refuse_overwriting((dest,), (str(data),))
+            refuse_overwriting({"--dest": dest}, (data,))
             check_destination(dest)
             for metric in scoring.chosen:
                 if "features" in metric.score.needs_of_reference and not keep:
@@ -271,18 +284,6 @@ def make_reference(
         }
         write_reference(dest, collected.statistics, features, about)
         return {name: s.count or 0 for name, s in collected.statistics.items()}
-
-
-def refuse_overwriting(outputs: Sequence[Path | None], inputs: Sequence[str]) -> None:
-    """Refuse to write over an input.
-
-    Raises:
-        ErkGuidError: an output file is one of the inputs.
-    """
-    for output in outputs:
-        for source in inputs:
-            if output and output.exists() and Path(source).exists() and output.samefile(source):
-                raise ErkGuidError(f"{output} is an input; write to another file")
 
 
 def check_weights_are_used(weights: Mapping[str, str], detectors: Sequence[str]) -> None:
@@ -333,10 +334,8 @@ def tell_ignored(path: Path) -> None:
     source = open_images(path)
     if source.ignored:
         more = f" and {len(source.ignored) - 1} more" if len(source.ignored) > 1 else ""
-        print(
-            f"Note: {source.path}: passed over {source.ignored[0]}{more}, not an image",
-            file=sys.stderr,
-        )
+        note = f"Note: {source.path}: passed over {source.ignored[0]}{more}, not an image"
+        print(printable(note), file=sys.stderr)
 
 
 def read_blocks(
@@ -355,7 +354,8 @@ def _check_reference(scoring: Scoring, reference: Reference, detectors: Sequence
 def names_of(source: ImageSource, chosen: Sequence[int]) -> dict[str, str]:
     """Return which images were taken: first and last name, and a digest of all names."""
     names = [source.names[i] for i in chosen]
-    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    # Names that are not UTF-8 have halves of characters in them.
+    digest = hashlib.sha256("\n".join(names).encode(errors="surrogatepass")).hexdigest()
     return {"first": names[0], "last": names[-1], "sha256": digest}
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from erk_guid.common.errors import ErkGuidError, MissingExtraError
+from erk_guid.sampling import finite_rows
 
 
 class Encoder(Protocol):
@@ -160,22 +161,41 @@ class StabilityVAEEncoder:
         return raw * self._per_channel(self.scale, raw) + self._per_channel(self.bias, raw)
 
     def decode(self, latents: Tensor) -> Tensor:
+        return self.decode_checked(latents)[0]
+
+    def decode_checked(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Decode latents [N, C, h, w]; also return for which the VAE gave finite numbers, [N]."""
         vae = self._load(latents.device)
         latents = latents.to(torch.float32)
         raw = (latents - self._per_channel(self.bias, latents)) / self._per_channel(
             self.scale, latents
         )
-        # Keep 8-bit batches, not float ones; otherwise a large batch would not fit.
-        return torch.cat(
-            [
-                (vae.decode(batch).sample.clamp(0, 1) * 255).to(torch.uint8)
-                for batch in raw.split(self.batch_size)
-            ]
-        )
+        images, finite = [], []
+        for batch in raw.split(self.batch_size):
+            pixels = vae.decode(batch).sample
+            finite.append(finite_rows(pixels))
+            # Keep 8-bit batches, not float ones; otherwise a large batch would not fit.
+            images.append((pixels.clamp(0, 1) * 255).to(torch.uint8))
+        return torch.cat(images), torch.cat(finite)
 
     @staticmethod
     def _per_channel(values: Tensor, like: Tensor) -> Tensor:
         return values.to(like).reshape(1, -1, 1, 1)
+
+
+def decode_checked(encoder: Encoder, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Decode latents; also say which images come from finite numbers.
+
+    NaN and infinity would become pixels like any others.
+
+    Returns:
+        The pixels, see `Encoder.decode`, and bool [N]; on the same device, without waiting for it.
+    """
+    finite = finite_rows(latents)
+    if isinstance(encoder, StabilityVAEEncoder):
+        images, sound = encoder.decode_checked(latents)
+        return images, finite & sound
+    return encoder.decode(latents), finite
 
 
 ENCODERS: dict[str, type[StandardRGBEncoder] | type[StabilityVAEEncoder]] = {

@@ -50,7 +50,7 @@ def test_every_option_and_its_default() -> None:
         "--eta": None,
         "--schedule": "polynomial", "--afs": False, "--denoise-to-zero": True,
         "--device": None, "--dtype": "float32", "--precision": None, "--compile": False,
-        "--resume": False,
+        "--resume": False, "--overwrite": False, "--on-nonfinite": "stop", "--refresh": False,
         "--guidance-interval": None, "--encoder-batch": None, "--vae": None,
         "--trace": None, "--grid": None,
         "--trust-pickle": False,
@@ -130,8 +130,9 @@ def test_shipped_presets_bring_their_guidance(preset: str, tmp_path: Path) -> No
     assert settings["gnet_sha256"]
     # The command line beats the preset; without model guidance no guiding network is opened.
     again = generate(
-        "--preset", preset, "--outdir", tmp_path, "--steps", 2, "--seeds", 1, "--guidance", 1
-    )
+        "--preset", preset, "--outdir", tmp_path, "--steps", 2, "--seeds", 1, "--guidance", 1,
+        "--overwrite",
+    )  # fmt: skip
     assert again.exit_code == 0, again.output
     settings = json.loads((tmp_path / "run.json").read_text())["settings"]
     assert (settings["guidance"], settings["gnet_sha256"]) == (1, None)
@@ -281,7 +282,7 @@ def test_an_overwritten_run_that_was_killed_is_not_mixed(tmp_path: Path) -> None
             "erk_guid.generation.jobs._generate",
             lambda *a: (_ for _ in ()).throw(KeyboardInterrupt),
         )
-        assert generate(*args, "--steps", 3).exit_code != 0
+        assert generate(*args, "--steps", 3, "--overwrite").exit_code != 0
     result = generate(*args, "--steps", 3, "--resume")
     assert "3 images made" in result.output
     with Image.open(tmp_path / "000001.png") as image:
@@ -291,8 +292,16 @@ def test_an_overwritten_run_that_was_killed_is_not_mixed(tmp_path: Path) -> None
 def test_images_of_an_older_run_are_not_adopted(tmp_path: Path) -> None:
     args = ["--preset", "digits", "--outdir", tmp_path]
     assert generate(*args, "--steps", 2, "--seeds", "5-6").exit_code == 0
+    # Before, both kinds lay in one folder, and run.json knew of the new ones only.
     over = generate(*args, "--steps", 3, "--seeds", "0-1")
-    assert "holds 2 other images" in over.output
+    assert over.exit_code == 1
+    assert "holds 2 images of other settings" in over.output
+    (tmp_path / "photo.png").write_bytes(b"somebody's")
+    over = generate(*args, "--steps", 3, "--seeds", "0-1", "--overwrite")
+    assert "holds 1 other images, which stay" in over.output
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == [
+        "000000.png", "000001.png", "photo.png",
+    ]  # fmt: skip
     # Neither at once, nor after a resumed run over them that dies before its first image.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -431,7 +440,7 @@ def test_an_outdir_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     result = generate("--preset", "digits", "--outdir", tmp_path / "file" / "out")
     assert result.exit_code == 1
-    assert re.search(r"cannot write to --outdir .*file/out: Not a directory", result.output)
+    assert re.search(r"cannot write to .*file/out: Not a directory", result.output)
     for more in ([], ["--resume"]):
         result = generate("--preset", "digits", "--outdir", tmp_path / "file", *more)
         assert result.exit_code == 1

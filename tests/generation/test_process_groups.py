@@ -166,7 +166,7 @@ sys.argv[1:] = ["--net", sys.argv[1], "--outdir", sys.argv[2], "--seeds", "0-199
                 "--batch", "4", "--device", "cpu"]
 import erk_guid.generation.writing
 if os.environ["RANK"] == "1":
-    def failing(path, *args):
+    def failing(path, *args, **options):
         raise OSError(28, "No space left on device")
     erk_guid.generation.writing.save_png = failing
 from erk_guid.cli.generate import generate_command

@@ -30,7 +30,7 @@ def test_files_have_the_pixels_and_the_class_of_their_seed(tmp_path: Path) -> No
 def test_a_file_that_cannot_be_written_ends_the_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(*args: object) -> None:
+    def failing(*args: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writing, "save_png", failing)

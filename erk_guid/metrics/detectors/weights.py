@@ -8,14 +8,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from erk_guid.common.errors import ErkGuidError
+from erk_guid.common.errors import ErkGuidError, printable
 from erk_guid.common.files import sha256_of
 from erk_guid.metrics.detectors.base import DetectorError
 from erk_guid.models.checkpoints.download import download
 
 
-def fetch_weights(name: str, url: str) -> Path:
+def fetch_weights(name: str, url: str, refresh: bool = False) -> Path:
     """Return the file of weights in torch.hub's cache or ours; download it if in neither.
+
+    Args:
+        name: the detector's.
+        url: of the weights. By convention, their name may end in "-" and the first 8 digits of
+            their SHA-256, which are checked.
+        refresh: download our copy again; what torch.hub's cache has is used as it is.
 
     Raises:
         DetectorError: it cannot be fetched; the message says which file to put where.
@@ -23,18 +29,14 @@ def fetch_weights(name: str, url: str) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if path.is_file():
         return path
+    digits = re.fullmatch(r".*-([0-9a-f]{8})", path.stem)
     try:
-        found = download(url)
-        stem = path.stem.rpartition("-")[2]  # by convention, the first digits of the SHA-256
-        if re.fullmatch("[0-9a-f]{8}", stem) and not sha256_of(found).startswith(stem):
-            found.unlink()
-            raise DetectorError(f"what {url} sent is another file; the copy was deleted")
+        return download(url, sha256=digits[1] if digits else None, refresh=refresh)
     except ErkGuidError as error:
         raise DetectorError(
-            f"cannot fetch the weights of {name} ({first_line(error)}). Fetch {url} elsewhere and "
-            f"put it at {path}, or give --detector-weights {name}=FILE"
+            f"cannot fetch the weights of {name} ({printable(error, 1000)}). Fetch {url} elsewhere "
+            f"and put it at {path}, or give --detector-weights {name}=FILE"
         ) from error
-    return found
 
 
 def check_weights(name: str, path: Path) -> dict[str, Tensor]:
@@ -43,7 +45,8 @@ def check_weights(name: str, path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything for bytes it cannot read
         raise DetectorError(
-            f"{path} is no plain file of weights for {name} ({first_line(error)})"
+            f"{path} is no plain file of weights for {name} ({first_line(error)}); if it was "
+            "downloaded, delete it and it is fetched again"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise DetectorError(f"{path} holds something else than the weights of {name}")

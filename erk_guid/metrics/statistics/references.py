@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from erk_guid.common.errors import ErkGuidError
+from erk_guid.common.errors import ErkGuidError, printable
 from erk_guid.common.files import check_writable, replacing, sha256_of, user_path
 from erk_guid.common.npz import read_npz
 from erk_guid.metrics.statistics.moments import Statistics
-from erk_guid.models.checkpoints.download import download, is_url
+from erk_guid.models.checkpoints.download import download, how_to_refetch, is_url
 from erk_guid.models.checkpoints.safe_pickle import UnsafePickleError, array_of, read_pickle
 
 FOLDER = Path("dataset-refs")
@@ -83,17 +83,25 @@ class Reference:
         return {"source": self.source, "sha256": sha256_of(self.path), "about": self.about}
 
 
-def locate_reference(source: str) -> Path:
+def locate_reference(source: str, refresh: bool = False) -> Path:
     """Return the local file of a reference.
 
-    `source` is a path, a URL, 'digits' (shipped), 'img512' or 'img64'. The last two are EDM2's.
-    They are taken from `dataset-refs/` if they are there, and else downloaded.
+    Args:
+        source: a path, a URL, 'digits' (shipped), 'img512' or 'img64'. The last two are EDM2's.
+            They are taken from `dataset-refs/` if they are there, and else downloaded.
+        refresh: download again what is downloaded.
 
     Raises:
         ErkGuidError: there is no such reference, or it cannot be downloaded.
     """
+    place = _place(source)
+    return download(place, refresh=refresh) if isinstance(place, str) else place
+
+
+def _place(source: str) -> Path | str:
+    """Return the local file of a reference, or the URL that it is downloaded from."""
     if is_url(source):
-        return download(source)
+        return source
     path = user_path(source)
     try:
         if path.is_file():
@@ -105,7 +113,7 @@ def locate_reference(source: str) -> Path:
             return shipped
     if source in PUBLISHED:
         beside = FOLDER / f"{source}.pkl"
-        return beside if beside.is_file() else download(EDM2_URL.format(source))
+        return beside if beside.is_file() else EDM2_URL.format(source)
     known = ", ".join([SHIPPED, *PUBLISHED])
     raise ReferenceFileError(
         f"{source!r} is no reference: give a .npz or .pkl file, a URL, or one of {known}"
@@ -127,14 +135,16 @@ def read_reference(source: str | Path) -> Reference:
         with open(path, "rb") as file:
             packed = file.read(4) == b"PK\x03\x04"
         return _read_npz(source, path) if packed else _read_pkl(source, path)
-    except UnsafePickleError as error:
-        raise ReferenceFileError(
-            f"{source}: {error}. A reference is a dict of arrays, pickled with protocol 3 or 4"
-        ) from error
-    except ErkGuidError as error:
-        raise ReferenceFileError(f"{source}: {error}") from error
-    except (OSError, ValueError, MemoryError, RecursionError) as error:
-        raise ReferenceFileError(f"{source}: cannot read it: {error}") from error
+    except (ErkGuidError, OSError, ValueError, MemoryError, RecursionError) as error:
+        remedy = how_to_refetch(path) if isinstance(_place(source), str) else ""
+        raise ReferenceFileError(f"{source}: {_reason(error)}{remedy}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return why a file cannot be used."""
+    if isinstance(error, UnsafePickleError):
+        return f"{error}. A reference is a dict of arrays, pickled with protocol 3 or 4"
+    return str(error) if isinstance(error, ErkGuidError) else f"cannot read it: {printable(error)}"
 
 
 def _read_pkl(source: str, path: Path) -> Reference:

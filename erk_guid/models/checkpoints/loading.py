@@ -16,7 +16,7 @@ from torch import nn
 from erk_guid.common.errors import CheckpointError, ErkGuidError, printable
 from erk_guid.common.files import sha256_of
 from erk_guid.models.checkpoints.build import NETWORKS, own_memory
-from erk_guid.models.checkpoints.download import download, is_url
+from erk_guid.models.checkpoints.download import download, how_to_refetch, is_url
 from erk_guid.models.checkpoints.folder import fetch_from_hub, is_model, read_model, weights_in
 from erk_guid.models.checkpoints.native import has_header, read_native, save_network
 from erk_guid.models.checkpoints.presets import PRESETS, SHIPPED, Preset
@@ -124,16 +124,9 @@ def load(
     path = locate(source)
     try:
         loaded = _read(path, source, trust)
-    except CheckpointError as error:
-        raise CheckpointError(f"{source}: {printable(error)}") from error
-    except OSError as error:
-        raise CheckpointError(f"{source}: cannot read it: {error}") from error
-    except MemoryError as error:
-        raise CheckpointError(f"{source}: it needs more memory than there is") from error
     except Exception as error:
-        # The last check, for files made to pass all checks before it.
-        reason = f"damaged ({type(error).__name__}: {error})"
-        raise CheckpointError(f"{source}: {printable(reason)}") from error
+        remedy = how_to_refetch(path) if is_url(_address(source)) else ""
+        raise CheckpointError(f"{source}: {_reason(error)}{remedy}") from error
     loaded.net.to(device or "cpu")
     if precision is not None:
         _set_precision(loaded.net, source, precision, torch.device(device or "cpu"))
@@ -146,6 +139,18 @@ def load(
         assert isinstance(loaded.net, nn.Module)
         loaded.net.compile()
     return replace(loaded, preset=PRESETS.get(source))
+
+
+def _reason(error: Exception) -> str:
+    """Return why a file cannot be used."""
+    if isinstance(error, CheckpointError):
+        return printable(error)
+    if isinstance(error, OSError):
+        return f"cannot read it: {error}"
+    if isinstance(error, MemoryError):
+        return "it needs more memory than there is"
+    # The last check, for files made to pass all checks before it.
+    return printable(f"damaged ({type(error).__name__}: {error})")
 
 
 def _set_precision(net: Any, source: str, precision: str, device: torch.device) -> None:
@@ -168,20 +173,28 @@ def _set_precision(net: Any, source: str, precision: str, device: torch.device) 
     ours.precision = dtype
 
 
-def locate(source: str) -> Path:
+def _address(source: str) -> str:
+    """Return the path, URL or name of the network that a source stands for."""
+    source = source.removeprefix(UNCONDITIONAL)
+    return PRESETS[source].net if source in PRESETS else source
+
+
+def locate(source: str, refresh: bool = False) -> Path:
     """Return the local file behind anything `load` takes; download it if needed.
+
+    Args:
+        source: as `load` takes it.
+        refresh: download it again if it is a URL, or a preset that is downloaded from one.
 
     Raises:
         ErkGuidError: there is none; the message suggests close preset names.
     """
-    source = source.removeprefix(UNCONDITIONAL)
-    if source in PRESETS:
-        source = PRESETS[source].net
+    source = _address(source)
     if source.startswith(SHIPPED):
         with as_file(files("erk_guid") / "data" / source.removeprefix(SHIPPED)) as path:
             return path
     if is_url(source):
-        return download(source)
+        return download(source, refresh=refresh)
     if not source:
         raise ErkGuidError("the name of the network is empty")
     path = Path(source).expanduser()
