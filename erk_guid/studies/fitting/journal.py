@@ -71,13 +71,7 @@ class Journal:
             raise ErkGuidError(
                 f"{path} belongs to another search; name another folder, or delete that one"
             )
-        known = {}
-        for line in lines[1:]:
-            try:
-                entry = json.loads(line)
-                known[entry["key"]] = ([float(v) for v in entry["numbers"]], int(entry["spent"]))
-            except (ValueError, KeyError, TypeError):
-                continue  # the last line of a process that was stopped
+        known = dict(entry for line in lines[1:] if (entry := _entry(line)) is not None)
         # A line that was cut off must not run into the next one.
         write_bytes(path, ("\n".join([head, *(_line(k, *v) for k, v in known.items())]) + "\n")
                     .encode())  # fmt: skip
@@ -118,7 +112,12 @@ class Journal:
         if path is not None and path.exists():
             found = read_npz(path, {"values": "f", "spent": "iu"}.get)
             values, cost = found.get("values"), found.get("spent")
-            if values is None or cost is None or list(values.shape) != list(like.shape):
+            if (
+                values is None
+                or cost is None
+                or cost.shape != ()
+                or list(values.shape) != list(like.shape)
+            ):
                 raise ErkGuidError(f"{path} is damaged; delete it")
             self._spend(int(cost))
             return torch.from_numpy(np.ascontiguousarray(values)).to(like)
@@ -135,6 +134,17 @@ class Journal:
         self.spent += rows
         if self.report is not None:
             self.report(self.spent)
+
+
+def _entry(line: str) -> tuple[str, tuple[list[float], int]] | None:
+    """Read a line of the journal: key, numbers, evaluations; None if it is not a whole entry."""
+    try:
+        match json.loads(line):
+            case {"key": str(key), "numbers": list(numbers), "spent": spent}:
+                return key, ([float(v) for v in numbers], int(spent))
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        pass  # the last line of a process that was stopped, or a damaged one
+    return None
 
 
 def _line(key: str, numbers: Sequence[float], spent: int) -> str:

@@ -23,6 +23,8 @@ CLEAR = 2.0
 """A difference counts as clear if it exceeds this many standard errors."""
 
 EMPTY = "–"
+MANY = 1e7
+"""Numbers from here on are written with a power of ten."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Change:
 
     def __str__(self) -> str:
         scatter = "" if self.error is None else f" ± {number(self.error, sign=False)}"
-        percent = f"{100 * self.relative:+.0f} %".replace("-", "−")
+        percent = "∞ %" if math.isinf(self.relative) else f"{100 * self.relative:+.0f} %"
+        percent = percent.replace("-", "−")
         return f"{number(self.value, sign=True)}{scatter} ({percent})"
 
 
@@ -208,6 +211,8 @@ class Findings:
 def number(value: float | None, sign: bool = False) -> str:
     if value is None:
         return EMPTY
+    if abs(value) >= MANY:
+        return f"{value:{'+' if sign else ''}.3g}".replace("-", "−")
     digits = max(0, min(3, 2 - math.floor(math.log10(abs(value))))) if value else 2
     return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 

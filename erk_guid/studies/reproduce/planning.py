@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import sys
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from erk_guid.common.datasets import open_images
-from erk_guid.common.errors import ErkGuidError
+from erk_guid.common.errors import ErkGuidError, printable
 from erk_guid.common.files import sha256_of, user_path
 from erk_guid.generation.config import sampling_rules
 from erk_guid.generation.devices import choose_device
@@ -29,6 +30,14 @@ from erk_guid.studies.reproduce.tables import FIRST_SEED, PAPER_BATCH, PAPER_NUM
 
 RESAMPLES = 200
 """For standard errors by default, where features are small enough to make them cheap."""
+
+SCORE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:+-]{0,79}")
+"""Names of scores that a report can show and make file names of."""
+
+
+def slug(text: str) -> str:
+    """Return `text` as a part of a file name: letters, digits and ``_.+-`` alone."""
+    return re.sub(r"[^\w.+-]+", "-", text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +87,17 @@ class Reproduction:
             raise ErkGuidError("--bootstrap 1: a standard error needs at least 2 resamples")
         if self.skip_quality and self.real is not None:
             raise ErkGuidError(f"--real {self.real} has no use with --skip-quality")
+        for row in self.rows:
+            if row.settings is not None and not _is_plain(row.settings):
+                raise ErkGuidError(
+                    f"--settings {printable(row.settings)}: its name has characters that cannot "
+                    "be shown; rename it"
+                )
+            for name, value in row.options.items():
+                if isinstance(value, str) and not _is_plain(value):
+                    raise ErkGuidError(
+                        f"row {printable(row.id, 60)}: {name} cannot be {printable(value, 60)}"
+                    )
 
     @property
     def chosen_seeds(self) -> list[int]:
@@ -92,6 +112,11 @@ class Reproduction:
         if self.gpus is not None:
             return self.gpus
         return max(torch.cuda.device_count(), 1) if self.device in (None, "cuda") else 1
+
+
+def _is_plain(text: str) -> bool:
+    """Return whether a terminal shows `text` on one line; spaces of all widths are allowed."""
+    return all(c.isprintable() or unicodedata.category(c) == "Zs" for c in text)
 
 
 @dataclass(frozen=True)
@@ -194,7 +219,7 @@ def plan(job: Reproduction, row: Row) -> Plan:
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     standard = _known_scoring(row.model)
     made = Plan(
-        row, job.outdir, [], [], key, f"{row.id}-{digest[:8]}",
+        row, job.outdir, [], [], key, f"{_stem(row)}-{digest[:8]}",
         papers=model[0] == f"--preset={row.model}"
         and standard is not None
         and ref == standard[1]
@@ -205,6 +230,11 @@ def plan(job: Reproduction, row: Row) -> Plan:
     made.score.extend(_score_command(job, made, metrics, ref))
     made.quality.extend(_precision_recall_command(job, made))
     return made
+
+
+def _stem(row: Row) -> str:
+    """Return the beginning of the names of a row's files, short enough for any file system."""
+    return slug(row.id)[:40]
 
 
 def _may_have_a_vae(job: Reproduction, row: Row) -> bool:
@@ -228,7 +258,8 @@ def commands(job: Reproduction, row: Row) -> list[str]:
     # Any numbers serve to make the commands: they are replaced below.
     lines = plan(replace(job, w_stiff=1.0, w_con=1.0), row).lines(job.keep_images)
     marked = [re.sub(r"--(w_stiff|w_con)=1\b", r"--\1=?", line) for line in lines]
-    return [re.sub(rf"{row.id}-[0-9a-f]{{8}}", f"{row.id}-?", line) for line in marked]
+    stem = _stem(row)
+    return [re.sub(rf"{re.escape(stem)}-[0-9a-f]{{8}}", f"{stem}-?", line) for line in marked]
 
 
 def _launcher(job: Reproduction) -> list[str]:
@@ -433,6 +464,11 @@ def _scoring(job: Reproduction, row: Row) -> tuple[list[str], str]:
     metrics = list(job.metrics or metrics)
     for name in metrics:
         check_detector_name(name)
+        if not SCORE_NAME.fullmatch(name):
+            raise ErkGuidError(
+                f"--metrics {printable(name, 80)}: a report shows names of English letters, digits "
+                "and _.:+- alone, at most 80 of them; register the detector under another name"
+            )
     return metrics, job.ref or ref
 
 

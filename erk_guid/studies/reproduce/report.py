@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -12,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment
+from markupsafe import Markup
 from PIL import Image
 
 from erk_guid._version import __version__
-from erk_guid.common.errors import ErkGuidError
+from erk_guid.common.errors import ErkGuidError, printable
 from erk_guid.common.files import write_bytes
 from erk_guid.common.pictures import is_whole_png
 from erk_guid.common.plots import Curve, draw
@@ -28,9 +31,15 @@ from erk_guid.studies.reproduce.findings import (
     number,
     stated,
 )
-from erk_guid.studies.reproduce.planning import Reproduction, spell
+from erk_guid.studies.reproduce.planning import Reproduction, slug, spell
 from erk_guid.studies.reproduce.runner import read_results
 from erk_guid.studies.reproduce.tables import CAPTIONS, NOTES, PAPER_NUM, Row
+
+LONGEST = 4000
+"""Characters of one text in a report."""
+
+SMALL_PICTURE = 100_000
+"""Bytes of a picture that is embedded as it is."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,7 @@ class Picture:
     title: str
     path: Path
     """Relative to the report."""
-    uri: str
+    uri: Markup
     """The picture itself, for the self-contained file."""
 
 
@@ -64,7 +73,9 @@ def write_report(job: Reproduction) -> list[Path]:
     """
     findings = Findings(job, read_results(job.outdir))
     plots = [
-        _picture(job.outdir, title, Path("plots") / f"{name}.svg", draw(title, curves, **labels))
+        _picture(
+            job.outdir, title, Path("plots") / f"{slug(name)}.svg", draw(title, curves, **labels)
+        )
         for name, title, curves, labels in _curves(findings)
     ]
     content = {
@@ -74,25 +85,61 @@ def write_report(job: Reproduction) -> list[Path]:
         "facts": _facts(findings),
         "summary": _summary(findings),
         "tables": [_table(findings, table) for table in findings.tables],
-        "best": _best(findings),
+        "best": [best] if (best := _best(findings)) else [],
         "plots": plots,
         "samples": _samples(findings),
         "commands": _commands(findings),
         "version": __version__,
     }  # fmt: skip
     written = []
-    for suffix, escape in (("html", True), ("md", False)):
+    for suffix, escape in (("html", _for_html), ("md", _for_markdown)):
         template = (files("erk_guid.studies.reproduce") / f"report.{suffix}.j2").read_text(
             encoding="utf-8"
         )
-        environment = Environment(autoescape=escape, trim_blocks=True, lstrip_blocks=True)
-        path = job.outdir / f"report.{suffix}"
-        try:
-            write_bytes(path, environment.from_string(template).render(content).encode())
-        except OSError as error:
-            raise ErkGuidError(f"cannot write {path}: {error}") from error
-        written.append(path)
+        environment = Environment(
+            autoescape=suffix == "html", finalize=escape, trim_blocks=True, lstrip_blocks=True
+        )
+        environment.filters["verbatim"] = _verbatim
+        text = environment.from_string(template).render(content)
+        written.append(_write(job.outdir, Path(f"report.{suffix}"), text.encode()))
     return written
+
+
+def _for_html(value: object) -> object:
+    """Make a text printable; the template escapes it afterwards."""
+    return value if isinstance(value, Markup) else printable(value, LONGEST)
+
+
+def _for_markdown(value: object) -> str:
+    """Return a text that Markdown shows as it is: on one line, in a table or a link, too."""
+    if isinstance(value, Markup):
+        return str(value)
+    text = re.sub(r"[\\`*~$\[\]]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", printable(value, LONGEST))
+    return text.translate(_ENTITIES)
+
+
+_ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;"})
+
+
+def _verbatim(value: object) -> Markup:
+    """Mark a text of one line that stands in a block of code, where nothing is escaped."""
+    return Markup(printable(value, LONGEST))
+
+
+def _write(outdir: Path, relative: Path, data: bytes) -> Path:
+    """Write a file of the report; return where it is.
+
+    Raises:
+        ErkGuidError: it cannot be written, or does not lie in the report's folder.
+    """
+    path = outdir / relative
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(outdir)):
+        raise ErkGuidError(f"cannot write {path}: it leads out of {outdir}; remove the link")
+    try:
+        write_bytes(path, data)
+    except OSError as error:
+        raise ErkGuidError(f"cannot write {path}: {error}") from error
+    return path
 
 
 def _facts(findings: Findings) -> list[tuple[str, str]]:
@@ -276,7 +323,7 @@ def _curves(findings: Findings) -> list[tuple[str, str, list[Curve], dict[str, A
             curves = []
             for name in dict.fromkeys(r.title for r in rows):
                 of_name = [r for r in rows if r.title == name]
-                curve = _curve(findings, metric, name, [(r.steps, r) for r in of_name])
+                curve = _curve(findings, metric, _for_plot(name), [(r.steps, r) for r in of_name])
                 curve = Curve(**{**curve.__dict__, "plain": not of_name[0].guided})
                 if len(curve.x) > 1 or (curve.x and table == "2"):
                     curves.append(curve)
@@ -320,6 +367,11 @@ def _curve(
     return Curve(name, [f[0] for f in found], [f[1] for f in found], [f[2] for f in found], paper)
 
 
+def _for_plot(text: str) -> str:
+    """Return a text in which no dollar begins a formula."""
+    return printable(text).replace("$", r"\$")
+
+
 def _short(table: str) -> str:
     return {"digits": "digits model", "settings": "own settings"}.get(table, f"table {table}")
 
@@ -328,29 +380,41 @@ def _samples(findings: Findings) -> list[tuple[str, list[Picture]]]:
     """Return the grids of the same seeds, by group of rows."""
     groups: dict[str, list[Picture]] = {}
     for row in findings.rows:
-        if row.id not in findings.by_row or not is_whole_png(findings.plans[row.id].grid):
+        if row.id not in findings.by_row:
             continue
         path = findings.plans[row.id].grid
+        embedded = _embedded(path) if is_whole_png(path) else None
+        if embedded is None:
+            continue
         name = f"{row.steps} steps" + ("" if row.family == "plain" else f", {row.family}")
         relative = path.relative_to(findings.job.outdir)
-        groups.setdefault(name, []).append(Picture(row.title, relative, _embedded(path)))
+        groups.setdefault(name, []).append(Picture(row.title, relative, embedded))
     return list(groups.items())
 
 
-def _embedded(path: Path) -> str:
-    """Return a picture as a data URI; large ones as JPEG, so that the report can be mailed."""
-    data, kind = path.read_bytes(), "png"
-    if len(data) > 100_000:
-        buffer = io.BytesIO()
-        with Image.open(path) as image:
+def _embedded(path: Path) -> Markup | None:
+    """Return a picture as a data URI; large ones as JPEG, so that the report can be mailed.
+
+    A picture that cannot be decoded is left out, like one that is not there: None.
+    """
+    buffer = io.BytesIO()
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             image.convert("RGB").save(buffer, "JPEG", quality=85)
-        data, kind = buffer.getvalue(), "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    except Exception:  # decoders raise many kinds for damaged files
+        return None
+    small = len(data) <= SMALL_PICTURE
+    return _data_uri("image/png", data) if small else _data_uri("image/jpeg", buffer.getvalue())
 
 
 def _picture(outdir: Path, title: str, relative: Path, svg: bytes) -> Picture:
-    write_bytes(outdir / relative, svg)
-    return Picture(title, relative, f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}")
+    _write(outdir, relative, svg)
+    return Picture(title, relative, _data_uri("image/svg+xml", svg))
+
+
+def _data_uri(kind: str, data: bytes) -> Markup:
+    return Markup(f"data:{kind};base64,{base64.b64encode(data).decode()}")
 
 
 def _commands(findings: Findings) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import math
 import shutil
 import signal
 import subprocess
@@ -23,6 +22,7 @@ from erk_guid.common.files import write_bytes
 from erk_guid.common.pictures import save_picture, tile
 from erk_guid.generation.jobs import image_path
 from erk_guid.studies.reproduce.planning import (
+    SCORE_NAME,
     Plan,
     Reproduction,
     check_real_images,
@@ -33,6 +33,9 @@ from erk_guid.studies.reproduce.planning import (
 from erk_guid.studies.reproduce.tables import Row
 
 RESULTS, LINES = "results.jsonl", "result.txt"
+LARGEST_SCORE, LARGEST_COUNT = 1e100, 10**9
+"""Bounds on the numbers of a result: a report computes with them, and draws them."""
+
 GRID_IMAGES, GRID_COLUMNS, GRID_SIDE = 24, 8, 128
 QUALITY_SCORES = (
     "precision", "recall", "inception_score_mean", "inception_score_std",
@@ -68,30 +71,70 @@ def _result(line: str) -> dict[str, Any] | None:
         result = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    shape: dict[str, type] = {
-        "key": dict, "scores": dict, "standard_errors": dict, "num": int, "commands": list,
-        "device": str, "processes": int, "reference": dict, "detectors": list, "versions": dict,
-    }  # fmt: skip
-    if not isinstance(result, dict):
-        return None
-    if not all(isinstance(result.get(name), kind) for name, kind in shape.items()):
-        return None
+    return result if isinstance(result, dict) and _is_sound(result) else None
+
+
+def _is_sound(result: dict[str, Any]) -> bool:
+    """Return whether a result has all that the report shows, each of its kind.
+
+    Results are often made elsewhere: names become file names, and numbers are drawn.
+    """
     quality = result.setdefault("quality", {})
-    if not isinstance(quality, dict) or not isinstance(quality.setdefault("scores", {}), dict):
-        return None
-    numbers = [
-        value
-        for part in (result["scores"], result["standard_errors"], quality["scores"])
-        for value in part.values()
-    ]
-    texts = [
-        *(result["reference"].get(name) for name in ("source", "sha256")),
-        *(d.get(n) for d in result["detectors"] for n in ("name", "preprocessing")),
-        *result["versions"].values(),
-        *result["commands"],
-    ]
-    sound = all(isinstance(n, float) and math.isfinite(n) for n in numbers)
-    return result if sound and all(isinstance(t, str) for t in texts) else None
+    if not isinstance(quality, dict):
+        return False
+    errors, reference = result.get("standard_errors"), result.get("reference")
+    return (
+        _is_sound_key(result.get("key"))
+        and _are_scores(result.get("scores"))
+        and _are_scores(errors, least=0.0)
+        and _are_scores(quality.setdefault("scores", {}))
+        and _is_count(result.get("num"))
+        and _is_count(result.get("processes"))
+        and _are_texts(result.get("commands"))
+        and _are_texts([result.get("device")])
+        and isinstance(reference, dict)
+        and _are_texts([reference.get(name) for name in ("source", "sha256")])
+        and isinstance(detectors := result.get("detectors"), list)
+        and all(
+            isinstance(one, dict) and _are_texts([one.get("name"), one.get("preprocessing")])
+            for one in detectors
+        )
+        and isinstance(versions := result.get("versions"), dict)
+        and _are_texts([*versions.values()])
+    )
+
+
+def _is_sound_key(key: object) -> bool:
+    """Return whether what a key holds is of the types that `plan` gives it."""
+    return (
+        isinstance(key, dict)
+        and all(type(key[name]) in types for name, types in _KEY_TYPES.items() if name in key)
+        and all(_are_texts(key.get(name, [])) for name in ("model", "metrics"))
+    )
+
+
+_KEY_TYPES: dict[str, tuple[type, ...]] = {
+    "row": (str,), "steps": (int,), "ref": (str,), "seeds": (str,), "settings": (str,),
+    "solver": (str,), "device": (str,), "denoise_to_zero": (bool,),
+    "w_stiff": (int, float, str), "w_con": (int, float, type(None)),
+    "options": (dict,), "detector_weights": (dict,), "files": (dict,),
+}  # fmt: skip
+"""Types of JSON; what is true or false is no number there."""
+
+
+def _are_scores(found: object, least: float = -LARGEST_SCORE) -> bool:
+    return isinstance(found, dict) and all(
+        SCORE_NAME.fullmatch(name) and isinstance(value, float) and least <= value <= LARGEST_SCORE
+        for name, value in found.items()
+    )
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 1 <= value <= LARGEST_COUNT
+
+
+def _are_texts(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def result_of(
