@@ -9,7 +9,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-slow lint bench gpu report clean
+.PHONY: demo test test-slow lint bench gpu report fuzz clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m erk_guid demo --outdir output/demo
@@ -35,6 +35,10 @@ bench: $(VENV)/.installed
 # What only a CUDA device can show, in under eight minutes; writes docs/gpu.md. It needs torch alone.
 gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) scripts/gpu.py
+
+# Every reader of files against hostile inputs: over two hours; ARGS=--short for two minutes.
+fuzz: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.fuzz $(ARGS)
 
 # The experiment of docs/digits.md: over an hour on two cores; NUM=100 for a first look.
 NUM ?= 1000

@@ -1,0 +1,1 @@
+"""Fuzzing of every reader of files: `make fuzz`, or `python -m scripts.fuzz --help`."""
