@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 ENGINES = ["plain", pytest.param("atheris", marks=pytest.mark.skipif(
     find_spec("atheris") is None, reason="atheris is not installed"))]  # fmt: skip
 
@@ -22,8 +24,6 @@ PLANTED = """
 import os, pickle, sys
 from pathlib import Path
 from scripts.fuzz.targets import Target
-
-pytestmark = pytest.mark.slow
 
 def divide(path): 1 / (path.read_bytes() == b"sound")
 def write(path): path.read_bytes() == b"sound" or open(path.parents[2] / "outside", "w")
