@@ -38,7 +38,7 @@ gpu:
 
 # Every reader of files against hostile inputs: over two hours; ARGS=--short for two minutes.
 fuzz: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.fuzz $(ARGS)
+	PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(BIN)/python -m scripts.fuzz $(ARGS)
 
 # The experiment of docs/digits.md: over an hour on two cores; NUM=100 for a first look.
 NUM ?= 1000

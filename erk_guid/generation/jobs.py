@@ -276,7 +276,7 @@ def _read_run(path: Path) -> dict[str, Any] | None:
         run = json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ErkGuidError(f"cannot resume: {path} is not readable ({error})") from error
     if (
         not isinstance(run, dict)

@@ -15,9 +15,10 @@ def seeds_in(text: str) -> list[int]:
     """Parse '1,2,5-10' into [1, 2, 5, 6, 7, 8, 9, 10]; repeated seeds are kept.
 
     Raises:
-        ValueError: a part is neither a whole number nor a range, or the range is too long.
+        ValueError: a part is neither a whole number nor a range, or there are too many seeds.
     """
-    seeds: list[int] = []
+    ranges: list[range] = []
+    count = 0
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part)
         if match is None:
@@ -29,8 +30,11 @@ def seeds_in(text: str) -> list[int]:
             raise ValueError(f"the range {part.strip()!r} runs backwards; write {last}-{first}")
         if last - first >= MOST_SEEDS:
             raise ValueError(f"the range {part.strip()!r} has more than ten million seeds")
-        seeds.extend(range(first, last + 1))
-    return seeds
+        ranges.append(range(first, last + 1))
+        count += last - first + 1
+        if count > MOST_SEEDS:
+            raise ValueError(f"up to {part.strip()!r}, the list has more than ten million seeds")
+    return [seed for one in ranges for seed in one]
 
 
 class SeededNoise:

@@ -153,8 +153,8 @@ def calc(images: Path, ref: str, scoring: Scoring) -> dict[str, Any]:
     with process_group(device) as group:
 
         def look() -> Reference:
-            scoring.check()
             refuse_overwriting(scoring.outputs, (images, ref, *scoring.detector_weights.values()))
+            scoring.check()
             tell_ignored(images)
             choose(open_images(images), scoring.num, scoring.seed)
             scoring.check_scores()
@@ -185,11 +185,11 @@ def gen(config: GenerationConfig, ref: str, scoring: Scoring) -> dict[str, Any]:
     with process_group(device) as group:
 
         def look() -> Reference:
-            scoring.check()
             networks = (config.net, config.gnet or "")
             refuse_overwriting(
                 scoring.outputs, (*networks, ref, *scoring.detector_weights.values())
             )
+            scoring.check()
             _check_count(scoring.num, "--num")
             scoring.check_scores()
             if scoring.refresh:

@@ -3,6 +3,9 @@
 A finding is an input on which a reader raises anything but the errors it promises, hangs, takes
 memory out of proportion, writes outside its folder, connects to anything, or runs code from the
 file. Inputs that do so are kept in output/fuzz/<target>/, with a traceback beside them.
+
+With --short, the engine 'plain' repeats exactly. What libFuzzer counts depends on addresses in
+memory, too: `setarch -R make fuzz ARGS=--short` repeats exactly.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from scripts.fuzz.child import TIMEOUT, Task, run_child
+from scripts.fuzz.child import RSS_LIMIT, TIMEOUT, Task, run_child
 
 if TYPE_CHECKING:
     from scripts.fuzz.targets import Target
@@ -207,6 +210,7 @@ class Campaign:
 
 _ENDS = {
     1: f"no end after {TIMEOUT} seconds", 70: "the target cannot be run, see log.txt",
+    71: f"more than {RSS_LIMIT} MiB of memory",
     -signal.SIGKILL: "no end, not even with force", -signal.SIGSEGV: "segmentation fault",
 }  # fmt: skip
 """What the exit codes of a target's process mean."""

@@ -197,7 +197,8 @@ def run_atheris(child: Child, task: Task) -> None:
         f"-max_len={child.target.longest}", f"-artifact_prefix={child.artifacts}/",
         # Python's own handlers of signals print where the reader was.
         "-handle_segv=0", "-handle_bus=0", "-handle_fpe=0", "-handle_ill=0", "-handle_abrt=0",
-        "-print_final_stats=1", "-use_value_profile=1", "-reload=0", "-len_control=0",
+        f"-use_value_profile={int(task.grow)}", "-print_final_stats=1", "-reload=0",
+        "-len_control=0",
         str(grown), str(given),
     ]  # fmt: skip
     atheris.Setup([sys.argv[0], *options], one, custom_mutator=mutate)

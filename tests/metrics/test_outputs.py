@@ -1,0 +1,95 @@
+"""What the scoring commands write never replaces, or joins, what they read."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from erk_guid.cli.metrics import metrics_command
+from erk_guid.metrics.statistics.references import locate_reference
+
+COMMON = ("--ref", "digits", "--metrics", "fd_digits", "--device", "cpu", "--num", 3)
+
+
+def run(*args: Any) -> Result:
+    return CliRunner().invoke(metrics_command, list(map(str, args)))
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for k in range(3):
+        Image.fromarray(rng.integers(0, 256, (32, 32), dtype=np.uint8)).save(folder / f"{k}.png")
+    (folder / "run.json").write_text("{}")
+    return folder
+
+
+def state(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "name", ["run.json", "dataset.json", "1.png", "scores.png", "./x/../run.json"]
+)
+def test_scores_do_not_join_the_images(name: str, images: Path) -> None:
+    # Catches: the record of a run replaced by its scores; scores that are scored next time.
+    before = state(images)
+    calc = run("calc", "--images", images, *COMMON, "--json", f"{images}/{name}")
+    assert calc.exit_code == 1
+    assert "would be taken for a file of the images" in " ".join(calc.output.split())
+    assert state(images) == before
+
+
+def test_a_reference_is_not_written_over_its_images(images: Path, tmp_path: Path) -> None:
+    # Catches: a set of images in an .npz replaced by its statistics, through a link.
+    source = tmp_path / "set.npz"
+    np.savez(source, images=np.zeros((3, 1, 32, 32), np.uint8))
+    (tmp_path / "link.npz").symlink_to(source)
+    before = source.read_bytes()
+    for dest in (source, tmp_path / "link.npz", images / ".." / "set.npz"):
+        done = run("ref", "--data", source, "--dest", dest, "--metrics", "fd_digits",
+                   "--device", "cpu")  # fmt: skip
+        assert done.exit_code == 1
+        assert "--dest" in done.output
+        assert "is an input; write to another file" in " ".join(done.output.split())
+    assert source.read_bytes() == before
+
+
+def test_scores_and_features_are_two_files(images: Path, tmp_path: Path) -> None:
+    # Catches: scores over the features, when all is computed.
+    out = tmp_path / "out.npz"
+    (tmp_path / "link.npz").symlink_to(out)
+    for other in (out, tmp_path / "link.npz", images / ".." / "out.npz"):
+        done = run("calc", "--images", images, *COMMON, "--json", out, "--features", other)
+        assert done.exit_code == 1
+        assert "--json and --features are one file" in " ".join(done.output.split())
+    assert not out.exists()
+
+
+def test_weights_are_not_written_over(images: Path, tmp_path: Path) -> None:
+    # Catches: a detector's own file taken for a place to write to.
+    weights = tmp_path / "weights.npz"
+    shutil.copy(locate_reference("digits"), weights)
+    before = weights.read_bytes()
+    done = run("calc", "--images", images, *COMMON, "--detector-weights", f"fd_digits={weights}",
+               "--features", weights)  # fmt: skip
+    assert done.exit_code == 1
+    assert "--features" in done.output
+    assert "is an input" in done.output
+    assert weights.read_bytes() == before
+
+
+def test_scores_beside_the_images_are_written(images: Path) -> None:
+    # Catches: a refusal of what has always worked.
+    done = run("calc", "--images", images, *COMMON, "--json", images / "scores.json")
+    assert done.exit_code == 0, done.output
+    again = run("calc", "--images", images, *COMMON, "--json", images / "scores.json")
+    assert again.exit_code == 0, again.output
