@@ -76,7 +76,7 @@ def requirements(text: str) -> set[str]:
 
 def test_environment_yml_matches_pyproject() -> None:
     project = (ROOT / "pyproject.toml").read_text()
-    runtime = project[project.index("dependencies = [") : project.index("dev = [")]
+    runtime = project[project.index("dependencies = [") : project.index("fuzz = [")]
     environment = (ROOT / "environment.yml").read_text()
     wanted = requirements(runtime)
     assert len(wanted) >= 11

@@ -83,7 +83,11 @@ class OurMethod(Method):
     guidance: Guidance | None = None
 
     def run(self, denoiser: Denoiser, start: Tensor, sigmas: Tensor) -> Tensor:
-        return sample(denoiser, start, sigmas, solver=self.solver, guidance=self.guidance)
+        # Where one method fails, the others are compared all the same.
+        return sample(
+            denoiser, start, sigmas,
+            solver=self.solver, guidance=self.guidance, check_finite=False,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
