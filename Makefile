@@ -9,7 +9,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-slow lint bench gpu report fuzz clean
+.PHONY: demo test test-slow lint bench gpu report fuzz soak clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m erk_guid demo --outdir output/demo
@@ -39,6 +39,10 @@ gpu:
 # Every reader of files against hostile inputs: over two hours; ARGS=--short for two minutes.
 fuzz: $(VENV)/.installed-dev
 	PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(BIN)/python -m scripts.fuzz $(ARGS)
+
+# Kills, full disks and lying servers against real runs: ten minutes; ARGS="--minutes=60 --jobs=2".
+soak: $(VENV)/.installed
+	$(BIN)/python -m scripts.soak $(ARGS)
 
 # The experiment of docs/digits.md: over an hour on two cores; NUM=100 for a first look.
 NUM ?= 1000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -95,13 +96,11 @@ def edm_sampler(
         )
     if erk is None:
         erk = ERKGuidance(abs(w_stiff), max(w_con, 0.0))
+    check_strength(guidance, dtype)
     denoise = guided_denoiser(net, gnet, guidance, guidance_interval)
-    if isinstance(schedule, str) and schedule == "polynomial":
-        sigmas = edm_sigmas(num_steps, sigma_min, sigma_max, rho, dtype=dtype, device=noise.device)
-    elif isinstance(schedule, str):
-        sigmas = make_sigmas(schedule, num_steps, sigma_min, sigma_max, rho)
-    else:
-        sigmas = torch.tensor([*schedule, 0.0], dtype=torch.float64)
+    sigmas = noise_levels(
+        schedule, num_steps, sigma_min, sigma_max, rho, dtype=dtype, device=noise.device
+    )
     return sample(
         lambda x, sigma: denoise(x, sigma, labels),
         noise.to(dtype) * sigmas[0].to(device=noise.device, dtype=dtype),
@@ -114,3 +113,49 @@ def edm_sampler(
         randn_like=randn_like,
         check_finite=check_finite,
     )
+
+
+def noise_levels(
+    schedule: str | Sequence[float],
+    num_steps: int,
+    sigma_min: float,
+    sigma_max: float,
+    rho: float,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Return the noise levels of `edm_sampler`, and a trailing 0.
+
+    Args: as there; the loop runs in `dtype` and on `device`.
+
+    Raises:
+        ValueError: a value out of range, or levels that `dtype` does not hold.
+    """
+    if isinstance(schedule, str) and schedule == "polynomial":
+        return edm_sigmas(num_steps, sigma_min, sigma_max, rho, dtype=dtype, device=device)
+    if isinstance(schedule, str):
+        sigmas = make_sigmas(schedule, num_steps, sigma_min, sigma_max, rho)
+    else:
+        sigmas = torch.tensor([*schedule, 0.0], dtype=torch.float64)
+    held = sigmas[:-1].to(dtype)
+    if not bool((torch.isfinite(held) & (held > 0)).all()):
+        raise ValueError(
+            f"{str(dtype).removeprefix('torch.')} does not hold the noise levels from "
+            f"{float(sigmas[0]):g} to {float(sigmas[-2]):g}; EDM's are 80 to 0.002"
+        )
+    return sigmas
+
+
+def check_strength(guidance: float, dtype: torch.dtype) -> None:
+    """Refuse a strength of model guidance that the loop cannot compute with.
+
+    Raises:
+        ValueError: it is no number, or is larger than `dtype` holds.
+    """
+    largest = torch.finfo(dtype).max
+    if not isinstance(guidance, Real) or not abs(guidance) <= largest:
+        raise ValueError(
+            f"guidance must be a number of at most {largest:g}, which is what "
+            f"{str(dtype).removeprefix('torch.')} holds, got {guidance!r}"
+        )

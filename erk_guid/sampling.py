@@ -22,6 +22,7 @@ from erk_guid.solvers import (
     name_of,
     names_of_solvers,
 )
+from erk_guid.solvers.base import check_floating
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,10 @@ def sample(
         NonFiniteError: samples came out as NaN or infinity; a `ValueError` with their `indices`.
         ValueError: unusable sigmas, an unknown solver, guidance for a solver without what it
             needs, churn with guidance or for a solver with a memory, a denoiser that returns
-            another shape or edits its x.
-        TypeError: `guidance` or `solver` is something else.
+            another shape or edits its x, an x that is not floating, noise levels that its dtype
+            does not hold.
+        TypeError: `guidance` or `solver` is something else, or the denoiser returns something else
+            than a tensor of floating-point numbers.
     """
     if guidance is not None and (isinstance(guidance, type) or not isinstance(guidance, Guidance)):
         raise TypeError(
@@ -171,8 +174,11 @@ def sample(
         raise ValueError(
             f"sigmas must be a 1-D tensor of at least two noise levels, got {type(sigmas).__name__}"
         )
-    if not x.is_floating_point() or x.ndim < 2:
-        raise ValueError(f"x must be a floating tensor [N, ...], got {x.dtype} {list(x.shape)}")
+    check_floating(x)
+    if x.ndim < 2:
+        raise ValueError(
+            f"x must have dimensions behind the batch's, [N, ...], got {list(x.shape)}"
+        )
     if process is not None and transformed:
         problem = in_sigma(denoiser, x, sigmas, process)
         end = sample(

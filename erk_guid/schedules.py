@@ -11,6 +11,8 @@ from torch import Tensor
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80, 7
 """EDM's noise levels: the last one above 0, the first one, and the exponent of their spacing."""
+MOST_STEPS = 100_000
+"""Largest number of levels. A run holds each of its steps in memory before it begins."""
 
 __all__ = ["edm_sigmas", "karras_sigmas", "logsnr_sigmas", "make_sigmas", "time_uniform_sigmas"]
 
@@ -24,7 +26,8 @@ def karras_sigmas(
     `sample` casts them to the dtype and device of its x.
 
     Args:
-        num_steps: how many levels before the 0, at least 1; a single one is `sigma_max`.
+        num_steps: how many levels before the 0, from 1 to `MOST_STEPS`; a single one is
+            `sigma_max`.
         sigma_min: the last level before the 0, positive.
         sigma_max: the first level, above `sigma_min`.
         rho: positive; larger values put more levels near `sigma_min`.
@@ -91,6 +94,8 @@ def _check_rho(rho: float) -> None:
 def _check_range(num_steps: int, sigma_min: float, sigma_max: float) -> None:
     if isinstance(num_steps, bool) or not isinstance(num_steps, Integral) or num_steps < 1:
         raise ValueError(f"num_steps must be a whole number of at least 1, got {num_steps!r}")
+    if num_steps > MOST_STEPS:
+        raise ValueError(f"num_steps can be {MOST_STEPS} at most, got {num_steps}")
     for name, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max)):
         if not isinstance(value, Real) or not math.isfinite(value) or value <= 0:
             raise ValueError(f"{name} must be a positive, finite number, got {value!r}")
@@ -171,10 +176,13 @@ def time_uniform_sigmas(
     """
     _check_range(num_steps, sigma_min, sigma_max)
     _check_rho(rho)
-    betas = vp_betas(sigma_min, sigma_max)
     ramp = torch.linspace(0, 1, int(num_steps), dtype=torch.float64)
     times = (1 + ramp * (VP_EPSILON ** (1 / rho) - 1)) ** rho
-    sigmas = torch.tensor([vp_sigma(t, betas) for t in times.tolist()], dtype=torch.float64)
+    try:
+        betas = vp_betas(sigma_min, sigma_max)
+        sigmas = torch.tensor([vp_sigma(t, betas) for t in times.tolist()], dtype=torch.float64)
+    except (OverflowError, ValueError):  # of an exponential, of a root
+        sigmas = torch.full_like(ramp, torch.inf)
     return _finished(sigmas, sigma_min, sigma_max, "time_uniform")
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 import erk_guid
 from erk_guid.churn import Churn
 from erk_guid.cli.generate import generate_command
-from erk_guid.generation.trace import COLUMNS, read_trace
+from erk_guid.generation.trace import read_trace
 from erk_guid.integrations import k_diffusion as ours
 from erk_guid.schedules import edm_sigmas
 from erk_guid.solvers import SOLVERS, make_solver
@@ -194,9 +194,9 @@ def test_the_trace_takes_the_step_from_where_it_began(tmp_path: Path) -> None:
     ])  # fmt: skip
     assert done.exit_code == 0, done.output
     rows = read_trace(trace)
-    names = list(COLUMNS)
-    stiff, scaled = (rows[:, names.index(n)] for n in ("stiffness", "h_stiffness"))
-    sigma, after = (rows[:, names.index(n)] for n in ("sigma", "sigma_next"))
+    stiff, scaled, sigma, after = (
+        rows[name] for name in ("stiffness", "h_stiffness", "sigma", "sigma_next")
+    )
     known = np.isfinite(stiff) & (stiff > 0)
     assert known.any()
     gamma = np.sqrt(2) - 1

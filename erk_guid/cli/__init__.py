@@ -13,6 +13,7 @@ import click
 
 from erk_guid._version import __version__
 from erk_guid.cli.outline import outlined
+from erk_guid.common.signals import end_at_once, handle
 
 COMMANDS: Mapping[str, str] = {
     "generate": "Generate images with a diffusion model, with or without ERK guidance.",
@@ -48,6 +49,7 @@ def command_named(name: str) -> click.Command:
 
 def run_script(name: str) -> NoReturn:
     """Run a command as a script's main program."""
+    handle(end_at_once)
     outlined(name, partial(command_named, name))(prog_name=os.path.basename(sys.argv[0]))
     raise SystemExit(0)  # not reached: the command ends the process
 
@@ -72,3 +74,4 @@ class _Commands(click.Group):
 @click.version_option(__version__, prog_name="erk-guid")
 def main() -> None:
     """ERK-Guid: better diffusion samples for no extra network evaluation."""
+    handle(end_at_once)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import torch
 
-from erk_guid.cli.common import Names, SeedList, reporting_errors
+from erk_guid.cli.common import Names, PathType, SeedList, reporting_errors
 from erk_guid.cli.options import chosen_options
 from erk_guid.cli.sampler import preset_fields
 from erk_guid.common.errors import MissingExtraError
@@ -71,7 +71,7 @@ RECORDED = (
     "--settings",
     metavar="FILE",
     multiple=True,
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=PathType(dir_okay=False, path_type=Path),
     help="Settings that 'erk-guid fit' wrote, as the row 'fitted'; give one for each number of "
     "evaluations.",
 )
@@ -105,7 +105,7 @@ RECORDED = (
 )
 @click.option(
     "--outdir",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=PathType(file_okay=False, path_type=Path),
     default=Path("output/accuracy"),
     show_default=True,
     help="For accuracy.csv, .md, .svg and .json, and as-near.csv, .md and .svg.",

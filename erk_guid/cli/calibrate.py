@@ -12,7 +12,7 @@ import click
 import torch
 from torch import Tensor
 
-from erk_guid.cli.common import SeedList, compact, reporting_errors
+from erk_guid.cli.common import PathType, SeedList, compact, reporting_errors
 from erk_guid.cli.options import chosen_options
 from erk_guid.cli.sampler import config_fields
 from erk_guid.common.errors import ErkGuidError, MissingExtraError
@@ -66,7 +66,7 @@ NETWORK = ("net", "gnet", "guidance")
 @chosen_options("batch", "device", "dtype", "precision", "compile", "trust_pickle")
 @click.option(
     "--outdir",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=PathType(file_okay=False, path_type=Path),
     default=Path("output/calibration"),
     show_default=True,
     help="For settings.json, trials.csv, calibration.md and calibration.svg.",

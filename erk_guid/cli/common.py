@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 import click
 
 from erk_guid.common.errors import ErkGuidError, printable
+from erk_guid.common.signals import handled_by, interrupt, number_of, said
 from erk_guid.denoisers import check_interval
-from erk_guid.generation.process_groups import OtherRankError
-from erk_guid.generation.seeds import seeds_in
+from erk_guid.generation.peers import OtherRankError
+from erk_guid.generation.seeds import seeds_in, unique
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -28,7 +29,7 @@ class SeedList(click.ParamType):
         if isinstance(value, list):
             return value
         try:
-            return list(dict.fromkeys(seeds_in(str(value))))
+            return unique(seeds_in(str(value)))
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
@@ -42,6 +43,15 @@ def compact(seeds: Sequence[int]) -> str:
         else:
             runs.append([seed, seed])
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+class PathType(click.Path):
+    """A path, which is not empty: an empty one would be the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not str(value):
+            self.fail("it is empty; name a file or a folder", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class NumberOr(click.ParamType):
@@ -142,15 +152,21 @@ def load_plugins(
 
 
 def reporting_errors(command: F) -> F:
-    """Show the user's errors as one line with exit code 1; our own keep their traceback."""
+    """Show the user's errors as one line, and exit with their code; ours keep their traceback."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
-            return command(*args, **kwargs)
+            with handled_by(interrupt):
+                return command(*args, **kwargs)
         except OtherRankError:
             sys.exit(1)  # rank 0 has said why
         except ErkGuidError as error:
-            raise click.ClickException(printable(error, 1000)) from error
+            click.ClickException(printable(error, 1000)).show()
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt as error:
+            number = number_of(error)
+            click.echo(said(number), err=True)
+            sys.exit(128 + number)  # as shells count
 
     return wrapped  # type: ignore[return-value]

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from erk_guid.cli.common import reporting_errors
+from erk_guid.cli.common import PathType, reporting_errors
 from erk_guid.models.checkpoints import convert
 
 
 @click.command()
 @click.argument("source")
-@click.argument("dest", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("dest", type=PathType(dir_okay=False, path_type=Path))
 @reporting_errors
 def convert_command(source: str, dest: Path) -> None:
     """Turn SOURCE (.pkl file, URL or preset) into the safetensors file DEST.

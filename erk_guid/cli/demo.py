@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from erk_guid.cli.common import reporting_errors
+from erk_guid.cli.common import PathType, reporting_errors
 
 
 @click.command()
 @click.option(
     "--outdir",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=PathType(file_okay=False, path_type=Path),
     default=Path("output/demo"),
     show_default=True,
 )

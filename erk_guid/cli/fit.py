@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from erk_guid.cli.calibrate import network_options
-from erk_guid.cli.common import SeedList, compact, reporting_errors
+from erk_guid.cli.common import PathType, SeedList, compact, reporting_errors
 from erk_guid.cli.options import SOLVER_OPTIONS, chosen_options
 from erk_guid.cli.sampler import config_fields
 from erk_guid.common.errors import ErkGuidError, MissingExtraError
@@ -81,7 +81,7 @@ TOO_COARSE = 0.1
 @chosen_options("batch", "device", "dtype", "precision", "compile", "trust_pickle")
 @click.option(
     "--outdir",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=PathType(file_okay=False, path_type=Path),
     default=Path("output/fit"),
     show_default=True,
     help="For fit-N.json (settings), fit.md, fit.csv, levels.svg, errors.svg, samples.png; and "

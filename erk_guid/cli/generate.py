@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 import click
 
-from erk_guid.cli.common import SeedList, reporting_errors
+from erk_guid.cli.common import PathType, SeedList, reporting_errors
 from erk_guid.cli.options import sampler_options
 from erk_guid.cli.sampler import config_fields
 from erk_guid.generation.jobs import GenerationJob, run_job
-from erk_guid.generation.process_groups import launched_rank
+from erk_guid.generation.peers import launched_rank
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -19,7 +19,7 @@ from erk_guid.generation.process_groups import launched_rank
     "--outdir",
     metavar="DIR",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PathType(path_type=Path),
     help="Where to put the images.",
 )
 @click.option("--subdirs", is_flag=True, help="Make a folder for every 1000 seeds.")
@@ -39,13 +39,13 @@ from erk_guid.generation.process_groups import launched_rank
 @click.option(
     "--trace",
     metavar="FILE",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=PathType(dir_okay=False, path_type=Path),
     help="Write per-step diagnostics of the images made to FILE (.csv or .npz).",
 )
 @click.option(
     "--grid",
     metavar="FILE",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=PathType(dir_okay=False, path_type=Path),
     help="Write a contact sheet of the images to FILE.",
 )
 @click.option(
@@ -54,6 +54,14 @@ from erk_guid.generation.process_groups import launched_rank
     default=GenerationJob.on_nonfinite,
     show_default=True,
     help="When an image comes out as NaN or infinity: stop, or leave it out and go on.",
+)
+@click.option(
+    "--rank-timeout",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0),
+    default=GenerationJob.rank_timeout,
+    show_default=True,
+    help="End a process that makes no progress for so long; 0: never.",
 )
 @click.option("--refresh", is_flag=True, help="Download the networks again, though in the cache.")
 @reporting_errors
@@ -66,6 +74,7 @@ def generate_command(
     trace: Path | None,
     grid: Path | None,
     on_nonfinite: Literal["stop", "skip"],
+    rank_timeout: float,
     refresh: bool,
     **options: Any,
 ) -> None:
@@ -93,6 +102,7 @@ def generate_command(
         trace=trace,
         grid=grid,
         on_nonfinite=on_nonfinite,
+        rank_timeout=rank_timeout,
         refresh=refresh,
         **config_fields(**options),
     )

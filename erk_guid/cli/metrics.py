@@ -8,11 +8,17 @@ from typing import Any, TypeVar
 
 import click
 
-from erk_guid.cli.common import Names, load_plugins, name_and_path, reporting_errors
+from erk_guid.cli.common import (
+    Names,
+    PathType,
+    load_plugins,
+    name_and_path,
+    reporting_errors,
+)
 from erk_guid.cli.options import sampler_options
 from erk_guid.cli.sampler import config_fields
 from erk_guid.generation.config import GenerationConfig
-from erk_guid.generation.process_groups import launched_rank
+from erk_guid.generation.peers import launched_rank
 from erk_guid.metrics.scoring import Scoring, calc, gen, make_reference
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -87,13 +93,13 @@ JSON = click.option(
     "--json",
     "json_path",
     metavar="FILE",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=PathType(dir_okay=False, path_type=Path),
     help="Write the scores, and all that is needed to repeat them, to FILE.",
 )
 FEATURES = click.option(
     "--features",
     metavar="FILE",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=PathType(dir_okay=False, path_type=Path),
     help="Write every image's features and their statistics to FILE (.npz).",
 )
 BOOTSTRAP = click.option(
@@ -152,7 +158,7 @@ def metrics_command() -> None:
     "--images",
     metavar="PATH|ZIP",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PathType(path_type=Path),
     help="Folder (searched recursively), zip, or .npz of images.",
 )
 @options(REF, METRICS, NUM, SEED, BATCH, WORKERS, DEVICE, WEIGHTS)
@@ -206,14 +212,14 @@ def gen_command(
     "--data",
     metavar="PATH|ZIP",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PathType(path_type=Path),
     help="Folder (searched recursively), zip, or .npz with an array of images.",
 )
 @click.option(
     "--dest",
     metavar="FILE",
     required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=PathType(dir_okay=False, path_type=Path),
     help="File to write: .npz, or .pkl as EDM2's programs read it.",
 )
 @click.option(

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from erk_guid.churn import Churn
-from erk_guid.cli.common import Interval, NumberOr
+from erk_guid.cli.common import Interval, NumberOr, PathType
 from erk_guid.cli.derived import described, options_of_classes
 from erk_guid.generation.config import GenerationConfig
 from erk_guid.guidance import (
@@ -183,7 +183,7 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
     "settings": click.option(
         "--settings",
         metavar="FILE",
-        type=click.Path(dir_okay=False, path_type=Path),
+        type=PathType(dir_okay=False, path_type=Path),
         help="Take --w_stiff, --w_con, the solver and the noise levels from a file that "
         "'erk-guid fit' or 'erk-guid calibrate' wrote.",
     ),

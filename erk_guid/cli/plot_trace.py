@@ -8,15 +8,15 @@ from pathlib import Path
 
 import click
 
-from erk_guid.cli.common import reporting_errors
+from erk_guid.cli.common import PathType, reporting_errors
 from erk_guid.common.errors import ErkGuidError
 from erk_guid.common.files import check_writable, write_bytes
 
 
 @click.command()
-@click.argument("trace", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("trace", type=PathType(dir_okay=False, path_type=Path))
 @click.option(
-    "--dest", metavar="FILE.png", type=click.Path(dir_okay=False, path_type=Path),
+    "--dest", metavar="FILE.png", type=PathType(dir_okay=False, path_type=Path),
     help="The picture; a .csv with one line per step goes beside it.  [default: next to TRACE]",
 )  # fmt: skip
 @click.option(

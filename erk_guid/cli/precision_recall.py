@@ -7,8 +7,10 @@ from typing import Any
 
 import click
 
-from erk_guid.cli.common import Names, reporting_errors
+from erk_guid.cli.common import Names, PathType, reporting_errors
 from erk_guid.cli.metrics import DEVICE, JSON, PLUGIN, WEIGHTS, WORKERS, options
+from erk_guid.common.datasets import refuse_overwriting
+from erk_guid.common.files import check_writable
 from erk_guid.metrics.comparison import (
     MANIFOLD_DETECTOR,
     METRICS,
@@ -22,7 +24,7 @@ from erk_guid.metrics.scoring import write_json
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("generated", metavar="GEN_DIR", type=click.Path(path_type=Path))
+@click.argument("generated", metavar="GEN_DIR", type=PathType(path_type=Path))
 @click.option(
     "--real",
     metavar="DIR",
@@ -75,7 +77,13 @@ def precision_recall_command(json_path: Path | None, **fields: Any) -> None:
       # The shipped model's digits, offline
       python calculate_precision_recall_is.py out --real=digits --detector=fd_digits
     """
-    result = compare(Comparison(**fields))
+    job = Comparison(**fields)
+    refuse_overwriting(
+        {"--json": json_path}, (job.generated, job.real, *job.detector_weights.values())
+    )
+    if json_path is not None:
+        check_writable(json_path)
+    result = compare(job)
     if json_path is not None:
         write_json(json_path, result)
     for name in ("precision", "recall"):

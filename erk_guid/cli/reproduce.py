@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from erk_guid.cli.common import Names, SeedList, load_plugins, name_and_path, reporting_errors
+from erk_guid.cli.common import (
+    Names,
+    PathType,
+    SeedList,
+    load_plugins,
+    name_and_path,
+    reporting_errors,
+)
 from erk_guid.cli.options import chosen_options
 from erk_guid.common.errors import ErkGuidError
 from erk_guid.metrics.comparison import REAL
 from erk_guid.studies.reproduce.planning import Reproduction, commands
 from erk_guid.studies.reproduce.report import write_report
-from erk_guid.studies.reproduce.runner import RESULTS, run
+from erk_guid.studies.reproduce.runner import RESULTS, check_inputs, check_plans, run
 from erk_guid.studies.reproduce.tables import (
     PAPER_NUM,
     PAPER_TABLES,
@@ -40,7 +48,7 @@ JOB = Reproduction
     "settings",
     metavar="FILE",
     multiple=True,
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=PathType(dir_okay=False, path_type=Path),
     help="A row of your own: what 'erk-guid fit' or 'erk-guid calibrate' wrote. Tables are then "
     "made only where --table or --row names them.",
 )
@@ -107,7 +115,7 @@ JOB = Reproduction
 @click.option(
     "--outdir",
     metavar="DIR",
-    type=click.Path(path_type=Path),
+    type=PathType(path_type=Path),
     default=JOB.outdir,
     show_default=True,
     help="Where results, report and images go.",
@@ -170,8 +178,9 @@ def reproduce_command(
                 "table 4"
             )
     job = Reproduction(rows=rows, **fields)
-    job.check()
+    check_inputs(job)
     if dry_run:
+        check_plans(job)
         _print_plans(job)
         return
     if tables is None and ids is None and job.w_stiff is None:
@@ -184,7 +193,7 @@ def reproduce_command(
         run(job)
     finally:
         # Report also what was measured before a row failed.
-        if (job.outdir / RESULTS).is_file():
+        if os.path.isfile(job.outdir / RESULTS):
             for path in write_report(replace(job, rows=rows)):
                 click.echo(f"Report: {path}")
 

@@ -17,7 +17,7 @@ import torch
 from erk_guid.churn import NUMBERS, Churn
 from erk_guid.cli.options import FITTED, JOB, SOLVER_OPTIONS
 from erk_guid.common.errors import printable
-from erk_guid.generation.process_groups import launched_rank
+from erk_guid.generation.peers import launched_rank
 from erk_guid.guidance import (
     FORMS,
     ERKGuidance,

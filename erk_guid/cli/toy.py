@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from erk_guid.cli.common import reporting_errors
+from erk_guid.cli.common import PathType, reporting_errors
 from erk_guid.common.errors import MissingExtraError
 from erk_guid.common.files import check_writable, write_bytes
 from erk_guid.guidance import ERKGuidance
@@ -19,7 +19,7 @@ from erk_guid.guidance import ERKGuidance
 @click.command()
 @click.option(
     "--outdir",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=PathType(file_okay=False, path_type=Path),
     default=Path("output/toy"),
     show_default=True,
     help="For toy.png and toy.npz.",

@@ -418,7 +418,7 @@ def refuse_overwriting(outputs: Mapping[str, Path | None], inputs: Sequence[str 
         taken[place] = option
         for source in sources:
             if os.path.isdir(source):
-                _refuse_in_folder(option, output, source)
+                refuse_in_folder(option, output, source)
             elif _is_same(source, _identity(output)):
                 raise ErkGuidError(f"{option} {output} is an input; write to another file")
 
@@ -436,8 +436,12 @@ def _is_same(path: Path, identity: tuple[int, int] | None) -> bool:
     return identity is not None and _identity(path) == identity
 
 
-def _refuse_in_folder(option: str, output: Path, folder: Path) -> None:
-    """Refuse an output that is a file of the set of images in `folder`, or would become one."""
+def refuse_in_folder(option: str, output: Path, folder: Path) -> None:
+    """Refuse an output that is a file of the set of images in `folder`, or would become one.
+
+    Raises:
+        ErkGuidError: the message names `option`.
+    """
     inside = os.path.realpath(folder)
     # A link in the folder counts as its file, and so does the file that a link leads to.
     for place in (

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 
 class ErkGuidError(Exception):
-    """An error that the user can fix; the message says what and how."""
+    """An error that the user can fix; the message says what and how.
+
+    Attributes:
+        exit_code: with which a command that meets it ends.
+    """
+
+    exit_code: int = 1
 
 
 class CheckpointError(ErkGuidError):

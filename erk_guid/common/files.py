@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import hashlib
 import os
 import secrets
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from erk_guid.common.errors import ErkGuidError
+from erk_guid.common.errors import ErkGuidError, printable
 
 PARTIAL = ".partial"
 """Part of the name of every file that is being written (never of a finished one)."""
@@ -41,6 +44,13 @@ def replacing(path: str | Path, make_folder: bool = True) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def remove_partials(path: str | Path) -> None:
+    """Delete what killed processes left of `path`; call it where no other process writes it."""
+    path = Path(os.path.realpath(path))
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}{path.suffix}"):
+        partial.unlink(missing_ok=True)
+
+
 def write_bytes(path: str | Path, data: bytes, make_folder: bool = True) -> None:
     """Write `data` to `path`, whole or not at all, see `replacing`."""
     with replacing(path, make_folder) as partial:
@@ -54,14 +64,44 @@ def check_writable(path: str | Path) -> None:
         ErkGuidError: `path` is a folder, or its folder cannot be made or written to.
     """
     path = Path(path)
-    if path.is_dir() or not path.name:
+    if os.path.isdir(path) or not path.name:
         raise ErkGuidError(f"cannot write {str(path)!r}: it is a folder; name a file")
     try:
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise ErkGuidError(f"cannot write to {path.parent}: {error.strerror}") from error
+        where = path if error.errno == errno.ENAMETOOLONG else path.parent
+        raise ErkGuidError(
+            f"cannot write to {_shown(where)}: {error.strerror}; write elsewhere"
+        ) from error
+
+
+def check_folder(path: str | Path) -> None:
+    """Refuse a folder that cannot be made or written to; nothing is made.
+
+    Raises:
+        ErkGuidError: it is a file or lies in one, its name is too long, or it may not be written.
+    """
+    path = Path(path)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISDIR(os.stat(path).st_mode):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        there = next(p for p in (path, *path.parents, Path(".")) if os.path.isdir(p))
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ErkGuidError(
+            f"cannot write to {_shown(path)}: {error.strerror}; choose another folder"
+        ) from error
+
+
+def _shown(path: Path) -> str:
+    """Return a path for a message, in which what to do comes after it."""
+    return printable(path, 200)
 
 
 def user_path(path: str | Path) -> Path:
@@ -72,10 +112,20 @@ def user_path(path: str | Path) -> Path:
     """
     if not str(path) or str(path) == ".":
         raise ErkGuidError("an empty path, or '.'; name a file or a folder")
+    return with_home(path)
+
+
+def with_home(path: str | Path) -> Path:
+    """Return a path with ~ replaced by the home.
+
+    Raises:
+        ErkGuidError: that user has no home here.
+    """
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise ErkGuidError(f"{path}: {error}") from error
+        reason = str(error).rstrip(".")
+        raise ErkGuidError(f"{_shown(Path(path))}: {reason}; write the path in full") from error
 
 
 def sha256_of(path: str | Path) -> str:

@@ -11,13 +11,13 @@ import torch
 from erk_guid._version import __version__
 from erk_guid.churn import Churn
 from erk_guid.common.errors import ErkGuidError
-from erk_guid.edm2 import edm_sampler
+from erk_guid.edm2 import check_strength, edm_sampler, noise_levels
 from erk_guid.generation.devices import choose_device
 from erk_guid.generation.images import BATCH_SIZE, check_networks
-from erk_guid.generation.process_groups import Agreeing
+from erk_guid.generation.peers import Agreeing
 from erk_guid.guidance import ERKGuidance, Guidance, ParameterFreeGuidance, settings_of
 from erk_guid.models.checkpoints import Checkpoint, load
-from erk_guid.models.checkpoints.loading import UNCONDITIONAL, locate
+from erk_guid.models.checkpoints.loading import UNCONDITIONAL, check_source, locate
 from erk_guid.models.encoders import GENERATION_VAE_BATCH, PIXELS, Encoder, StabilityVAEEncoder
 from erk_guid.models.networks import Unconditional
 from erk_guid.schedules import RHO, SIGMA_MAX, SIGMA_MIN
@@ -197,6 +197,7 @@ class GenerationConfig:
         Raises:
             ErkGuidError: a file cannot be fetched or used, or the networks do not fit together.
         """
+        self._check_numbers()
         # Rank 0 fetches first; the others then find the files in the cache.
         group.agree(lambda: self._fetch(refresh))
         loaded = self._load(self.net, device)
@@ -212,6 +213,17 @@ class GenerationConfig:
             vae.prepare(device)
         return Models(self, device, loaded, guide, encoder)
 
+    def _check_numbers(self) -> None:
+        """Refuse what the sampler would refuse, in terms of the loop's dtype, before any work."""
+        dtype = getattr(torch, self.dtype)
+        try:
+            check_strength(self.guidance, dtype)
+            noise_levels(
+                self.schedule, self.num_steps, self.sigma_min, self.sigma_max, self.rho, dtype=dtype
+            )
+        except ValueError as error:
+            raise ErkGuidError(str(error)) from error
+
     def _guide(self, loaded: Checkpoint, device: torch.device) -> Checkpoint | None:
         if not self.gnet or self.guidance == 1:
             return None
@@ -220,9 +232,13 @@ class GenerationConfig:
         return self._load(self.gnet, device)
 
     def _fetch(self, refresh: bool) -> None:
-        for source in (self.net, self.gnet if self.guidance != 1 else None):
-            if source:
-                locate(source, refresh)
+        locate(self.net, refresh)
+        if self.gnet is None:
+            return
+        if self.guidance == 1:
+            check_source(self.gnet)  # it is not run, so it need not be fetched
+        else:
+            locate(self.gnet, refresh)
 
     def _load(self, source: str, device: torch.device) -> Checkpoint:
         return load(

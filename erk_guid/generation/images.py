@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,7 +62,7 @@ class _Generation:
     device: torch.device
     sampler_fn: Callable[..., Tensor]
     sampler_options: dict[str, Any]
-    shares: list[list[int]] = field(repr=False)
+    shares: list[range] = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.shares)
@@ -79,7 +79,7 @@ class _Generation:
             yield Batch(**vars(made), images=images, batch_idx=batch_idx, num_batches=len(self))
 
     @torch.no_grad()
-    def sample(self, indices: list[int], watch: Watch | None = None) -> Sampled:
+    def sample(self, indices: Sequence[int], watch: Watch | None = None) -> Sampled:
         """Return the latents of some of the seeds; on CUDA, without waiting for them.
 
         Args:
@@ -102,7 +102,7 @@ class _Generation:
             randn_like=random.randn_like,
             **self.sampler_options,
         )
-        return Sampled(latents, noise, labels, seeds, indices)
+        return Sampled(latents, noise, labels, seeds, list(indices))
 
     def failure(self, indices: list[int]) -> NonFiniteImagesError:
         """Return the error for images that are not finite; they are sampled again to see where."""
@@ -196,13 +196,15 @@ def generate(
     )
 
 
-def divided(count: int, batch_size: int, world_size: int = 1) -> list[list[int]]:
+def divided(count: int, batch_size: int, world_size: int = 1) -> list[range]:
     """Divide 0 to count - 1 into batches of nearly equal size, as many for every process.
 
     Some are empty where there are fewer images than processes.
     """
     rounds = max(-(-count // (batch_size * world_size)), 1)
-    return [part.tolist() for part in np.array_split(np.arange(count), rounds * world_size)]
+    size, larger = divmod(count, rounds * world_size)
+    starts = [k * size + min(k, larger) for k in range(rounds * world_size + 1)]
+    return [range(start, end) for start, end in pairwise(starts)]
 
 
 def check_networks(net: Network, gnet: Network | None = None, class_idx: int | None = None) -> None:

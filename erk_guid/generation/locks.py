@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import secrets
 import sys
 import threading
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from erk_guid.common.errors import ErkGuidError, printable
+from erk_guid.generation.identity import identity, is_here, lives
 
 LOCK_FILE = ".erk_guid.lock"
 BEAT = 2.0
@@ -70,7 +70,7 @@ def locked(folder: Path) -> Iterator[FolderLock]:
     """
     lock = FolderLock(folder, secrets.token_hex(8))
     path = folder / LOCK_FILE
-    about = {**_identity(), "token": lock.token, "began": _now()}
+    about = {**identity(), "token": lock.token, "began": _now()}
     new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -137,9 +137,8 @@ def _refuse_living(path: Path) -> None:
 
 
 def _gone(path: Path, found: dict[str, Any]) -> bool:
-    here = _identity()
-    if found.get("machine") == here["machine"]:
-        return _process_began(found.get("pid")) != found.get("process_began")
+    if is_here(found):
+        return not lives(found)
     print(
         f"Note: {path.parent} is locked by {_holder(found)}; watching for {WATCHED:g} seconds "
         "whether it is at work",
@@ -184,41 +183,6 @@ def _holder(found: dict[str, Any]) -> str:
     names = ("host", "pid", "began")
     host, pid, began = (printable(found.get(name, "unknown"), 80) for name in names)
     return f"process {pid} on {host}, since {began}"
-
-
-def _identity() -> dict[str, Any]:
-    """Return this process: its number counts within a running system and a process namespace."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    try:
-        system = boot.read_text().strip() + os.readlink("/proc/self/ns/pid")
-    except OSError:
-        system = ""
-    host = platform.node()[:80]
-    pid = os.getpid()
-    return {
-        "host": host, "machine": f"{host} {system}", "pid": pid,
-        "process_began": _process_began(pid),
-    }  # fmt: skip
-
-
-def _process_began(pid: Any) -> str | None:
-    """Return when a process began, in the system's ticks; None if there is no such process."""
-    if isinstance(pid, bool) or not isinstance(pid, int):
-        return None
-    stat = Path(f"/proc/{pid}/stat")
-    if stat.parent.parent.exists() and Path("/proc/self/stat").exists():
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            return None
-        return None if fields[0] in ("Z", "X") else fields[19]
-    try:
-        os.kill(pid, 0)  # no /proc: without its beginning, a new process of that number looks alike
-    except ProcessLookupError:
-        return None
-    except OSError:
-        return "unknown"
-    return "unknown"
 
 
 def _now() -> str:

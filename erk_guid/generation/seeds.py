@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -35,6 +36,12 @@ def seeds_in(text: str) -> list[int]:
         if count > MOST_SEEDS:
             raise ValueError(f"up to {part.strip()!r}, the list has more than ten million seeds")
     return [seed for one in ranges for seed in one]
+
+
+def unique(seeds: Sequence[int]) -> list[int]:
+    """Return every seed once, in the order of its first place."""
+    rising = all(a < b for a, b in pairwise(seeds))
+    return list(seeds) if rising else list(dict.fromkeys(seeds))
 
 
 class SeededNoise:

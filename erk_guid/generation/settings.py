@@ -94,11 +94,15 @@ def read_settings(path: str | Path) -> Settings:
     """
     path = Path(path)
     try:
-        if path.stat().st_size > LARGEST:
+        with open(path, "rb") as file:
+            data = file.read(LARGEST + 1)
+        if len(data) > LARGEST:
             raise ErkGuidError(f"{path} is too large for a file of settings")
-        content = json.loads(path.read_bytes())
+        content = json.loads(data)
     except OSError as error:
-        raise ErkGuidError(f"cannot read {path}: {error.strerror}") from error
+        raise ErkGuidError(
+            f"cannot read {printable(path, 200)}: {error.strerror}; name a file of settings"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise ErkGuidError(
             f"{path} is no file of settings (not JSON: {printable(error, 100)}); 'erk-guid fit' "

@@ -1,17 +1,24 @@
-"""Per-step diagnostics of a run: what guidance measured and did, for each image and step."""
+"""Per-step diagnostics of a run: what guidance measured and did, for each image and step.
+
+While a job runs, every rank appends its rows to a part file in the folder of the images, before
+the images are written. So a job that is killed has lost no row of an image that is there.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import csv
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from erk_guid.common.errors import ErkGuidError
-from erk_guid.common.files import replacing
+from erk_guid.common.errors import ErkGuidError, reason_of
+from erk_guid.common.files import replacing, write_bytes
 from erk_guid.common.npz import read_npz
 from erk_guid.sampling import StepInfo
 
@@ -31,7 +38,14 @@ COLUMNS = (
 where the correction acts. Sizes are Euclidean norms. Empty (NaN) at steps with no embedded pair;
 `gate` also in the parameter-free form, which has none."""
 
-NO_ROWS = np.empty((0, len(COLUMNS)))
+KEYS = COLUMNS[:2]
+"""Columns that hold whole numbers."""
+ROW = np.dtype([(name, "<i8" if name in KEYS else "<f8") for name in COLUMNS])
+"""A row of a trace: seeds beyond 2^53 are no floating-point numbers."""
+NO_ROWS = np.empty(0, ROW)
+
+PART = ".trace.{rank}.part"
+"""Name of a rank's part file: rows as they are in memory, one after the other."""
 
 MOST_STEPS = 10_000
 """Largest number of steps of a trace that is read."""
@@ -40,9 +54,14 @@ SUFFIXES = (".csv", ".npz")
 
 
 class Trace:
-    """Collector of `StepInfo`: give `callback` to a sampler, call `end_batch` after each batch."""
+    """Collector of `StepInfo`: give `callback` to a sampler, call `end_batch` after each batch.
 
-    def __init__(self) -> None:
+    Args:
+        append: takes the rows of each batch.
+    """
+
+    def __init__(self, append: Callable[[np.ndarray], None]) -> None:
+        self._append = append
         self._open: list[list[Tensor | float]] = []
 
     def callback(self, info: StepInfo) -> None:
@@ -60,22 +79,105 @@ class Trace:
             ]
         )  # fmt: skip
 
-    def end_batch(self, seeds: Sequence[int]) -> np.ndarray:
-        """Return the steps recorded since the last call, as rows of these seeds.
-
-        Returns:
-            float64 [steps x seeds, len(COLUMNS)].
-        """
-        names = np.asarray(seeds, dtype=np.float64)
-        rows = [NO_ROWS]
+    def end_batch(self, seeds: Sequence[int]) -> None:
+        """Append the steps recorded since the last call, as rows of these seeds."""
+        parts = [NO_ROWS]
         for values in self._open:
-            columns = [
-                v.cpu().double().numpy() if isinstance(v, Tensor) else np.full(len(names), v)
-                for v in values
-            ]
-            rows.append(np.stack([names, *columns], axis=1))
+            rows = np.empty(len(seeds), ROW)
+            rows["seed"] = seeds
+            for name, value in zip(COLUMNS[1:], values, strict=True):
+                rows[name] = value.cpu().double().numpy() if isinstance(value, Tensor) else value
+            parts.append(rows)
         self._open = []
-        return np.concatenate(rows)
+        self._append(np.concatenate(parts))
+
+
+def part_files(folder: Path) -> list[Path]:
+    """Return the part files in a folder."""
+    return sorted(folder.glob(PART.format(rank="*")))
+
+
+@contextlib.contextmanager
+def recorded(folder: Path, rank: int) -> Iterator[Trace]:
+    """Give a trace that appends its rows to the part file of a rank.
+
+    Raises:
+        ErkGuidError: it cannot be written.
+    """
+    path = folder / PART.format(rank=rank)
+
+    def append(rows: np.ndarray) -> None:
+        try:
+            data = memoryview(rows.astype(ROW).tobytes())
+            while data:
+                data = data[os.write(file, data) :]
+        except OSError as error:
+            raise ErkGuidError(f"cannot write the trace's {path}: {error.strerror}") from error
+
+    try:
+        file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+    except OSError as error:
+        raise ErkGuidError(f"cannot write the trace's {path}: {error.strerror}") from error
+    try:
+        yield Trace(append)
+    finally:
+        os.close(file)
+
+
+def read_parts(folder: Path) -> np.ndarray:
+    """Read the rows of all part files; half a row at the end, from a kill, is left out.
+
+    Raises:
+        ErkGuidError: one cannot be read, or is something else.
+    """
+    parts = [NO_ROWS]
+    for path in part_files(folder):
+        try:
+            data = path.read_bytes()
+            whole = len(data) - len(data) % ROW.itemsize
+            parts.append(_checked(np.frombuffer(data[:whole], ROW)))
+        except (OSError, ValueError) as error:
+            raise ErkGuidError(
+                f"cannot read {path}, which holds rows of a trace: {error}; delete it to go on "
+                "without them"
+            ) from error
+    return np.concatenate(parts)
+
+
+def restart_parts(folder: Path, without: Collection[int]) -> None:
+    """Put the rows of all part files into one, without those of some seeds.
+
+    Raises:
+        ErkGuidError: a part file cannot be read or written.
+    """
+    before = part_files(folder)
+    if not before:
+        return
+    rows = rows_without(read_parts(folder), without)
+    first = folder / PART.format(rank=0)
+    try:
+        # The new file first: after a kill between the two, rows are there twice and not missing.
+        write_bytes(first, rows.tobytes())
+        for path in before:
+            if path != first:
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise ErkGuidError(f"cannot write the trace's {first}: {error.strerror}") from error
+
+
+def rows_without(rows: np.ndarray, seeds: Collection[int]) -> np.ndarray:
+    """Return the rows of other seeds."""
+    return rows[~np.isin(rows["seed"], np.asarray(list(seeds), np.int64))]
+
+
+def united(rows: np.ndarray) -> np.ndarray:
+    """Order rows by seed and step, and keep the last of several for one seed and step."""
+    order = np.lexsort((np.arange(len(rows)), rows["step"], rows["seed"]))
+    rows = rows[order]
+    keys = rows[list(KEYS)]
+    last = np.ones(len(rows), bool)
+    last[:-1] = keys[1:] != keys[:-1]
+    return rows[last]
 
 
 def check_trace_path(path: Path) -> None:
@@ -92,41 +194,55 @@ def read_trace(path: Path) -> np.ndarray:
     """
     try:
         if path.suffix == ".npz":
-            columns = read_npz(path, lambda name: "f" if name in COLUMNS else None)
-            return _checked(np.stack([columns[name] for name in COLUMNS], axis=1))
+            columns = read_npz(path, lambda name: "fiu" if name in COLUMNS else None)
+            return _checked(_rows_of(columns))
         with open(path, newline="") as file:
-            rows = [[float(row[name] or "nan") for name in COLUMNS] for row in csv.DictReader(file)]
-        return _checked(np.asarray(rows, dtype=np.float64).reshape(-1, len(COLUMNS)))
+            lines = [
+                (int(row["seed"]), int(row["step"]), *(float(row[c] or "nan") for c in COLUMNS[2:]))
+                for row in csv.DictReader(file)
+            ]
+        return _checked(np.array(lines, dtype=ROW))
     except KeyError as error:
         raise ErkGuidError(f"cannot read the trace {path}: it has no {error}") from error
-    except (OSError, TypeError, ValueError, csv.Error) as error:
-        raise ErkGuidError(f"cannot read the trace {path}: {error}") from error
+    except (OSError, OverflowError, TypeError, ValueError, csv.Error) as error:
+        raise ErkGuidError(f"cannot read the trace {path}: {reason_of(error)}") from error
+
+
+def _rows_of(columns: dict[str, np.ndarray]) -> np.ndarray:
+    """Return columns as rows; whole numbers may be stored as real ones, as they once were."""
+    shape = columns["seed"].shape
+    if len(shape) != 1 or any(columns[name].shape != shape for name in COLUMNS):
+        raise ValueError("its columns are not of one length")
+    rows = np.empty(shape, ROW)
+    for name in COLUMNS:
+        values = columns[name]
+        with np.errstate(invalid="ignore"):  # NaN is no whole number, which is seen next
+            rows[name] = values
+        if name in KEYS and not np.array_equal(rows[name], values):
+            raise ValueError(f"its column {name} does not hold whole numbers")
+    return rows
 
 
 def _checked(rows: np.ndarray) -> np.ndarray:
-    known = rows[:, : COLUMNS.index("stiffness")] if rows.ndim == 2 else rows
-    if rows.ndim != 2 or not np.isfinite(known).all():
+    if not (np.isfinite(rows["sigma"]).all() and np.isfinite(rows["sigma_next"]).all()):
         raise ValueError("every row has a seed, a step and its noise levels")
-    if len(np.unique(rows[:, 1])) > MOST_STEPS:
+    if not all((rows[name] >= 0).all() for name in KEYS):
+        raise ValueError("a seed or step is below 0")
+    if len(np.unique(rows["step"])) > MOST_STEPS:
         raise ValueError(f"more than {MOST_STEPS} steps")
     return rows
 
 
 def write_trace(path: Path, rows: np.ndarray) -> None:
-    """Write rows, ordered by seed and step, as .csv or as .npz with an array per column."""
-    rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
+    """Write rows (`ROW`) as .csv, or as .npz with an array per column; see `united`."""
+    rows = united(rows)
     with replacing(path) as partial:
         if path.suffix == ".npz":
-            np.savez_compressed(partial, **dict(zip(COLUMNS, rows.T, strict=True)))
+            columns: dict[str, Any] = {name: rows[name] for name in COLUMNS}
+            np.savez_compressed(partial, **columns)
         else:
             with open(partial, "w", newline="") as file:
                 writer = csv.writer(file)
                 writer.writerow(COLUMNS)
-                for row in rows:
-                    writer.writerow(
-                        [
-                            int(row[0]),
-                            int(row[1]),
-                            *("" if np.isnan(v) else f"{v:.7g}" for v in row[2:]),
-                        ]
-                    )
+                for seed, step, *values in rows.tolist():
+                    writer.writerow([seed, step, *("" if v != v else f"{v:.7g}" for v in values)])

@@ -24,14 +24,14 @@ def summarize(rows: np.ndarray) -> np.ndarray:
     """Compute one line per step, float64 [steps, len(SUMMARY)]; NaN where a step has no value.
 
     Args:
-        rows: the rows of a trace, [rows, len(COLUMNS)], see `read_trace`.
+        rows: the rows of a trace, see `read_trace`.
 
     Raises:
         ErkGuidError: there are no rows, or they are from runs with different noise levels.
     """
     if not len(rows):
         raise ErkGuidError("the trace is empty: no image was made while it was written")
-    columns = dict(zip(COLUMNS, rows.T, strict=True))
+    columns = {name: rows[name] for name in COLUMNS}
     lines = []
     for step in np.unique(columns["step"]):
         of_step = {name: values[columns["step"] == step] for name, values in columns.items()}

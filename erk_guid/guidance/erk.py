@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from erk_guid.guidance.base import Guided
-from erk_guid.norms import inner, norm, per_sample
+from erk_guid.norms import inner, norm, per_sample, scaled
 from erk_guid.solvers import name_of, names_of_solvers
 from erk_guid.solvers.base import Pair, Solver, StepResult
 
@@ -182,12 +182,10 @@ class ERKGuidance:
             )
         if df is None:
             df = pair.f_high - pair.f_low
-        f_norm = norm(df)
+        f_norm, along = _along(df, pair.f_high)
         rho = f_norm / (norm(pair.x_high - pair.x_low) + EPS)
         h = pair.h.to(rho) if isinstance(pair.h, Tensor) else pair.h
         gate = self.reading(rho, h) > self.w_con
-        # <v, f> v = <df, f> df / (|df| + eps)^2, divided twice so that tiny norms do not underflow.
-        along = inner(df, pair.f_high) / (f_norm + EPS) / (f_norm + EPS)
         size_squared = (self.w_stiff * h * rho) ** 2
         # where, not a product: a shut gate gives 0 even if the other factor overflowed.
         coefficient = torch.where(
@@ -206,6 +204,15 @@ class ERKGuidance:
     def reading(self, rho: Tensor, h: Tensor | float) -> Tensor:
         """Return what the gate compares with w_con: rho or h rho, [N]."""
         return rho if self.gate == "stiffness" else h * rho
+
+
+def _along(df: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+    """Return |df| and the multiple of df that <v, f> v is, <df, f> / (|df| + EPS)^2, each [N]."""
+    direction = scaled(df)
+    size = direction.norm()
+    length = size + EPS
+    # Divided twice: the square of a length may be out of range.
+    return size, inner(direction.values, f) / (length / direction.unit) / length
 
 
 def nearest_paper_steps(num_steps: int) -> int:

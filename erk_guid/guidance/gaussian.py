@@ -37,7 +37,7 @@ from torch import Tensor
 
 from erk_guid.guidance.base import Guided
 from erk_guid.guidance.erk import stiffness
-from erk_guid.norms import inner, norm, per_sample
+from erk_guid.norms import inner, norm, per_sample, projection, scaled
 from erk_guid.quadrature import modal_weights, prior_response
 from erk_guid.solvers import name_of, names_of_solvers
 from erk_guid.solvers.base import Pair, Solver, StepResult
@@ -115,20 +115,25 @@ def _with_pair(
     """
     dx = pair.x_high - pair.x_low
     dd = dx - sigma * (pair.f_high - pair.f_low)
+    # Only their ratio and their directions count: no number below is a scale squared.
+    dx, dx_unit = scaled(dx)
+    dd, dd_unit = scaled(dd)
+    ratio = dd_unit / dx_unit
     size = inner(dx, dx)
     tiny = torch.finfo(size.dtype).tiny
     safe = size.clamp_min(tiny)
-    measured = (inner(dd, dd) / safe).clamp_min(tiny).sqrt()
+    relative = (inner(dd, dd) / safe).clamp_min(tiny).sqrt()
+    measured = ratio * relative
     # dd is what is left of a difference of large numbers; below their rounding it says nothing,
     # and the step does without the pair.
     large = norm(pair.x_high) + sigma * norm(pair.f_high)
-    noise = 4 * torch.finfo(dx.dtype).eps * large / safe.sqrt()
+    noise = 4 * torch.finfo(dx.dtype).eps * (large / dx_unit) / safe.sqrt()
     known = (size > 0) & (measured > noise)
     mu = measured.clamp(max=1)
-    # J = mu' + (gain dd - mu' dx) dx^T / |dx|^2.
+    # J = mu' + (gain dd - mu' dx) dx^T / |dx|^2 with dx and dd as they are here.
     shrinking = mu + (1 - mu) * (sigma_next / sigma) ** 2
     mu_next = torch.where(known, mu / shrinking, prior)
-    gain = torch.minimum(1 / shrinking, LARGEST_RESPONSE / measured.clamp_min(1e-30))
+    gain = torch.minimum(ratio / shrinking, LARGEST_RESPONSE / relative)
     gain = torch.where(known, gain, torch.zeros_like(gain))
     along = inner(change, dx) / safe
     extra = w * along * (1 + w * (mu_next + gain * inner(dd, dx) / safe))
@@ -162,9 +167,7 @@ def response_in_step(f: Tensor, f_node: Tensor, node: float) -> Tensor:
         f, f_node: drifts at sigma and at the node, [N, ...].
         node: noise level of the second evaluation over sigma, above 0 and below 1.
     """
-    size = inner(f, f)
-    q = torch.where(size > 0, inner(f_node, f) / size.clamp_min(torch.finfo(size.dtype).tiny), 1)
-    q = q.clamp(node, 1.0)
+    q = projection(f_node, f).clamp(node, 1.0)
     return (node**2 * (1 - q) / (q * (1 - node**2) - node * (1 - node))).clamp(0, 1)
 
 

@@ -261,8 +261,8 @@ class AnalyticFirst:
     def at_first(self, x: Tensor) -> Evaluation:
         """Return what stands for an evaluation at `first`."""
         # The drift itself: computed from the denoised x it would be rounded once more.
-        first = x.new_full((), self.first)
-        drift = x / (1 + first**2).sqrt()
+        first = _level(x, self.first)
+        drift = x / _level(x, math.hypot(1, self.first))
         return Evaluation(x, self.first, x - first * drift, drift)
 
     def __call__(self, x: Tensor, sigma: Tensor, /) -> Tensor:
@@ -276,24 +276,74 @@ def evaluate(denoiser: Denoiser, x: Tensor, sigma: float) -> Evaluation:
     ``torch.compile(mode="reduce-overhead")``), and what it returned before is still needed.
 
     Raises:
-        ValueError: the output is not shaped like x, or the denoiser edited its x or sigma.
+        TypeError: the output is not a tensor of floating-point numbers.
+        ValueError: the output is not shaped like x, the denoiser edited its x or sigma, x is not
+            floating, or its dtype does not hold sigma.
     """
+    check_floating(x)
     if isinstance(denoiser, AnalyticFirst):
         if sigma == denoiser.first:
             return denoiser.at_first(x)
         return evaluate(denoiser.denoiser, x, sigma)
-    level = x.new_full((), sigma)
+    level = _level(x, sigma)
     denoised = (
         denoiser.at(x, sigma)
         if isinstance(denoiser, LevelDenoiser)
         else _call(denoiser, x, level)
     )  # fmt: skip
-    if denoised.shape != x.shape:
-        raise ValueError(
-            f"the denoiser returned {list(denoised.shape)} for an x of {list(x.shape)}"
-        )
+    _check_output(denoised, x)
     denoised = denoised.to(x.dtype, copy=True)
     return Evaluation(x, sigma, denoised, (x - denoised) / level)
+
+
+def check_floating(x: Tensor) -> None:
+    """Raise ValueError unless x has a floating dtype, in which noise levels can be told apart."""
+    if not x.is_floating_point():
+        raise ValueError(
+            f"x must be a floating tensor [N, ...], got {x.dtype} {list(x.shape)}; x.float() is one"
+        )
+
+
+def _level(x: Tensor, sigma: float) -> Tensor:
+    """Return a noise level as a tensor without dimensions, like x.
+
+    Raises:
+        ValueError: in the dtype of x it is 0 or infinite.
+    """
+    limits = torch.finfo(x.dtype)
+    if not limits.tiny * limits.eps <= sigma <= limits.max:
+        raise ValueError(
+            f"{x.dtype} does not hold the noise level {sigma:g}; give x in a dtype that does "
+            "(float32 from 1e-44 to 3e38), or scale the data and the noise levels"
+        )
+    return x.new_full((), sigma)
+
+
+def _check_output(denoised: object, x: Tensor) -> None:
+    """Refuse what a denoiser must not return; nothing is broadcast or cast to real numbers.
+
+    Raises:
+        TypeError: it is not a tensor of floating-point numbers.
+        ValueError: it is not shaped like x.
+    """
+    if not isinstance(denoised, Tensor):
+        found = f"a {type(denoised).__name__}"
+        remedy = "it must return the denoised x alone, a tensor like x"
+        if denoised is None:
+            found, remedy = "None", "is its 'return' missing?"
+        elif isinstance(denoised, (tuple, list)):
+            found = f"{found} of {len(denoised)}"
+        raise TypeError(f"the denoiser returned {found} for an x of {list(x.shape)}; {remedy}")
+    if not denoised.is_floating_point():
+        raise TypeError(
+            f"the denoiser returned {denoised.dtype} {list(denoised.shape)}, but the denoised x "
+            "is made of real floating-point numbers; convert it in the denoiser (.float(), .real)"
+        )
+    if denoised.shape != x.shape:
+        raise ValueError(
+            f"the denoiser returned {list(denoised.shape)} for an x of {list(x.shape)}; the "
+            "denoised x has the shape of x"
+        )
 
 
 def _call(denoiser: Denoiser, x: Tensor, level: Tensor) -> Tensor:

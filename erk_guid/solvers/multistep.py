@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from erk_guid.denoisers import Denoiser
-from erk_guid.norms import inner, per_sample
+from erk_guid.norms import per_sample, projection
 from erk_guid.solvers.ancestral import noise_of
 from erk_guid.solvers.base import Evaluation, Memory, Pair, StepResult, evaluate
 
@@ -220,10 +220,7 @@ def trust_in_past(low: Tensor, predicted: Tensor, corrected: Tensor) -> Tensor:
         predicted: the end by the past values, too.
         corrected: the end by the evaluation there.
     """
-    apart = predicted - low
-    size = inner(apart, apart)
-    share = inner(corrected - low, apart) / torch.where(size > 0, size, torch.ones_like(size))
-    return torch.where(size > 0, share, torch.ones_like(share)).clamp(0, 1)
+    return projection(corrected - low, predicted - low).clamp(0, 1)
 
 
 def check_order(order: int, highest: int, name: str) -> None:

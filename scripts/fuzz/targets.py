@@ -25,10 +25,10 @@ from erk_guid.cli.sampler import config_fields
 from erk_guid.common.datasets import load_image_set, open_images
 from erk_guid.common.errors import ErkGuidError
 from erk_guid.common.npz import npz_names, read_npz
-from erk_guid.generation import jobs
+from erk_guid.generation import folders
 from erk_guid.generation.seeds import seeds_in
 from erk_guid.generation.settings import Settings, read_settings
-from erk_guid.generation.trace import COLUMNS, read_trace
+from erk_guid.generation.trace import COLUMNS, KEYS, PART, ROW, read_parts, read_trace, united
 from erk_guid.guidance import ERKGuidance
 from erk_guid.metrics.statistics.moments import Statistics
 from erk_guid.metrics.statistics.references import read_reference, write_reference
@@ -40,7 +40,7 @@ from erk_guid.studies.fitting.journal import Journal
 from erk_guid.studies.reproduce import Reproduction, choose_rows, plan, write_report
 from erk_guid.studies.reproduce.runner import RESULTS
 from scripts.fuzz import archives, pickles
-from scripts.fuzz.mutations import Mutator, mutate_json, mutate_lines, mutator_of_text
+from scripts.fuzz.mutations import Mutator, mutate_json, mutate_lines, mutator_of_text, scramble
 
 TINY: dict[str, Any] = {
     "img_resolution": 2, "img_channels": 1, "label_dim": 2, "model_channels": 4,
@@ -210,26 +210,37 @@ def _runs(folder: Path) -> list[bytes]:
 
 
 def _read_run(path: Path) -> None:
-    reader = getattr(jobs, "read_run", None) or jobs._read_run
-    before = reader(path)
+    before = folders.read_run(path)
     if before is not None:
-        jobs._refuse_mixture(path.parent, before["settings"], NOW)
+        folders.refuse_mixture(path.parent, before["settings"], NOW)
+
+
+ROWS = np.array(
+    [(s, k, 80.0, 5.0, 0.1, 1.0, 1.0, 2.0, 0.1, 0.05) for s in (0, 1) for k in (0, 1)], ROW
+)
 
 
 def _traces(suffix: str) -> Callable[[Path], list[bytes]]:
     def make(folder: Path) -> list[bytes]:
-        rows = np.array([[s, k, 80.0, 5.0, 0.1, 1.0, 1.0, 2.0, 0.1, 0.05] for s in (0, 1)
-                         for k in (0, 1)])  # fmt: skip
         if suffix == ".npz":
-            return [archives.npz(**dict(zip(COLUMNS, rows.T, strict=True)))]
-        lines = [",".join(COLUMNS), *(",".join(f"{v:g}" for v in row) for row in rows)]
+            whole = {name: ROWS[name] for name in COLUMNS}
+            # Seeds and steps were real numbers once.
+            return [
+                archives.npz(**whole),
+                archives.npz(**{**whole, **{n: ROWS[n] + 0.0 for n in KEYS}}),
+            ]
+        lines = [",".join(COLUMNS), *(",".join(f"{v:g}" for v in row) for row in ROWS.tolist())]
         return ["\n".join(lines).encode(), "\r\n".join(lines).encode()]
 
     return make
 
 
+def _read_parts(path: Path) -> None:
+    united(read_parts(path.parent))
+
+
 def _settings(folder: Path) -> list[bytes]:
-    shipped = Path(jobs.__file__).parents[1] / "data" / "fits" / "digits-6.json"
+    shipped = Path(folders.__file__).parents[1] / "data" / "fits" / "digits-6.json"
     made_for = {"solver": "heun", "num_steps": 4, "sigma_min": 0.002, "sigma_max": 80, "rho": 7,
                 "schedule": "polynomial", "denoise_to_zero": True}  # fmt: skip
     Settings(ERKGuidance(0.5, 0.4), made_for, {"net": "digits"}).write(folder / "settings.json")
@@ -372,6 +383,8 @@ TARGETS = (
            mutator_of_text((",", "\n"), (*COLUMNS, "0", "1", '"', "\r")), read_trace),
     Target("trace-npz", "trace.npz", _traces(".npz"), archives.mutate_npz, read_trace,
            runs=800, allowance=160),
+    Target("trace-part", PART.format(rank=0), lambda _: [ROWS.tobytes()], scramble, _read_parts,
+           allowance=160),
     Target("schedule", "levels.txt", lambda _: [b"80, 5\n0.1 0", b"80\n1\n0.002"], _mutate_levels,
            _read_schedule, (click.UsageError,), runs=800),
     Target("schedule-text", "text", lambda _: [b"80,5,0.1", b"fitted", b"polynomial"],

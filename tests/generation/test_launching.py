@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from erk_guid.common.errors import ErkGuidError
-from erk_guid.generation.process_groups import launched
+from erk_guid.generation.peers import launched
 
 SOUND = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 

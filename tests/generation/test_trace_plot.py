@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from erk_guid.cli import main
 from erk_guid.common.errors import ErkGuidError
-from erk_guid.generation.trace import COLUMNS, read_trace, write_trace
+from erk_guid.generation.trace import ROW, read_trace, write_trace
 from erk_guid.generation.trace_plot import SUMMARY, summarize
 
 
@@ -31,24 +31,24 @@ def test_a_real_trace_is_drawn(tmp_path: Path) -> None:
         assert [line["step"] for line in lines] == ["0", "1", "2", "3", "4"]
         assert lines[0]["stiffness_q50"] == lines[4]["stiffness_q50"] == ""
         rows = read_trace(trace)
-        rho = rows[rows[:, 1] == 2, COLUMNS.index("stiffness")]
+        rho = rows["stiffness"][rows["step"] == 2]
         assert float(lines[2]["stiffness_q50"]) == pytest.approx(np.median(rho), rel=1e-5)
         assert float(lines[3]["gate_rate"]) == 1
 
 
 def test_a_summary_counts_and_orders(tmp_path: Path) -> None:
-    rows = np.full((8, len(COLUMNS)), np.nan)
-    rows[:, 0], rows[:, 1] = np.repeat(np.arange(4), 2), np.tile([0, 1], 4)
-    rows[:, 2], rows[:, 3] = np.tile([3.0, 1.0], 4), np.tile([1.0, 0.5], 4)
-    second = rows[:, 1] == 1
-    rows[second, COLUMNS.index("gate")] = [1, 0, 0, 0]
-    rows[second, COLUMNS.index("stiffness")] = [4, 1, 2, 3]
+    rows = np.array([(0, 0, *[np.nan] * (len(ROW) - 2))] * 8, ROW)
+    rows["seed"], rows["step"] = np.repeat(np.arange(4), 2), np.tile([0, 1], 4)
+    rows["sigma"], rows["sigma_next"] = np.tile([3.0, 1.0], 4), np.tile([1.0, 0.5], 4)
+    second = rows["step"] == 1
+    rows["gate"][second] = [1, 0, 0, 0]
+    rows["stiffness"][second] = [4, 1, 2, 3]
     write_trace(tmp_path / "t.csv", rows)
     summary = summarize(read_trace(tmp_path / "t.csv"))
     line = dict(zip(SUMMARY, summary[1], strict=True))
     assert (line["images"], line["gate_rate"], line["stiffness_q50"]) == (4, 0.25, 2.5)
     assert np.isnan(summary[0, 4:]).all()
-    rows[0, 2] = 2.0
+    rows["sigma"][0] = 2.0
     with pytest.raises(ErkGuidError, match="mixes runs: step 0 begins at sigma 2 and 3"):
         summarize(rows)
     with pytest.raises(ErkGuidError, match="the trace is empty"):
@@ -75,7 +75,7 @@ def test_what_is_no_trace(name: str, text: str | None, message: str, tmp_path: P
 
 def test_neither_the_trace_nor_a_folder_is_overwritten(tmp_path: Path) -> None:
     trace = tmp_path / "run-steps.csv"
-    write_trace(trace, np.array([[0, 0, 2.0, 1.0, *[0.5] * 6]]))
+    write_trace(trace, np.array([(0, 0, 2.0, 1.0, *[0.5] * 6)], ROW))
     before = trace.read_bytes()
     done = CliRunner().invoke(
         main, ["plot-trace", str(trace), "--dest", str(tmp_path / "run.png")]

@@ -18,6 +18,7 @@ from conftest import DATA, ROOT
 from PIL import Image
 
 from erk_guid.common.errors import ErkGuidError
+from erk_guid.generation.peers import OwnStore, Signs
 from erk_guid.generation.workers import Queue, Workers, workers
 
 
@@ -45,7 +46,8 @@ def test_a_batch_that_is_done_twice_counts_once() -> None:
 def test_what_dead_ranks_left_is_retaken_and_what_living_ones_do_is_not() -> None:
     # Rank 1 died after taking batch 1, rank 2 before it signed batch 2; rank 3 lives, with batch
     # 0, and gives signs of life.
-    me = Workers(rank=0, world_size=4, patience=0.5)
+    store = OwnStore()
+    me = Workers(0, 4, store, Signs(store, patience=0.5))
     for index, rank in ((0, 3), (1, 1), (3, 0)):
         me.store.set(f"owner/{index}", str(rank))
     me.store.add("next", 4)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import Tensor
 
 import erk_guid
@@ -122,6 +123,36 @@ def test_a_zero_pair_gives_exactly_zero() -> None:
     assert (erk_guid.stiffness(x, x, f, f) == 0).all()
     assert (erk_guid.dominant_eigenvector(f, f) == 0).all()
     assert (ERKGuidance(2.0, 0.0).correction(Pair(x, x, f, f, 1.0)) == 0).all()
+
+
+@pytest.mark.parametrize("small", ["drifts' difference", "points' distance"])
+def test_the_page_says_where_the_published_form_becomes_weaker(small: str) -> None:
+    # Catches: numbers of the page that are not the code's. By hand: d / (d + 1e-8) is 0.99 at
+    # 99e-8; its square at 1e-8 s / (1 - s) with s the square root of 0.99.
+    text = (ROOT / "docs" / "limits.md").read_text().replace("\\|", "")
+    rows = [row for row in text.splitlines() if row.startswith("|")]
+    (first,) = [i for i, row in enumerate(rows) if small in row]
+    for row, power in zip(rows[first : first + 2], (1, 2), strict=True):
+        for cell, left in zip(row.split("|")[-3:-1], (0.99, 0.5), strict=True):
+            share = left ** (1 / power)
+            exact = 1e-8 * share / (1 - share)
+            assert float(cell) == pytest.approx(exact, rel=0.02), row
+            f = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+            along = torch.tensor([[0.6, 0.8]], dtype=torch.float64)
+            weak = exact * along
+            dx, df = (along, weak) if "drifts" in small else (weak, along)
+            pair = Pair(f, f - dx, f, f - df, 1.0)
+            if power == 2:
+                # Without the constant: -(|df| / |dx|)^2 f, f lying along the difference.
+                found = ERKGuidance(1.0, 0.0).correction(pair) / -f
+                unweakened = float((df.norm() / dx.norm()) ** 2)
+            elif "drifts" in small:
+                found = erk_guid.dominant_eigenvector(f, f - df) / along
+                unweakened = 1.0
+            else:
+                found = erk_guid.stiffness(f, f - dx, f, f - df)
+                unweakened = float(df.norm() / dx.norm())
+            assert (found / unweakened).numpy() == pytest.approx(left, rel=1e-7), row
 
 
 def test_permutation_and_rotation_equivariance() -> None:

@@ -16,8 +16,8 @@ from torch import Tensor
 from erk_guid.common.pictures import save_png
 from erk_guid.edm2 import edm_sampler
 from erk_guid.generation.devices import choose_device
+from erk_guid.generation.folders import image_path
 from erk_guid.generation.images import Batch, generate
-from erk_guid.generation.jobs import image_path
 from erk_guid.generation.seeds import SeededNoise, seeds_in
 from erk_guid.models.checkpoints import PRESETS, Checkpoint, load
 from erk_guid.models.checkpoints.trusted import EasyDict

@@ -20,7 +20,8 @@ from tqdm import tqdm
 from erk_guid.common.datasets import open_images
 from erk_guid.common.errors import ErkGuidError
 from erk_guid.generation.devices import choose_device
-from erk_guid.generation.process_groups import FAILED, ProcessGroup, current_group
+from erk_guid.generation.peers import FAILED
+from erk_guid.generation.process_groups import ProcessGroup, current_group
 from erk_guid.metrics.detectors import load_detector, run_detector
 from erk_guid.metrics.scores import frechet_distance
 from erk_guid.metrics.scoring import choose

@@ -15,6 +15,7 @@ from erk_guid.metrics.detectors.base import (
     load_detector,
     register_detector,
     run_detector,
+    weights_file,
 )
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "load_detector",
     "register_detector",
     "run_detector",
+    "weights_file",
 ]

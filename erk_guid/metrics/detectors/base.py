@@ -6,6 +6,7 @@ own with `register_detector`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -13,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from erk_guid.common.errors import ErkGuidError
+from erk_guid.common.errors import ErkGuidError, printable
 from erk_guid.common.files import user_path
 
 
@@ -85,7 +86,24 @@ def check_detector_name(name: str) -> None:
         DetectorError: there is no detector of that name; the message lists the known ones.
     """
     if name not in _FACTORIES:
-        raise DetectorError(f"unknown metric {name!r}; there are {', '.join(detector_names())}")
+        raise DetectorError(
+            f"unknown metric {printable(name, 80)!r}; there are {', '.join(detector_names())}"
+        )
+
+
+def weights_file(name: str, weights: Path | str) -> Path:
+    """Return the path of the user's file of weights.
+
+    Raises:
+        DetectorError: there is no detector of that name, or no such file.
+    """
+    check_detector_name(name)
+    path = user_path(weights)
+    if not os.path.isfile(path):
+        raise DetectorError(
+            f"--detector-weights {name}={printable(weights, 200)}: there is no such file"
+        )
+    return path
 
 
 def load_detector(
@@ -101,9 +119,7 @@ def load_detector(
             says which file to put where.
     """
     check_detector_name(name)
-    path = user_path(weights) if weights is not None else None
-    if path is not None and not path.is_file():
-        raise DetectorError(f"--detector-weights {name}={weights}: there is no such file")
+    path = weights_file(name, weights) if weights is not None else None
     detector = _FACTORIES[name](torch.device(device), path)
     if detector.name != name:
         raise DetectorError(f"the detector registered as {name!r} calls itself {detector.name!r}")

@@ -14,7 +14,9 @@ from erk_guid.metrics.detectors.base import DetectorError, in_colour, register_d
 from erk_guid.metrics.detectors.weights import check_weights, fetch_weights, first_line, identify
 
 DINO_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
-DINO_REPOSITORY = "facebookresearch/dinov2:main"
+DINO_COMMIT = "b8931f7bf91576930313be2c6d6af376033b35f0"
+"""Which code is run: the newest of DINOv2's main branch when this was written (August 2025)."""
+DINO_REPOSITORY = f"facebookresearch/dinov2:{DINO_COMMIT}"
 DINO_SIZE = 224
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -45,10 +47,12 @@ class _DINOv2:
         path = weights or fetch_weights(self.name, DINO_URL)
         state = check_weights(self.name, path)
         self.weights = identify(path)
-        where = Path(torch.hub.get_dir()) / "facebookresearch_dinov2_main"
+        where = Path(torch.hub.get_dir()) / f"facebookresearch_dinov2_{DINO_COMMIT}"
         try:
             with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
                 warnings.filterwarnings("ignore", message="xFormers")
+                # The hub would ask about trust, and look the reference up among branches, where
+                # a commit is not found. The hash says more than both.
                 net = torch.hub.load(
                     DINO_REPOSITORY, "dinov2_vitl14", pretrained=False, trust_repo=True,
                     skip_validation=True, verbose=False,
@@ -56,8 +60,8 @@ class _DINOv2:
         except Exception as error:  # the hub runs the repository's code, which may raise anything
             raise DetectorError(
                 f"{self.name} needs DINOv2's code, which could not be loaded "
-                f"({first_line(error)}). Put a checkout of https://github.com/"
-                f"facebookresearch/dinov2 at {where}"
+                f"({first_line(error)}). Put a checkout of commit {DINO_COMMIT} of "
+                f"https://github.com/facebookresearch/dinov2 at {where}"
             ) from error
         try:
             net.load_state_dict(state)

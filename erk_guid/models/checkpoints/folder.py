@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from erk_guid.common.errors import CheckpointError, ErkGuidError, MissingExtraError
+from erk_guid.common.errors import CheckpointError, ErkGuidError, MissingExtraError, printable
 from erk_guid.models.checkpoints.build import SETTINGS, build_network
 from erk_guid.models.encoders import Encoder, StabilityVAEEncoder, StandardRGBEncoder
 
@@ -56,6 +57,15 @@ def weights_in(folder: Path) -> Path:
     )
 
 
+def hub_name(name: str) -> re.Match[str] | None:
+    """Return the parts of what may be a name on the Hugging Face hub, see `HUB`; else None."""
+    if name.startswith((".", "~")) or os.path.exists(name.partition("/")[0]):
+        return None  # meant as a local path, but not there
+    if Path(name).suffix in (".pkl", ".safetensors", ".pt", ".pth", ".ckpt"):
+        return None
+    return HUB.fullmatch(name)
+
+
 def fetch_from_hub(name: str) -> Path | None:
     """Fetch the weights of ``owner/name[/folder][@revision]`` from the Hugging Face hub.
 
@@ -64,10 +74,8 @@ def fetch_from_hub(name: str) -> Path | None:
     Raises:
         ErkGuidError: it cannot be fetched, or holds no network.
     """
-    match = HUB.fullmatch(name)
-    if name.startswith((".", "~")) or Path(name.partition("/")[0]).exists():
-        return None  # meant as a local path, but not there
-    if match is None or Path(name).suffix in (".pkl", ".safetensors", ".pt", ".pth", ".ckpt"):
+    match = hub_name(name)
+    if match is None:
         return None
     try:
         from huggingface_hub import snapshot_download
@@ -82,9 +90,10 @@ def fetch_from_hub(name: str) -> Path | None:
             allow_patterns=[f"{folder}/{one}" if folder else one for one in wanted],
         )
     except Exception as error:  # its client raises errors of several packages
+        reason = str(error).strip().partition("\n")[0][:160]
         raise ErkGuidError(
-            f"{name!r} is no file and no preset, and cannot be fetched from the Hugging Face hub "
-            f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]})"
+            f"{printable(name, 200)!r} is no file and no preset, and cannot be fetched from the "
+            f"Hugging Face hub ({type(error).__name__}: {reason})"
         ) from error
     return weights_in(Path(root) / folder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -11,13 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from erk_guid.common.errors import CheckpointError, ErkGuidError, printable
-from erk_guid.common.files import sha256_of
+from erk_guid.common.datasets import refuse_overwriting
+from erk_guid.common.errors import CheckpointError, ErkGuidError, printable, reason_of
+from erk_guid.common.files import check_writable, sha256_of, with_home
 from erk_guid.models.checkpoints.build import NETWORKS, own_memory
 from erk_guid.models.checkpoints.download import download, how_to_refetch, is_url
-from erk_guid.models.checkpoints.folder import fetch_from_hub, is_model, read_model, weights_in
+from erk_guid.models.checkpoints.folder import (
+    fetch_from_hub,
+    hub_name,
+    is_model,
+    read_model,
+    weights_in,
+)
 from erk_guid.models.checkpoints.native import has_header, read_native, save_network
 from erk_guid.models.checkpoints.presets import PRESETS, SHIPPED, Preset
 from erk_guid.models.checkpoints.snapshot import read_snapshot
@@ -189,25 +198,47 @@ def locate(source: str, refresh: bool = False) -> Path:
     Raises:
         ErkGuidError: there is none; the message suggests close preset names.
     """
-    source = _address(source)
-    if source.startswith(SHIPPED):
-        with as_file(files("erk_guid") / "data" / source.removeprefix(SHIPPED)) as path:
-            return path
-    if is_url(source):
-        return download(source, refresh=refresh)
-    if not source:
+    address = _address(source)
+    if is_url(address):
+        return download(address, refresh=refresh)
+    path = _local(address) or fetch_from_hub(address)
+    if path is None:
+        raise _unknown(address)
+    return path
+
+
+def check_source(source: str) -> None:
+    """Refuse what no network can be behind. Nothing is fetched, and no file is opened.
+
+    Args:
+        source: as `load` takes it. A URL passes, and so does what may be a name on the hub.
+
+    Raises:
+        ErkGuidError: see `locate`.
+    """
+    address = _address(source)
+    if not is_url(address) and _local(address) is None and hub_name(address) is None:
+        raise _unknown(address)
+
+
+def _local(address: str) -> Path | None:
+    """Return the file of a path or of a shipped network, or None if there is none."""
+    if address.startswith(SHIPPED):
+        with as_file(files("erk_guid") / "data" / address.removeprefix(SHIPPED)) as shipped:
+            return shipped
+    if not address:
         raise ErkGuidError("the name of the network is empty")
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path
-    if path.is_dir():
+    path = with_home(address)
+    # Not the methods of a Path: a name that is too long is an error there.
+    if os.path.isdir(path):
         return weights_in(path)
-    close = get_close_matches(source, PRESETS, n=3)
-    fetched = fetch_from_hub(source)
-    if fetched is not None:
-        return fetched
+    return path if os.path.isfile(path) else None
+
+
+def _unknown(address: str) -> ErkGuidError:
+    close = get_close_matches(address, PRESETS, n=3)
     hint = f"; did you mean {' or '.join(close)}?" if close else " ('erk-guid presets' lists them)"
-    raise ErkGuidError(f"{source!r} is no file, no URL and no preset{hint}")
+    return ErkGuidError(f"{printable(address, 200)!r} is no file, no URL and no preset{hint}")
 
 
 def _read(path: Path, source: str, trust: bool) -> Checkpoint:
@@ -230,9 +261,42 @@ def _read(path: Path, source: str, trust: bool) -> Checkpoint:
 
     print(f"Running the code inside {path}, as asked by --trust-pickle", file=sys.stderr)
     data = read_trusted(path)
-    net = data["ema"].eval().requires_grad_(False)
+    net = _ForeignNetwork(data["ema"], source).eval().requires_grad_(False)
     encoder = data.get("encoder") or StandardRGBEncoder()
     return Checkpoint(net, _adapted(encoder), source, path, "pkl (trusted)")
+
+
+class _ForeignNetwork(nn.Module):
+    """A network whose code is in a trusted file: what goes wrong in it is told as the file's."""
+
+    def __init__(self, net: Any, source: str) -> None:
+        super().__init__()
+        self.net = net
+        self.source = source
+        self.img_resolution: int = net.img_resolution
+        self.img_channels: int = net.img_channels
+        self.label_dim: int = net.label_dim
+
+    def forward(
+        self, x: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        try:
+            out = self.net(x, sigma, class_labels)
+        except torch.cuda.OutOfMemoryError:
+            raise  # not the code's fault: callers ask for a smaller batch
+        except Exception as error:  # the file's own code may raise anything
+            reason = printable(f"{type(error).__name__}: {error}", 200)
+            raise CheckpointError(f"{self.source}: its network failed ({reason})") from error
+        if not isinstance(out, torch.Tensor) or out.shape != x.shape:
+            found = list(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+            raise CheckpointError(
+                f"{self.source}: its network returned {found} for an x of {list(x.shape)}, where "
+                "it should return the denoised x"
+            )
+        return out
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        self.net.compile(*args, **options)
 
 
 class _ForeignEncoder:
@@ -264,12 +328,14 @@ def convert(source: str | Path, dest: str | Path) -> Checkpoint:
     Raises:
         ErkGuidError: as `load`; or the file cannot be written.
     """
+    check_writable(dest)
     loaded = load(source, freeze=False)
     assert isinstance(loaded.net, nn.Module)
+    refuse_overwriting({"DEST": Path(dest)}, [loaded.path])
     try:
         # The file's name only: its folder is private.
         origin = loaded.source if is_url(loaded.source) or loaded.preset else loaded.path.name
         save_network(dest, loaded.net, loaded.encoder, {"source": origin, **loaded.metadata})
-    except OSError as error:
-        raise ErkGuidError(f"cannot write {dest}: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise ErkGuidError(f"cannot write {dest}: {reason_of(error)}; write elsewhere") from error
     return loaded

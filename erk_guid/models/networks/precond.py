@@ -157,27 +157,37 @@ def one_hot_rows(labels: Tensor, label_dim: int, count: int) -> Tensor:
 
     Args:
         labels: rows [count, label_dim], one row for all [1, label_dim], or class numbers: whole
-            numbers [count] or a single one. For a single image a row may be [label_dim].
+            numbers [count] or a single one. For a single image a row may be [label_dim]. Rows of
+            whole numbers hold 0 and 1.
         label_dim: number of classes.
         count: number of images.
 
     Raises:
-        ValueError: any other shape, or a class number out of range. The range is checked only on
-            the CPU; elsewhere the check would wait for the device.
+        ValueError: any other shape, a class number out of range, class numbers in rows, or complex
+            labels. Values are checked only on the CPU and outside of a compiled graph; elsewhere
+            the check would wait for the device, or break the graph.
     """
-    whole = not labels.is_floating_point() and labels.dtype != torch.bool
+    seen = labels.device.type == "cpu" and not torch.compiler.is_compiling()
+    whole = not labels.is_floating_point() and not labels.is_complex()
+    whole = whole and labels.dtype != torch.bool
+    remedy = f"torch.nn.functional.one_hot(numbers, {label_dim}) makes rows of class numbers"
     if whole and labels.ndim < 2:
         numbers = labels.reshape(-1)
-        if numbers.device.type == "cpu" and not ((numbers >= 0) & (numbers < label_dim)).all():
+        if seen and not ((numbers >= 0) & (numbers < label_dim)).all():
             raise ValueError(
                 f"class numbers must be from 0 to {label_dim - 1}, got {numbers.tolist()[:8]}"
             )
         labels = F.one_hot(numbers.long(), label_dim)
+    elif whole and seen and not ((labels == 0) | (labels == 1)).all():
+        raise ValueError(
+            f"rows of class labels hold 0 and 1, got {labels.flatten().tolist()[:8]}; {remedy}"
+        )
     if labels.ndim == 1 and count == 1:  # with more images, this might be meant as their classes
         labels = labels[None]
-    if labels.ndim != 2 or labels.shape[1] != label_dim or len(labels) not in (1, count):
+    fits = labels.ndim == 2 and labels.shape[1] == label_dim and len(labels) in (1, count)
+    if not fits or labels.is_complex():
         raise ValueError(
             f"class labels must be one-hot rows [{count}, {label_dim}] or class numbers [{count}], "
-            f"got {labels.dtype} {list(labels.shape)}"
+            f"got {labels.dtype} {list(labels.shape)}; {remedy}"
         )
     return labels.to(torch.float32)

@@ -14,13 +14,19 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from PIL import Image
 
-from erk_guid.common.errors import ErkGuidError
-from erk_guid.common.files import write_bytes
+from erk_guid.common.errors import ErkGuidError, printable
+from erk_guid.common.files import check_folder, write_bytes
 from erk_guid.common.pictures import save_picture, tile
-from erk_guid.generation.jobs import image_path
+from erk_guid.generation.devices import choose_device
+from erk_guid.generation.folders import image_path
+from erk_guid.generation.locks import locked
+from erk_guid.metrics.comparison import REAL
+from erk_guid.metrics.detectors import weights_file
+from erk_guid.metrics.statistics.references import PUBLISHED, locate_reference
+from erk_guid.models.checkpoints.download import is_url
+from erk_guid.models.checkpoints.loading import check_source
 from erk_guid.studies.reproduce.planning import (
     SCORE_NAME,
     Plan,
@@ -29,6 +35,7 @@ from erk_guid.studies.reproduce.planning import (
     plan,
     quality_of,
     resamples_of,
+    settled,
 )
 from erk_guid.studies.reproduce.tables import Row
 
@@ -167,21 +174,65 @@ def asked(job: Reproduction, one: Plan) -> dict[str, Any]:
     return {"real": real, "detector": detector}
 
 
+def check_inputs(job: Reproduction) -> None:
+    """Refuse what no run could use, before one is begun. Nothing is fetched, and nothing made.
+
+    Raises:
+        ErkGuidError: options that contradict each other, or that name what is not there.
+    """
+    job.check()
+    check_folder(job.outdir)
+    if job.device is not None:
+        choose_device(job.device)
+    for source in (job.model, job.gnet):
+        if source is not None:
+            check_source(source)
+    if job.gnet is not None and all(row.family != "autog" for row in job.rows):
+        raise ErkGuidError(
+            f"--gnet {printable(job.gnet, 200)} has nothing to act on: it is for rows with "
+            "autoguidance"
+        )
+    for name, path in job.detector_weights.items():
+        weights_file(name, path)
+    if job.ref is not None and job.ref not in PUBLISHED and not is_url(job.ref):
+        locate_reference(job.ref)
+
+
+def check_plans(job: Reproduction) -> None:
+    """Refuse what `run` refuses besides, as far as it is known before settings are chosen.
+
+    Raises:
+        ErkGuidError: see `run`.
+    """
+    plans = [plan(job, row) for row in job.rows if settled(job, row).settled]
+    # The usual real images need not be on the machine where a run is planned.
+    usual = job.real is None
+    _check_real(job, [p for p in plans if not (usual and quality_of(job, p.row)[0] == REAL)])
+
+
+def _check_real(job: Reproduction, plans: Sequence[Plan]) -> None:
+    try:
+        check_real_images(job, plans)
+    except OSError as error:
+        raise ErkGuidError(
+            f"--real {printable(job.real, 200)}: {error.strerror}; name a folder, zip or .npz"
+        ) from error
+
+
 def run(job: Reproduction) -> None:
     """Run the rows that `results.jsonl` does not have yet.
 
     Raises:
         ErkGuidError: a row cannot be run, a command failed, or another run is at work there.
     """
-    job.check()
+    check_inputs(job)
     plans = [plan(job, row) for row in job.rows]
     before_now = read_results(job.outdir)
-    check_real_images(job, [one for one in plans if not result_of(job, before_now, one)])
+    _check_real(job, [one for one in plans if not result_of(job, before_now, one)])
     # So that SIGTERM to this process also ends the command that it waits for.
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        job.outdir.mkdir(parents=True, exist_ok=True)
-        with FileLock(job.outdir / ".lock", timeout=0):
+        with locked(job.outdir):
             _mend(job.outdir)
             for number, one in enumerate(plans, 1):
                 heading = f"[{number}/{len(plans)}] {one.row.id}"
@@ -198,8 +249,6 @@ def run(job: Reproduction) -> None:
                     _run_row(job, one)
                 if not job.keep_images and one.images.exists():
                     shutil.rmtree(one.images)
-    except Timeout as error:
-        raise ErkGuidError(f"another run is at work in {job.outdir}; choose --outdir") from error
     except OSError as error:
         raise ErkGuidError(f"cannot write to {job.outdir}: {error}") from error
     finally:
@@ -207,13 +256,22 @@ def run(job: Reproduction) -> None:
 
 
 def _mend(outdir: Path) -> None:
-    """Remove or end the line that a killed run left unfinished, before the next is added."""
+    """Remove or end the line that a killed run left unfinished, before the next is added.
+
+    What is removed is told on stderr.
+    """
     path = outdir / RESULTS
     results = read_results(outdir)  # raises if more than the last line is damaged
     if path.exists():
         lines = path.read_text().splitlines()
         if len(lines) > len(results) or not path.read_bytes().endswith(b"\n"):
-            whole = lines[: len(results)]
+            whole, dropped = lines[: len(results)], lines[len(results) :]
+            for line in dropped:
+                print(
+                    f"Note: the last line of {path} is no whole result, and is dropped; its row "
+                    f"is made again: {printable(line, 160)}",
+                    file=sys.stderr,
+                )
             write_bytes(path, "".join(f"{line}\n" for line in whole).encode())
 
 

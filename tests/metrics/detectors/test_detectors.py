@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ from erk_guid.metrics.detectors import (
     register_detector,
     weights,
 )
-from erk_guid.metrics.detectors.dinov2 import dinov2_input
+from erk_guid.metrics.detectors.dinov2 import DINO_COMMIT, dinov2_input
 from erk_guid.metrics.scores.inception import RNG_SEED
 from erk_guid.metrics.scores.neighbours import NEIGHBOURS
 
@@ -158,7 +159,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def stand_in(hub: Path) -> torch.nn.Module:
-    repository = hub / "facebookresearch_dinov2_main"
+    repository = hub / f"facebookresearch_dinov2_{DINO_COMMIT}"
     repository.mkdir(parents=True)
     (repository / "hubconf.py").write_text(HUBCONF)
     net: torch.nn.Module = torch.hub.load(str(repository), "dinov2_vitl14", False, source="local")
@@ -183,6 +184,16 @@ def test_dinov2_through_the_hub(hub: Path) -> None:
     torch.save({k: 2 * v for k, v in net.state_dict().items()}, elsewhere)
     doubled = load_detector("fd_dinov2", weights=elsewhere)
     assert torch.allclose(doubled(images), 2 * detector(images), atol=1e-4)
+
+
+def test_dinov2s_code_is_of_one_commit(hub: Path, tmp_path: Path) -> None:
+    # Catches: code of a branch, which is another one tomorrow, run without a question.
+    assert re.fullmatch("[0-9a-f]{40}", DINO_COMMIT)
+    net = stand_in(hub)
+    torch.save(net.state_dict(), tmp_path / "w.pth")
+    (hub / f"facebookresearch_dinov2_{DINO_COMMIT}").rename(hub / "facebookresearch_dinov2_main")
+    with pytest.raises(ErkGuidError, match=f"Put a checkout of commit {DINO_COMMIT} of https"):
+        load_detector("fd_dinov2", weights=tmp_path / "w.pth")
 
 
 def test_weights_that_cannot_be_had_are_named(hub: Path) -> None:
@@ -220,7 +231,7 @@ def test_dinov2s_code_that_cannot_be_had_is_named(hub: Path, tmp_path: Path) -> 
     torch.save({"a": torch.zeros(1)}, tmp_path / "w.pth")
     with pytest.raises(ErkGuidError, match="needs DINOv2's code") as caught:
         load_detector("fd_dinov2", weights=tmp_path / "w.pth")
-    assert str(hub / "facebookresearch_dinov2_main") in str(caught.value)
+    assert str(hub / f"facebookresearch_dinov2_{DINO_COMMIT}") in str(caught.value)
     stand_in(hub)
     with pytest.raises(ErkGuidError, match="does not hold the weights of DINOv2"):
         load_detector("fd_dinov2", weights=tmp_path / "w.pth")

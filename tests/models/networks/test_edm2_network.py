@@ -155,6 +155,25 @@ def test_class_numbers_are_one_hot_rows(label_dim: int) -> None:
                 net(x, 0.7, wrong)
         with pytest.raises(ValueError, match=f"from 0 to {label_dim - 1}, got"):
             net(x, 0.7, torch.tensor([0, 1, label_dim, 0]))
+        # Catches: class numbers taken for the values of a row, and an imaginary part left out.
+        remedy = rf"; torch\.nn\.functional\.one_hot\(numbers, {label_dim}\) makes rows"
+        for numbers in (torch.arange(label_dim)[None], torch.arange(label_dim).repeat(4, 1)):
+            with pytest.raises(ValueError, match=rf"hold 0 and 1, got \[0, 1, 2.*{remedy}"):
+                net(x, 0.7, numbers)
+        with pytest.raises(ValueError, match=rf"got torch\.complex64 \[4, {label_dim}\]{remedy}"):
+            net(x, 0.7, rows + 0j)
+
+
+def test_class_numbers_do_not_break_the_graph() -> None:
+    # Catches: a look at their values, for which torch.compile would leave the graph.
+    torch.compiler.reset()
+    net = Precond(8, 1, 4, model_channels=8, channel_mult=[1], channels_per_head=8).eval()
+    whole = torch.compile(net, fullgraph=True, backend="eager")
+    x, sigma = torch.randn(4, 1, 8, 8), torch.tensor(0.7)
+    for labels in (torch.tensor([2, 0, 1, 3]), torch.eye(4).long(), torch.eye(4)):
+        with torch.no_grad():
+            assert torch.equal(whole(x, sigma, labels), net(x, sigma, labels))
+    torch.compiler.reset()
 
 
 @pytest.mark.gpu

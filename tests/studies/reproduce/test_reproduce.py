@@ -85,10 +85,10 @@ def test_every_guided_row_has_one_baseline(table: str) -> None:
     assert len(names) == len(set(names))
 
 
-def test_a_dry_run_prints_commands_that_parse() -> None:
+def test_a_dry_run_prints_commands_that_parse(tmp_path: Path) -> None:
     done = run("--dry-run", "--gpus", 8)
     assert done.exit_code == 0, done.output
-    commands = [shlex.split(line) for line in done.output.splitlines() if line[0] != "#"]
+    commands = [shlex.split(line) for line in done.stdout.splitlines() if line[0] != "#"]
     generate = [c for c in commands if "generate" in c]
     assert len(generate) == 10 + 8 + 6
     name = plan(Reproduction(rows=[], gpus=8), TABLES["2"][0]).name
@@ -109,7 +109,8 @@ def test_a_dry_run_prints_commands_that_parse() -> None:
         f"--real=ILSVRC2012_img_val_resize_centercrop --json=output/scores/{name}-quality.json"
     )
     assert "precision-recall" not in commands_of("--skip-quality")
-    assert "--real=x.zip" in commands_of("--table=4", "--real=x.zip")
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    assert f"--real={tmp_path}" in commands_of("--table=4", f"--real={tmp_path}")
     assert ["rm", "-r", f"output/images/{name}"] in commands
     # Every option that is printed exists.
     for command in commands:
@@ -143,7 +144,15 @@ def commands_of(*args: Any) -> str:
     return done.output
 
 
-def test_other_models_take_the_papers_place() -> None:
+@pytest.fixture
+def own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that are there, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine.pkl", "w.pkl", "weak.pkl", "mine.npz", "x.npz"):
+        Path(name).write_bytes(b"")
+
+
+def test_other_models_take_the_papers_place(own_files: None) -> None:
     digits = commands_of("--model", "digits", "--num", 500, "--table", "2,3", "--device", "cpu")
     assert "--preset=digits " in digits
     assert "--preset=digits-guid --guidance=1.2" in digits
@@ -188,7 +197,9 @@ def test_other_models_take_the_papers_place() -> None:
         (("--row", "2-8-plain", "--bootstrap", 1), "needs at least 2 resamples"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_run_is_said(args: tuple[Any, ...], message: str, tmp_path: Path) -> None:
+def test_what_cannot_be_run_is_said(
+    args: tuple[Any, ...], message: str, own_files: None, tmp_path: Path
+) -> None:
     done = run(*args, "--outdir", tmp_path)
     assert done.exit_code in (1, 2)
     assert message in done.output

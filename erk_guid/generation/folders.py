@@ -1,0 +1,269 @@
+"""The folder of a job: its images, and run.json, which says how they were made."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from erk_guid.common.errors import ErkGuidError
+from erk_guid.common.files import PARTIAL, write_bytes
+from erk_guid.common.pictures import is_whole_png
+from erk_guid.generation.locks import FolderLock
+from erk_guid.generation.trace import part_files, restart_parts
+from erk_guid.solvers import same_as_recorded
+
+RUN_FILE = "run.json"
+
+
+def image_path(outdir: Path, seed: int, subdirs: bool) -> Path:
+    """Return the path of the image of `seed`; `subdirs` gives a folder per 1000 seeds."""
+    folder = outdir / f"{seed // 1000 * 1000:06d}" if subdirs else outdir
+    return folder / f"{seed:06d}.png"
+
+
+class Prepared(NamedTuple):
+    """What a job has to do.
+
+    Attributes:
+        todo: seeds still to be made.
+        goes_on: the folder holds images of the same settings, from before.
+    """
+
+    todo: list[int]
+    goes_on: bool
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The folder of a job.
+
+    Attributes:
+        path: where it is.
+        subdirs: a folder for every 1000 seeds.
+    """
+
+    path: Path
+    subdirs: bool
+
+    def image(self, seed: int) -> Path:
+        """Return the path of the image of `seed`."""
+        return image_path(self.path, seed, self.subdirs)
+
+    def missing(self, seeds: Iterable[int]) -> list[int]:
+        """Return the seeds that have no image here."""
+        return [seed for seed in seeds if not self.image(seed).exists()]
+
+    def check(self, lock: FolderLock, seeds: Sequence[int]) -> None:
+        """Raise unless the folder is there, and still this job's.
+
+        Raises:
+            ErkGuidError: the message counts how many of the seeds have no image.
+        """
+        try:
+            lock.check()
+        except ErkGuidError as error:
+            raise ErkGuidError(
+                f"{error}; {len(self.missing(seeds))} of {len(seeds)} images are missing there"
+            ) from error
+
+    def check_made(self, seeds: Sequence[int]) -> None:
+        """Raise if an image that was made is not there.
+
+        Raises:
+            ErkGuidError: the message counts them.
+        """
+        missing = self.missing(seeds)
+        if missing:
+            raise ErkGuidError(
+                f"{len(missing)} of {len(seeds)} images made are missing in {self.path}, such as "
+                f"that of seed {missing[0]}: something removed them; --resume makes them again"
+            )
+
+    def prepare(
+        self,
+        seeds: Sequence[int],
+        settings: dict[str, Any],
+        about: dict[str, Any],
+        *,
+        resume: bool,
+        overwrite: bool,
+    ) -> Prepared:
+        """Make the folder ready for a job, and write its run.json.
+
+        Args:
+            seeds: to be made, each once.
+            settings: what makes the images what they are.
+            about: more to record.
+            resume: make only what is missing.
+            overwrite: delete images of other settings.
+
+        Raises:
+            ErkGuidError: the folder holds images of other settings, or cannot be written.
+        """
+        before = self._resumed(settings) if resume else self._cleared(seeds, settings, overwrite)
+        recorded: list[int] = before["seeds"] if before else []
+        todo = list(seeds)
+        _remove(list(self._files(f".*{PARTIAL}*")))  # of killed runs
+        if resume:
+            # Keep only images of recorded seeds: those of other seeds may be from an older run.
+            claimed = set(recorded)
+            todo = [s for s in seeds if s not in claimed or not is_whole_png(self.image(s))]
+            _remove(self.image(s) for s in todo)
+        if before is None:
+            _remove(part_files(self.path))
+        else:
+            restart_parts(self.path, without=todo)
+        skipped = set(before.get("nonfinite", []) if before else []) - set(todo)
+        self._write(
+            {
+                "settings": settings,
+                **about,
+                "seeds": sorted({*recorded, *seeds}),
+                **({"nonfinite": sorted(skipped)} if skipped else {}),
+            }
+        )
+        return Prepared(todo, before is not None)
+
+    def record_skipped(self, skipped: Sequence[int]) -> None:
+        """Write into run.json which seeds of this run have no image, and say so.
+
+        Raises:
+            ErkGuidError: it cannot be read or written.
+        """
+        if not skipped:
+            return
+        run = self._read()
+        if run is not None:
+            self._write({**run, "nonfinite": sorted({*run.get("nonfinite", []), *skipped})})
+        images = "image" if len(skipped) == 1 else "images"
+        print(
+            f"Note: {len(skipped)} {images} came out as NaN or infinity and were left out. "
+            f"{self.path / RUN_FILE} lists their seeds under nonfinite; --resume makes them again",
+            file=sys.stderr,
+        )
+
+    def _read(self) -> dict[str, Any] | None:
+        return read_run(self.path / RUN_FILE)
+
+    def _write(self, run: dict[str, Any]) -> None:
+        try:
+            write_bytes(self.path / RUN_FILE, (json.dumps(run, indent=1) + "\n").encode())
+        except OSError as error:
+            reason = error.strerror or error
+            raise ErkGuidError(f"cannot write to --outdir {self.path}: {reason}") from error
+
+    def _resumed(self, settings: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the record of the run that is resumed; None for an empty folder."""
+        before = self._read()
+        if before is None and any(self._files("*.png")):
+            raise ErkGuidError(
+                f"cannot resume: {self.path} holds images but no {RUN_FILE}, so nothing says how "
+                "they were made; choose another --outdir, or --overwrite in place of --resume"
+            )
+        if before is not None:
+            refuse_mixture(self.path, before["settings"], settings)
+        return before
+
+    def _cleared(
+        self, seeds: Sequence[int], settings: dict[str, Any], overwrite: bool
+    ) -> dict[str, Any] | None:
+        """Delete old images of these seeds, and with `overwrite` those of other settings.
+
+        Returns:
+            The record of a run with the same settings, whose other images stay.
+
+        Raises:
+            ErkGuidError: there are images of other settings.
+        """
+        there = set(self._files("*.png"))
+        if not there:
+            return None
+        before = self._recorded(settings)
+        if before is None:
+            if not overwrite:
+                raise ErkGuidError(
+                    f"{self.path} holds {len(there)} images of other settings, or of an unknown "
+                    "origin; choose another --outdir, --resume with the first run's settings, or "
+                    "--overwrite to delete them"
+                )
+            named = {path for path in there if re.fullmatch(r"\d{6,18}\.png", path.name)}
+            _remove(named)
+            there -= named
+        ours = {self.image(seed) for seed in [*seeds, *(before["seeds"] if before else [])]}
+        _remove(there & {self.image(seed) for seed in seeds})
+        if there - ours:
+            # A score over the folder would count them, too.
+            count = len(there - ours)
+            print(f"Note: {self.path} holds {count} other images, which stay", file=sys.stderr)
+        return before
+
+    def _recorded(self, settings: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the record of a run with these settings; None if there is none."""
+        try:
+            before = self._read()
+            if before is not None:
+                refuse_mixture(self.path, before["settings"], settings)
+        except ErkGuidError:
+            return None
+        return before
+
+    def _files(self, pattern: str) -> Iterator[Path]:
+        """Yield files in the folder and in its --subdirs folders, where jobs write; none deeper."""
+        yield from self.path.glob(pattern)
+        yield from self.path.glob(f"{'[0-9]' * 6}*/{pattern}")
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise ErkGuidError(f"cannot replace {path}: {error.strerror}") from error
+
+
+def read_run(path: Path) -> dict[str, Any] | None:
+    """Read a run.json; None if there is none.
+
+    Raises:
+        ErkGuidError: it is damaged, or something else.
+    """
+    try:
+        run = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ErkGuidError(f"cannot resume: {path} is not readable ({error})") from error
+    if (
+        not isinstance(run, dict)
+        or not isinstance(run.get("settings"), dict)
+        or not _are_seeds(run.get("seeds"))
+        or not _are_seeds(run.get("nonfinite", []))
+    ):
+        raise ErkGuidError(f"cannot resume: {path} does not describe a run")
+    return run
+
+
+def _are_seeds(found: object) -> bool:
+    return isinstance(found, list) and all(isinstance(seed, int) for seed in found)
+
+
+def refuse_mixture(outdir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to go on with other settings than those of a record.
+
+    Raises:
+        ErkGuidError: the message names each that differs.
+    """
+    # Through JSON, so that 1 and 1.0 and infinities compare as they were written.
+    before, now = same_as_recorded(before), json.loads(json.dumps(now))
+    changed = [k for k in {**before, **now} if before.get(k) != now.get(k)]
+    if changed:
+        what = "; ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in changed)
+        raise ErkGuidError(
+            f"cannot resume {outdir} with other settings: {what}. Repeat the first run's settings, "
+            "or choose another --outdir"
+        )

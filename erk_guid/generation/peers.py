@@ -1,0 +1,378 @@
+"""The other processes of a job: how they are reached, and whether they are alive.
+
+They share a key-value store (torch.distributed's), which rank 0 or torchrun keeps. Every process
+gives signs of life in it. So nobody waits for a process that was killed, stopped, or never began.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import json
+import os
+import pickle
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar
+
+import torch.distributed as dist
+
+from erk_guid.common.errors import ErkGuidError, printable
+from erk_guid.generation.identity import identity, is_here, lives
+
+T = TypeVar("T")
+
+PATIENCE = 20.0
+"""Seconds without a sign of life after which a rank is taken for dead."""
+BEAT = 1.0
+"""Seconds between two signs of life."""
+RANK_TIMEOUT = 600.0
+"""Seconds without progress after which a rank ends itself."""
+JOINING = timedelta(minutes=5)
+"""How long a rank looks for the store, and for what others must have put there."""
+LOST: tuple[type[Exception], ...] = (dist.DistError,) if dist.is_available() else ()
+"""What a store raises that has gone."""
+FAILED = "erk_guid/failed"
+"""Key of the store: the rank that failed."""
+
+
+class OtherRankError(ErkGuidError):
+    """Another rank failed and has said why; this process only has to stop."""
+
+
+class LeavingError(ErkGuidError):
+    """This rank leaves and has not failed; the others go on, unless it is rank 0."""
+
+
+def launched() -> tuple[int, int] | None:
+    """Return the rank and number of processes that torchrun started, None for a single one.
+
+    Raises:
+        ErkGuidError: its environment variables are incomplete, or are not what they should be.
+    """
+    world_size = _number("WORLD_SIZE", 1, 1, 1 << 20)
+    if world_size == 1:
+        return None
+    missing = [v for v in ("RANK", "MASTER_ADDR", "MASTER_PORT") if v not in os.environ]
+    if missing:
+        raise ErkGuidError(f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set")
+    _number("MASTER_PORT", 0, 1, 65535)
+    return _number("RANK", 0, 0, world_size - 1), world_size
+
+
+def launched_rank() -> int:
+    """Return the rank that torchrun gave this process, 0 for a single one."""
+    return _number("RANK", 0, 0, 1 << 20)
+
+
+def _number(name: str, default: int, low: int, high: int) -> int:
+    """Return a whole number that the launcher put into the environment."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch(r"\d{1,9}", text) or not low <= int(text) <= high:
+        raise ErkGuidError(
+            f"the environment variable {name} is {printable(text, 40)!r}, not a whole number from "
+            f"{low} to {high}: torchrun sets it; without torchrun, unset it"
+        )
+    return int(text)
+
+
+class Store(Protocol):
+    """The part of torch.distributed's stores that is used here; values are bytes."""
+
+    def add(self, key: str, amount: int, /) -> int: ...
+    def set(self, key: str, value: Any, /) -> None: ...
+    def get(self, key: str, /) -> bytes: ...
+    def check(self, keys: list[str], /) -> bool: ...
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes: ...
+
+
+class OwnStore:
+    """A store for a single process."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, bytes] = {}
+
+    def add(self, key: str, amount: int, /) -> int:
+        total = int(self._held.get(key, b"0")) + amount
+        self._held[key] = str(total).encode()
+        return total
+
+    def set(self, key: str, value: Any, /) -> None:
+        self._held[key] = value if isinstance(value, bytes) else str(value).encode()
+
+    def get(self, key: str, /) -> bytes:
+        return self._held[key]
+
+    def check(self, keys: list[str], /) -> bool:
+        return all(key in self._held for key in keys)
+
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes:
+        if self._held.get(key, b"") == expected.encode():
+            self._held[key] = desired.encode()
+        return self._held.get(key, b"")
+
+
+_JOBS = itertools.count()
+"""Jobs that this process has joined, in the order in which all ranks join them."""
+
+
+def connected(rank: int) -> tuple[Store, bool]:
+    """Return the store of the next job, and whether this process keeps it.
+
+    Raises:
+        ErkGuidError: its port cannot be opened.
+        LOST: nobody keeps it.
+    """
+    keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "") != "True"
+    store = _store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), keeps)
+    # A process restarted by torchrun, or its next job, begins with counters of its own.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    made: Store = dist.PrefixStore(  # type: ignore[attr-defined]
+        f"erk_guid/{attempt}/{next(_JOBS)}", store
+    )
+    return made, keeps
+
+
+@functools.cache
+def _store(host: str, port: int, keeps: bool) -> Any:
+    try:
+        return dist.TCPStore(  # type: ignore[attr-defined]
+            host, port, is_master=keeps, timeout=JOINING, wait_for_workers=False
+        )
+    except LOST as error:
+        if keeps:
+            reason = str(error).split(". ")[0]
+            raise ErkGuidError(
+                f"rank 0 cannot open the port {port} ({reason}); set MASTER_PORT to a free one"
+            ) from error
+        raise
+
+
+@dataclass
+class Signs:
+    """Signs of life of the ranks, as seen from here: by this process's clock.
+
+    Attributes:
+        store: where they give them.
+        patience: seconds without one after which a rank is taken for dead.
+    """
+
+    store: Store = field(repr=False)
+    patience: float = PATIENCE
+    _seen: dict[int, tuple[int, float]] = field(default_factory=dict, init=False, repr=False)
+    _told: set[int] = field(default_factory=set, init=False, repr=False)
+
+    def alive(self, rank: int) -> bool:
+        """Return whether a rank has shown life within the last `patience` seconds.
+
+        A rank that has shown none yet is given as long from the first question on.
+        """
+        beats, now = int(self.store.add(f"beat/{rank}", 0)), time.monotonic()
+        before, since = self._seen.setdefault(rank, (beats, now))
+        if beats != before:
+            self._seen[rank] = (beats, now)
+            return True
+        return now - since < self.patience
+
+    def left(self, rank: int) -> bool:
+        """Return whether a rank has said goodbye."""
+        return self.store.check([f"left/{rank}"])
+
+    def silence(self, rank: int) -> str:
+        """Return the line about a rank that is not alive."""
+        return f"rank {rank} gave no sign of life for {self.patience:g} seconds"
+
+    def tell(self, rank: int, more: str) -> None:
+        """Print the line about a rank that is not alive, once."""
+        if rank not in self._told:
+            self._told.add(rank)
+            print(f"Note: {self.silence(rank)}: {more}", file=sys.stderr)
+
+    def end(self, rank: int) -> None:
+        """Kill a rank that is not alive, if it is on this machine: nobody could wait for it."""
+        if not self.store.check([f"who/{rank}"]):
+            return
+        found = json.loads(self.store.get(f"who/{rank}"))
+        if is_here(found) and lives(found):
+            self.tell(rank, "killed, as everything is done")
+            with contextlib.suppress(OSError):
+                os.kill(found["pid"], signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def showing_life(store: Store, rank: int) -> Iterator[None]:
+    """Give signs of life in the block, and say who this rank is."""
+    store.set(f"who/{rank}", json.dumps(identity()))
+    stop = threading.Event()
+
+    def beat() -> None:
+        with contextlib.suppress(*LOST):  # the main thread will notice
+            store.add(f"beat/{rank}", 1)
+            while not stop.wait(BEAT):
+                store.add(f"beat/{rank}", 1)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=5)  # in the store's code it must not see the process end
+
+
+@contextlib.contextmanager
+def ending_with_launcher(rank: int) -> Iterator[None]:
+    """End this process when torchrun, which started it, is gone: nobody else would."""
+    parent, stop = os.getppid(), threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(BEAT):
+            if os.getppid() != parent:
+                _end(f"rank {rank} ends: torchrun, which started it, is gone")
+
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        stop.set()
+
+
+@contextlib.contextmanager
+def watched(rank: int, timeout: float) -> Iterator[Callable[[], None]]:
+    """End this process if it hangs in the block; give a function to call on progress.
+
+    Time in which the whole process stands still (SIGSTOP, a sleeping computer) does not count.
+
+    Args:
+        rank: of this process.
+        timeout: seconds without progress; 0 for no watch.
+    """
+    idle, stop = [0.0], threading.Event()
+    pause = min(BEAT, timeout / 4)
+
+    def watch() -> None:
+        before = time.monotonic()
+        while not stop.wait(pause):
+            now = time.monotonic()
+            idle[0] += min(now - before, 2 * pause)
+            before = now
+            if idle[0] > timeout:
+                _end(
+                    f"rank {rank} made no progress for {timeout:g} seconds (a device, file system "
+                    "or network that hangs?): it ends, and the others make its batches. "
+                    "--rank-timeout sets the time"
+                )
+
+    def progress() -> None:
+        idle[0] = 0.0
+
+    if not timeout:
+        yield progress
+        return
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield progress
+    finally:
+        stop.set()
+
+
+def _end(line: str) -> None:
+    """Print a line and end the process, whatever its main thread waits for."""
+    os.write(2, f"Error: {line}\n".encode())
+    os._exit(1)
+
+
+@dataclass
+class Peers:
+    """This process among those of a job; a single process is rank 0 of 1.
+
+    Attributes:
+        rank, world_size: which of how many.
+        store: what they share.
+        signs: their signs of life; None where nobody gives them.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    store: Store = field(default_factory=OwnStore, repr=False)
+    signs: Signs | None = field(default=None, repr=False)
+    _agreed: int = field(default=0, init=False, repr=False)
+
+    def agree(self, function: Callable[[], T]) -> T:
+        """Run `function` on rank 0 only, and return its result on every rank.
+
+        Raises:
+            ErkGuidError: `function` raised it; on the other ranks an `OtherRankError`.
+        """
+        key = f"agreed/{self._agreed}"
+        self._agreed += 1
+        if self.rank == 0:
+            try:
+                result = function()
+            except ErkGuidError as error:
+                self.store.set(key, pickle.dumps((None, str(error))))
+                raise
+            self.store.set(key, pickle.dumps((result, None)))
+            return result
+        while not self.store.check([key]):
+            self.check(0)
+            time.sleep(0.1)
+        found, error_text = pickle.loads(self.store.get(key))
+        if error_text is not None:
+            raise OtherRankError(error_text)
+        value: T = found
+        return value
+
+    def check(self, *needed: int) -> None:
+        """Stop this process if another one has failed, on any node; costs one message.
+
+        Args:
+            needed: ranks that must be alive.
+
+        Raises:
+            OtherRankError: that rank has said why.
+            ErkGuidError: a rank that is needed gives no sign of life.
+        """
+        if self.store.check([FAILED]):
+            raise OtherRankError(f"rank {self.store.get(FAILED).decode()} failed")
+        for rank in needed:
+            if self.signs is not None and rank != self.rank and not self.signs.alive(rank):
+                raise ErkGuidError(f"rank {self.rank} ends: {self.signs.silence(rank)}")
+
+
+class Agreeing(Protocol):
+    """Processes of which rank 0 can do something for all."""
+
+    def agree(self, function: Callable[[], T], /) -> T:
+        """Run `function` on rank 0 only, and return its result on every rank."""
+        ...
+
+
+@contextlib.contextmanager
+def reporting(store: Store, rank: int, needed: bool) -> Iterator[None]:
+    """Tell the others, on all nodes, if the block fails.
+
+    Args:
+        store: where.
+        rank: of this process.
+        needed: the others cannot go on if this rank only leaves (because of a signal).
+    """
+    try:
+        yield
+    except OtherRankError:
+        raise
+    except BaseException as error:
+        if needed or not isinstance(error, (LeavingError, KeyboardInterrupt)):
+            with contextlib.suppress(*LOST):  # the store may be gone
+                store.set(FAILED, str(rank))
+        raise

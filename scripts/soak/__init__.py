@@ -1,0 +1,1 @@
+"""Faults against real runs of the command line: `make soak`, or `python -m scripts.soak --help`."""

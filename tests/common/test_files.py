@@ -1,0 +1,48 @@
+"""Places that cannot be written to are one line, before anything is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from erk_guid.common.errors import ErkGuidError
+from erk_guid.common.files import check_folder, check_writable, user_path
+
+LONG = "a" * 400
+DEEP = "/".join(["folder"] * 700)
+
+
+@pytest.mark.parametrize("name", [LONG, f"{LONG}.png", DEEP, f"{DEEP}/scores.json"])
+def test_names_that_no_system_takes(name: str, tmp_path: Path) -> None:
+    # Catches: a traceback of OSError from Path.is_dir, or from a look at the file itself that
+    # comes hours later, when its folder was all that was tried.
+    for check in (check_writable, check_folder):
+        with pytest.raises(ErkGuidError, match="File name too long; ") as caught:
+            check(tmp_path / name)
+        assert len(str(caught.value)) < 300
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_looked_at_and_not_made(tmp_path: Path) -> None:
+    # Catches: a dry run that leaves folders behind; a file taken for a folder.
+    check_folder(tmp_path)
+    check_folder(tmp_path / "new" / "folder")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    for below in ("", "x", "x/y"):
+        with pytest.raises(ErkGuidError, match="Not a directory; choose another folder"):
+            check_folder(tmp_path / "file" / below)
+
+
+def test_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Catches: permission denied after the first row. (The system asks no questions of root.)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ErkGuidError, match="Permission denied"):
+        check_folder(tmp_path / "new")
+
+
+def test_homes_that_are_none() -> None:
+    # Catches: a RuntimeError of pathlib; an error without a remedy.
+    with pytest.raises(ErkGuidError, match="home directory; write the path in full"):
+        user_path("~no-such-user-here/x")

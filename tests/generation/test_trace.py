@@ -1,0 +1,177 @@
+"""Traces: rows that are appended as batches are made, and what a file holds in the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+import erk_guid
+from erk_guid.cli.generate import generate_command
+from erk_guid.common.errors import ErkGuidError
+from erk_guid.generation import images
+from erk_guid.generation.trace import (
+    COLUMNS,
+    ROW,
+    Trace,
+    part_files,
+    read_parts,
+    read_trace,
+    recorded,
+    restart_parts,
+    united,
+    write_trace,
+)
+
+
+def rows(*keys: tuple[int, int], value: float = 0.5) -> np.ndarray:
+    return np.array([(seed, step, 2.0, 1.0, *[value] * 6) for seed, step in keys], ROW)
+
+
+def generate(*args: object) -> Any:
+    return CliRunner().invoke(
+        generate_command, [f"{a}" for a in ("--preset=digits", "--device=cpu", "--steps=3", *args)]
+    )
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".npz"])
+def test_the_largest_seeds_keep_their_number(suffix: str, tmp_path: Path) -> None:
+    # As floating-point numbers both would be 2^53.
+    seeds = [2**53, 2**53 + 1]
+    trace = tmp_path / f"t{suffix}"
+    args = ("--seeds", f"{seeds[0]}-{seeds[1]}", "--outdir", tmp_path / "o", "--trace", trace)
+    assert generate(*args).exit_code == 0
+    assert read_trace(trace)["seed"].tolist() == [seeds[0]] * 3 + [seeds[1]] * 3
+    assert generate(*args, "--resume").exit_code == 0
+    assert len(read_trace(trace)) == 6
+
+
+def test_a_trace_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    # Seeds and steps were real numbers in an .npz once.
+    whole = rows((3, 0), (3, 1))
+    columns: dict[str, Any] = {name: whole[name].astype(np.float64) for name in COLUMNS}
+    np.savez(tmp_path / "t.npz", **columns)
+    assert read_trace(tmp_path / "t.npz").tobytes() == whole.tobytes()
+    columns["seed"][1] = 3.5
+    np.savez(tmp_path / "t.npz", **columns)
+    with pytest.raises(ErkGuidError, match="seed does not hold whole numbers"):
+        read_trace(tmp_path / "t.npz")
+
+
+@pytest.mark.parametrize("line", [
+    "1e400,0,2,1,,,,,,", "99999999999999999999,0,2,1,,,,,,", "-1,0,2,1,,,,,,", "0,0,nan,1,,,,,,",
+    "1.5,0,2,1,,,,,,", "0,0,2",
+])  # fmt: skip
+def test_rows_that_are_none(line: str, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(",".join(COLUMNS) + "\n" + line + "\n")
+    with pytest.raises(ErkGuidError, match="cannot read the trace"):
+        read_trace(tmp_path / "t.csv")
+
+
+def test_half_a_row_is_left_out(tmp_path: Path) -> None:
+    # A kill in the middle of a write; and the next run's rows must not follow half a row.
+    whole = rows((0, 0), (0, 1), (1, 0))
+    (tmp_path / ".trace.1.part").write_bytes(whole.tobytes()[:-7])
+    assert read_parts(tmp_path).tobytes() == whole[:2].tobytes()
+    restart_parts(tmp_path, without=[5])
+    with recorded(tmp_path, rank=1) as trace:
+        info = erk_guid.StepInfo(
+            step=4, num_steps=5, sigma=2.0, sigma_next=1.0, sigma_hat=2.0,
+            x_before=torch.zeros(2, 3), x=torch.ones(2, 3), denoised=torch.zeros(2, 3),
+            stiffness=None, gate=None, correction_size=None, nfe=1,
+        )  # fmt: skip
+        trace.callback(info)
+        trace.end_batch([7, 8])
+    found = read_parts(tmp_path)
+    assert found[["seed", "step"]].tolist() == [(0, 0), (0, 1), (7, 4), (8, 4)]
+    assert found["step_size"][2:].tolist() == pytest.approx([3**0.5] * 2)
+
+
+def test_parts_are_put_together_without_what_is_made_again(tmp_path: Path) -> None:
+    (tmp_path / ".trace.0.part").write_bytes(rows((0, 0), (1, 0)).tobytes())
+    (tmp_path / ".trace.3.part").write_bytes(rows((2, 0)).tobytes())
+    restart_parts(tmp_path, without=[1])
+    assert [path.name for path in part_files(tmp_path)] == [".trace.0.part"]
+    assert read_parts(tmp_path)["seed"].tolist() == [0, 2]
+
+
+def test_the_last_of_equal_rows_counts(tmp_path: Path) -> None:
+    # A batch of a rank that was taken for dead may be made twice.
+    twice = np.concatenate([rows((1, 0), (0, 1), value=1), rows((0, 0), (0, 1), value=2)])
+    assert united(twice).tolist() == rows((0, 0), (0, 1), value=2).tolist() + twice[:1].tolist()
+    write_trace(tmp_path / "t.csv", twice)
+    assert read_trace(tmp_path / "t.csv")["stiffness"].tolist() == [2, 2, 1]
+
+
+def test_what_is_no_part_file(tmp_path: Path) -> None:
+    (tmp_path / ".trace.0.part").write_bytes(b"\xff" * ROW.itemsize)
+    with pytest.raises(ErkGuidError, match=r"\.trace\.0\.part.*delete it to go on"):
+        read_parts(tmp_path)
+
+
+def test_a_killed_run_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Before, rows were written at the end only: those of the first run's images were lost.
+    args = ("--outdir", tmp_path / "o", "--seeds=0-5", "--batch=2", "--w_stiff=0.5")
+    sample, made = images._Generation.sample, []
+
+    def dying(*given: Any) -> images.Sampled:
+        if len(made) == 2:
+            raise MemoryError  # as good as a kill: nothing of ours catches it
+        made.append(1)
+        return sample(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images._Generation, "sample", dying)
+        died = generate(*args, "--trace", tmp_path / "t.csv")
+    assert isinstance(died.exception, MemoryError)
+    assert not (tmp_path / "t.csv").exists()
+    assert generate(*args, "--trace", tmp_path / "t.csv", "--resume").exit_code == 0
+    assert not part_files(tmp_path / "o")
+    assert generate(*args, "--overwrite", "--trace", tmp_path / "u.csv").exit_code == 0
+    assert (tmp_path / "t.csv").read_text() == (tmp_path / "u.csv").read_text()
+
+
+def test_half_a_trace_is_removed(tmp_path: Path) -> None:
+    # A kill while the trace is written leaves a temporary file beside it.
+    stale = tmp_path / ".t.csv.123-abc.partial.csv"
+    stale.write_text("half")
+    (tmp_path / ".u.csv.123-abc.partial.csv").write_text("another's")
+    assert generate("--outdir", tmp_path / "o", "--trace", tmp_path / "t.csv").exit_code == 0
+    assert sorted(p.name for p in tmp_path.glob(".*")) == [".u.csv.123-abc.partial.csv"]
+
+
+def test_rows_of_another_run_are_not_kept(tmp_path: Path) -> None:
+    # A new run over a folder, with other settings, has rows of its own only.
+    trace = tmp_path / "t.csv"
+    args = ("--outdir", tmp_path / "o", "--trace", trace)
+    assert generate(*args, "--seeds=0-3").exit_code == 0
+    assert generate(*args, "--seeds=2-5", "--w_stiff=0.5", "--overwrite").exit_code == 0
+    assert sorted(set(read_trace(trace)["seed"])) == [2, 3, 4, 5]
+    # One with the same settings adds to them.
+    assert generate(*args, "--seeds=0-1", "--w_stiff=0.5").exit_code == 0
+    assert sorted(set(read_trace(trace)["seed"])) == [0, 1, 2, 3, 4, 5]
+
+
+def test_seeds_without_rows_are_told(tmp_path: Path) -> None:
+    args = ("--outdir", tmp_path / "o", "--seeds=0-3")
+    assert generate(*args, "--seeds=0-1").exit_code == 0
+    result = generate(*args, "--resume", "--trace", tmp_path / "t.csv")
+    assert "has no rows of 2 of the 4 seeds" in result.output
+
+
+def test_without_a_folder_nothing_is_appended(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ErkGuidError, match="cannot write the trace's"),
+        recorded(tmp_path / "none", 0),
+    ):
+        pass
+
+
+def test_a_trace_of_no_steps() -> None:
+    found: list[np.ndarray] = []
+    Trace(found.append).end_batch([1, 2])
+    assert len(found[0]) == 0
