@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -31,6 +32,7 @@ import erk_guid
 from erk_guid.generation import images, jobs
 from erk_guid.generation.locks import locked
 from erk_guid.generation.nonfinite import Watch
+from erk_guid.generation.stopping import Stop
 from erk_guid.generation.workers import workers
 from erk_guid.models.checkpoints import save_network
 
@@ -61,7 +63,7 @@ def ratios(net: str, count: int, batch: int, steps: int, rounds: int) -> list[fl
                 locked(job.outdir) as lock,
                 workers() as group,
             ):
-                jobs._generate(job, models, group, list(job.seeds), lock)
+                jobs._generate(job, models, group, list(job.seeds), lock, Stop())
 
         alone()
         whole()
@@ -81,7 +83,7 @@ def share(how: str, count: int, batch: int, steps: int, outdir: Path) -> None:
     sample = images._Generation.sample
 
     def slowed(
-        self: images._Generation, indices: list[int], watch: Watch | None = None
+        self: images._Generation, indices: Sequence[int], watch: Watch | None = None
     ) -> images.Sampled:
         begun = time.perf_counter()
         made = sample(self, indices, watch)

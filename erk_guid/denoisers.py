@@ -55,15 +55,45 @@ class ModelGuidance:
 
     def __call__(self, x: Tensor, sigma: Tensor, /) -> Tensor:
         main = self.main(x, sigma)
+        check_output(main, x)
         if self.strength == 1 or not within(self.interval, sigma):
             return main.to(x.dtype)
         # A copy: both may be one network that returns the same tensor each time.
         main = main.to(x.dtype, copy=True)
-        return _led_away(main, self.guide(x, sigma), self.strength)
+        guide = self.guide(x, sigma)
+        check_output(guide, x)  # lerp would broadcast it
+        return _led_away(main, guide, self.strength)
 
 
 def _led_away(main: Tensor, guide: Tensor, strength: float) -> Tensor:
     return guide.to(main.dtype).lerp(main, strength)
+
+
+def check_output(denoised: object, x: Tensor) -> None:
+    """Refuse what a denoiser must not return; nothing is broadcast or cast to real numbers.
+
+    Raises:
+        TypeError: it is not a tensor of floating-point numbers.
+        ValueError: it is not shaped like x.
+    """
+    if not isinstance(denoised, Tensor):
+        found = f"a {type(denoised).__name__}"
+        remedy = "it must return the denoised x alone, a tensor like x"
+        if denoised is None:
+            found, remedy = "None", "is its 'return' missing?"
+        elif isinstance(denoised, (tuple, list)):
+            found = f"{found} of {len(denoised)}"
+        raise TypeError(f"the denoiser returned {found} for an x of {list(x.shape)}; {remedy}")
+    if not denoised.is_floating_point():
+        raise TypeError(
+            f"the denoiser returned {denoised.dtype} {list(denoised.shape)}, but the denoised x "
+            "is made of real floating-point numbers; convert it in the denoiser (.float(), .real)"
+        )
+    if denoised.shape != x.shape:
+        raise ValueError(
+            f"the denoiser returned {list(denoised.shape)} for an x of {list(x.shape)}; the "
+            "denoised x has the shape of x"
+        )
 
 
 def check_interval(interval: tuple[float, float]) -> None:

@@ -104,6 +104,10 @@ def preset_fields(preset: str | None, options: dict[str, Any]) -> dict[str, Any]
         raise click.UsageError(
             "name a network with --net or --preset (--preset=digits ships with the package)"
         )
+    if options["gnet"] is not None and options["guidance"] is None:
+        raise click.UsageError(
+            f"--gnet {options['gnet']} has nothing to act on: give --guidance, such as 1.5"
+        )
     strength = JOB.guidance if options["guidance"] is None else options["guidance"]
     if not math.isfinite(strength):
         raise click.UsageError(

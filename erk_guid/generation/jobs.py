@@ -22,7 +22,7 @@ from tqdm import tqdm
 from erk_guid._version import __version__
 from erk_guid.common.datasets import refuse_in_folder, refuse_overwriting
 from erk_guid.common.errors import ErkGuidError
-from erk_guid.common.files import check_writable, remove_partials
+from erk_guid.common.files import check_folder, check_writable, remove_partials
 from erk_guid.common.pictures import save_picture, tile
 from erk_guid.common.signals import number_of
 from erk_guid.generation.config import GenerationConfig, Models
@@ -50,6 +50,8 @@ from erk_guid.sampling import StepInfo
 
 MAX_GRID = 400
 """Largest number of images on a contact sheet."""
+NO_MEMORY = "can't allocate memory"
+"""What torch says on a CPU, in a RuntimeError."""
 GRID_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
@@ -113,6 +115,7 @@ def run_job(job: GenerationJob) -> int:
 
 def _check_outputs(job: GenerationJob) -> None:
     """Refuse outputs that cannot be written, before hours of work and not after."""
+    check_folder(job.outdir)
     if job.trace is not None:
         check_trace_path(job.trace)
     if job.grid is not None and job.grid.suffix.lower() not in GRID_SUFFIXES:
@@ -267,7 +270,10 @@ def _generate(
             for index in queue.abandoned(progress):
                 end(index, begin(index))
             bar.update(queue.made() - bar.n)
-    except torch.cuda.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+        if not known and NO_MEMORY not in str(error):
+            raise
         raise ErkGuidError(
             f"{models.device} ran out of memory with --batch {job.batch}; choose a smaller one"
         ) from error

@@ -71,7 +71,7 @@ def locked(folder: Path) -> Iterator[FolderLock]:
     lock = FolderLock(folder, secrets.token_hex(8))
     path = folder / LOCK_FILE
     about = {**identity(), "token": lock.token, "began": _now()}
-    new = not folder.exists()
+    new = not os.path.exists(folder)  # Path.exists raises on long names
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = _taken(path, about)

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch.distributed as dist
 
@@ -123,25 +123,49 @@ _JOBS = itertools.count()
 """Jobs that this process has joined, in the order in which all ranks join them."""
 
 
-def connected(rank: int) -> tuple[Store, bool]:
-    """Return the store of the next job, and whether this process keeps it.
+class Connection(NamedTuple):
+    """A job's place in the store.
+
+    Attributes:
+        store: where its keys are its own.
+        keeps_store: this process keeps the store.
+        place: what its keys begin with.
+    """
+
+    store: Store
+    keeps_store: bool
+    place: str
+
+    def another(self) -> Store:
+        """Return a store with keys of its own, over a connection of its own.
+
+        A call that waits for a key lets no other call through its connection.
+        """
+        return _placed(f"{self.place}/another", _store.__wrapped__(False))
+
+
+def connected(rank: int) -> Connection:
+    """Connect the next job to the store.
 
     Raises:
         ErkGuidError: its port cannot be opened.
         LOST: nobody keeps it.
     """
     keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "") != "True"
-    store = _store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), keeps)
     # A process restarted by torchrun, or its next job, begins with counters of its own.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    made: Store = dist.PrefixStore(  # type: ignore[attr-defined]
-        f"erk_guid/{attempt}/{next(_JOBS)}", store
-    )
-    return made, keeps
+    place = f"erk_guid/{attempt}/{next(_JOBS)}"
+    return Connection(_placed(place, _store(keeps)), keeps, place)
+
+
+def _placed(place: str, store: Any) -> Store:
+    made: Store = dist.PrefixStore(place, store)  # type: ignore[attr-defined]
+    return made
 
 
 @functools.cache
-def _store(host: str, port: int, keeps: bool) -> Any:
+def _store(keeps: bool) -> Any:
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         return dist.TCPStore(  # type: ignore[attr-defined]
             host, port, is_master=keeps, timeout=JOINING, wait_for_workers=False
@@ -201,30 +225,37 @@ class Signs:
             return
         found = json.loads(self.store.get(f"who/{rank}"))
         if is_here(found) and lives(found):
-            self.tell(rank, "killed, as everything is done")
+            print(f"Note: rank {rank} still stands still, and is killed", file=sys.stderr)
             with contextlib.suppress(OSError):
                 os.kill(found["pid"], signal.SIGKILL)
 
 
 @contextlib.contextmanager
-def showing_life(store: Store, rank: int) -> Iterator[None]:
-    """Give signs of life in the block, and say who this rank is."""
+def showing_life(store: Store, rank: int, patience: float) -> Iterator[None]:
+    """Give signs of life in the block, and say who this rank is.
+
+    It ends the process when the store does not answer for `patience` seconds: who keeps it stands
+    still, and no call of the main thread would return.
+    """
     store.set(f"who/{rank}", json.dumps(identity()))
     stop = threading.Event()
+    silent = f"rank {rank} ends: who keeps the store, rank 0 or torchrun, has not answered for"
 
     def beat() -> None:
         with contextlib.suppress(*LOST):  # the main thread will notice
             store.add(f"beat/{rank}", 1)
             while not stop.wait(BEAT):
                 store.add(f"beat/{rank}", 1)
+                answered()
 
     thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join(timeout=5)  # in the store's code it must not see the process end
+    with _ending_without_progress(patience, f"{silent} {patience:g} seconds") as answered:
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join(timeout=5)  # in the store's code it must not see the process end
 
 
 @contextlib.contextmanager
@@ -251,11 +282,23 @@ def ending_with_launcher(rank: int) -> Iterator[None]:
 def watched(rank: int, timeout: float) -> Iterator[Callable[[], None]]:
     """End this process if it hangs in the block; give a function to call on progress.
 
-    Time in which the whole process stands still (SIGSTOP, a sleeping computer) does not count.
-
     Args:
         rank: of this process.
         timeout: seconds without progress; 0 for no watch.
+    """
+    line = (
+        f"rank {rank} made no progress for {timeout:g} seconds (a device, file system or network "
+        "that hangs?): it ends, and the others make its batches. --rank-timeout sets the time"
+    )
+    with _ending_without_progress(timeout, line) as progress:
+        yield progress
+
+
+@contextlib.contextmanager
+def _ending_without_progress(timeout: float, line: str) -> Iterator[Callable[[], None]]:
+    """End this process with a line, unless the function that is given is called again and again.
+
+    Time in which the whole process stands still (SIGSTOP, a sleeping computer) does not count.
     """
     idle, stop = [0.0], threading.Event()
     pause = min(BEAT, timeout / 4)
@@ -267,11 +310,7 @@ def watched(rank: int, timeout: float) -> Iterator[Callable[[], None]]:
             idle[0] += min(now - before, 2 * pause)
             before = now
             if idle[0] > timeout:
-                _end(
-                    f"rank {rank} made no progress for {timeout:g} seconds (a device, file system "
-                    "or network that hangs?): it ends, and the others make its batches. "
-                    "--rank-timeout sets the time"
-                )
+                _end(line)
 
     def progress() -> None:
         idle[0] = 0.0

@@ -143,10 +143,11 @@ def process_group(device: torch.device, patience: float = PATIENCE) -> Iterator[
     rank, world_size = found
     with ending_with_launcher(rank):
         try:
-            store, _ = connected(rank)
+            connection = connected(rank)
+            store = connection.store
             group = ProcessGroup(rank, world_size, store, Signs(store, patience))
-            with showing_life(store, rank), reporting(store, rank, needed=True):
-                group.control = _joined(device, store, rank, world_size)
+            with showing_life(store, rank, patience), reporting(store, rank, needed=True):
+                group.control = _joined(device, connection.another(), rank, world_size)
                 yield group
                 # Not in a finally: after a failure no other process may be left.
                 dist.destroy_process_group()

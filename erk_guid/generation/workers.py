@@ -172,9 +172,9 @@ def workers(patience: float = PATIENCE) -> Iterator[Workers]:
     rank, world_size = found
     try:
         with ending_with_launcher(rank):
-            store, keeps = connected(rank)
+            store, keeps, _ = connected(rank)
             made = Workers(rank, world_size, store, Signs(store, patience), keeps)
-            with showing_life(store, rank):
+            with showing_life(store, rank, patience):
                 try:
                     with reporting(store, rank, needed=rank == 0):
                         yield made
@@ -185,5 +185,6 @@ def workers(patience: float = PATIENCE) -> Iterator[Workers]:
                 made.leave(finished=True)
     except LOST as error:
         raise ErkGuidError(
-            f"rank {rank} lost the other processes: rank 0 has ended or never began ({error})"
+            f"rank {rank} lost the other processes: rank 0, or torchrun, has ended or never began "
+            f"({error})"
         ) from error

@@ -27,7 +27,7 @@ from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from erk_guid.denoisers import Denoiser, LevelDenoiser
+from erk_guid.denoisers import Denoiser, LevelDenoiser, check_output
 
 
 class Evaluation(NamedTuple):
@@ -291,7 +291,7 @@ def evaluate(denoiser: Denoiser, x: Tensor, sigma: float) -> Evaluation:
         if isinstance(denoiser, LevelDenoiser)
         else _call(denoiser, x, level)
     )  # fmt: skip
-    _check_output(denoised, x)
+    check_output(denoised, x)
     denoised = denoised.to(x.dtype, copy=True)
     return Evaluation(x, sigma, denoised, (x - denoised) / level)
 
@@ -317,33 +317,6 @@ def _level(x: Tensor, sigma: float) -> Tensor:
             "(float32 from 1e-44 to 3e38), or scale the data and the noise levels"
         )
     return x.new_full((), sigma)
-
-
-def _check_output(denoised: object, x: Tensor) -> None:
-    """Refuse what a denoiser must not return; nothing is broadcast or cast to real numbers.
-
-    Raises:
-        TypeError: it is not a tensor of floating-point numbers.
-        ValueError: it is not shaped like x.
-    """
-    if not isinstance(denoised, Tensor):
-        found = f"a {type(denoised).__name__}"
-        remedy = "it must return the denoised x alone, a tensor like x"
-        if denoised is None:
-            found, remedy = "None", "is its 'return' missing?"
-        elif isinstance(denoised, (tuple, list)):
-            found = f"{found} of {len(denoised)}"
-        raise TypeError(f"the denoiser returned {found} for an x of {list(x.shape)}; {remedy}")
-    if not denoised.is_floating_point():
-        raise TypeError(
-            f"the denoiser returned {denoised.dtype} {list(denoised.shape)}, but the denoised x "
-            "is made of real floating-point numbers; convert it in the denoiser (.float(), .real)"
-        )
-    if denoised.shape != x.shape:
-        raise ValueError(
-            f"the denoiser returned {list(denoised.shape)} for an x of {list(x.shape)}; the "
-            "denoised x has the shape of x"
-        )
 
 
 def _call(denoiser: Denoiser, x: Tensor, level: Tensor) -> Tensor:

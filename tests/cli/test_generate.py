@@ -323,9 +323,13 @@ def test_files_further_down_are_left_alone(tmp_path: Path) -> None:
     assert len(list(other.iterdir())) == 2
 
 
-def test_running_out_of_memory_says_what_to_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [
+    torch.cuda.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
+])  # fmt: skip
+def test_running_out_of_memory_says_what_to_do(error: Exception, tmp_path: Path) -> None:
     def exhausted(*args: Any, **options: Any) -> None:
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("erk_guid.generation.images.SeededNoise.randn", exhausted)

@@ -120,14 +120,14 @@ def test_a_killed_run_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def dying(*given: Any) -> images.Sampled:
         if len(made) == 2:
-            raise MemoryError  # as good as a kill: nothing of ours catches it
+            raise ZeroDivisionError  # as good as a kill: nothing of ours catches it
         made.append(1)
         return sample(*given)
 
     with monkeypatch.context() as patch:
         patch.setattr(images._Generation, "sample", dying)
         died = generate(*args, "--trace", tmp_path / "t.csv")
-    assert isinstance(died.exception, MemoryError)
+    assert isinstance(died.exception, ZeroDivisionError)
     assert not (tmp_path / "t.csv").exists()
     assert generate(*args, "--trace", tmp_path / "t.csv", "--resume").exit_code == 0
     assert not part_files(tmp_path / "o")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shlex
 import sys
@@ -374,7 +375,7 @@ def check_real_images(job: Reproduction, plans: Sequence[Plan]) -> None:
 def _check_real(row: Row, real: str) -> None:
     path = user_path(real)
     hint = "name a folder, zip or .npz with --real, or leave these scores out with --skip-quality"
-    if not path.exists():
+    if not os.path.exists(path):  # Path.exists raises on long names
         raise ErkGuidError(
             f"row {row.id}: precision and recall need real images, and there is no {real}; {hint}"
         )
@@ -405,7 +406,7 @@ def _fingerprints(options: Sequence[str]) -> dict[str, str]:
         value = option.partition("=")[2] if option.startswith("--") else option
         name = value.removeprefix("uncond:")
         path = user_path(name) if name else None
-        if path is not None and path.is_file():
+        if path is not None and os.path.isfile(path):
             found[value] = sha256_of(path)
     return found
 
