@@ -98,13 +98,14 @@ def preset_fields(preset: str | None, options: dict[str, Any]) -> dict[str, Any]
     Raises:
         click.UsageError: naming the option at fault.
     """
+    only_gnet = options["gnet"] is not None and options["guidance"] is None
     if preset is not None:
         options = _with_preset(preset, options)
     if options["net"] is None:
         raise click.UsageError(
             "name a network with --net or --preset (--preset=digits ships with the package)"
         )
-    if options["gnet"] is not None and options["guidance"] is None:
+    if only_gnet and options["guidance"] in (None, 1):
         raise click.UsageError(
             f"--gnet {options['gnet']} has nothing to act on: give --guidance, such as 1.5"
         )

@@ -6,18 +6,21 @@ gives signs of life in it. So nobody waits for a process that was killed, stoppe
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import itertools
 import json
+import math
 import os
 import pickle
 import re
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -39,6 +42,8 @@ JOINING = timedelta(minutes=5)
 """How long a rank looks for the store, and for what others must have put there."""
 LOST: tuple[type[Exception], ...] = (dist.DistError,) if dist.is_available() else ()
 """What a store raises that has gone."""
+_PARENT = os.getppid()
+"""Who started this process. Read early: torchrun may die while this process imports torch."""
 FAILED = "erk_guid/failed"
 """Key of the store: the rank that failed."""
 
@@ -163,9 +168,16 @@ def _placed(place: str, store: Any) -> Store:
     return made
 
 
+def beside(store: Any) -> Store:
+    """Return a place for a job in a store that others keep and use."""
+    return _placed(f"erk_guid/beside/{next(_JOBS)}", store)
+
+
 @functools.cache
 def _store(keeps: bool) -> Any:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if not keeps:
+        _wait_for_port(host, port)
     try:
         return dist.TCPStore(  # type: ignore[attr-defined]
             host, port, is_master=keeps, timeout=JOINING, wait_for_workers=False
@@ -177,6 +189,27 @@ def _store(keeps: bool) -> Any:
                 f"rank 0 cannot open the port {port} ({reason}); set MASTER_PORT to a free one"
             ) from error
         raise
+
+
+def _wait_for_port(host: str, port: int) -> None:
+    """Wait until somebody listens; the store would print pages of C++ frames if nobody does.
+
+    Raises:
+        ErkGuidError: nobody does, for `JOINING`.
+    """
+    until = time.monotonic() + JOINING.total_seconds()
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise ErkGuidError(
+                    f"nobody answers at {printable(host, 80)}:{port} (MASTER_ADDR, MASTER_PORT) "
+                    f"within {JOINING.total_seconds() / 60:g} minutes: rank 0 has ended or never "
+                    f"began ({error.strerror or error})"
+                ) from error
+            time.sleep(0.2)
 
 
 @dataclass
@@ -198,20 +231,32 @@ class Signs:
 
         A rank that has shown none yet is given as long from the first question on.
         """
+        return self._silent(rank)[1] < self.patience
+
+    def may_come(self, rank: int) -> bool:
+        """Return whether a rank is alive, or may still join: it is given `JOINING` for that."""
+        beats, silent = self._silent(rank)
+        return silent < (self.patience if beats else JOINING.total_seconds())
+
+    def _silent(self, rank: int) -> tuple[int, float]:
+        """Return how often a rank has shown life, and for how many seconds it has shown none."""
         beats, now = int(self.store.add(f"beat/{rank}", 0)), time.monotonic()
         before, since = self._seen.setdefault(rank, (beats, now))
         if beats != before:
             self._seen[rank] = (beats, now)
-            return True
-        return now - since < self.patience
+            return beats, 0.0
+        return beats, now - since
 
     def left(self, rank: int) -> bool:
         """Return whether a rank has said goodbye."""
         return self.store.check([f"left/{rank}"])
 
     def silence(self, rank: int) -> str:
-        """Return the line about a rank that is not alive."""
-        return f"rank {rank} gave no sign of life for {self.patience:g} seconds"
+        """Return the line about a rank that is not alive, or never came."""
+        beats, silent = self._silent(rank)
+        if beats:
+            return f"rank {rank} gave no sign of life for {self.patience:g} seconds"
+        return f"rank {rank} has not joined within {silent:.0f} seconds"
 
     def tell(self, rank: int, more: str) -> None:
         """Print the line about a rank that is not alive, once."""
@@ -221,13 +266,22 @@ class Signs:
 
     def end(self, rank: int) -> None:
         """Kill a rank that is not alive, if it is on this machine: nobody could wait for it."""
-        if not self.store.check([f"who/{rank}"]):
+        if self.left(rank) or self.alive(rank) or not self.store.check([f"who/{rank}"]):
             return
         found = json.loads(self.store.get(f"who/{rank}"))
         if is_here(found) and lives(found):
             print(f"Note: rank {rank} still stands still, and is killed", file=sys.stderr)
             with contextlib.suppress(OSError):
                 os.kill(found["pid"], signal.SIGKILL)
+
+    def end_at_exit(self, rank: int) -> None:
+        """Do `end` when this process ends: torchrun answers a killed rank by ending the others."""
+
+        def end() -> None:
+            with contextlib.suppress(*LOST):
+                self.end(rank)
+
+        atexit.register(end)
 
 
 @contextlib.contextmanager
@@ -258,17 +312,21 @@ def showing_life(store: Store, rank: int, patience: float) -> Iterator[None]:
             thread.join(timeout=5)  # in the store's code it must not see the process end
 
 
+def _by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 @contextlib.contextmanager
 def ending_with_launcher(rank: int) -> Iterator[None]:
     """End this process when torchrun, which started it, is gone: nobody else would."""
-    parent, stop = os.getppid(), threading.Event()
+    stop = threading.Event()
 
     def watch() -> None:
         while not stop.wait(BEAT):
-            if os.getppid() != parent:
-                _end(f"rank {rank} ends: torchrun, which started it, is gone")
+            if os.getppid() != _PARENT:
+                end_process(f"rank {rank} ends: torchrun, which started it, is gone")
 
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not _by_torchrun():
         yield
         return
     threading.Thread(target=watch, daemon=True).start()
@@ -286,9 +344,12 @@ def watched(rank: int, timeout: float) -> Iterator[Callable[[], None]]:
         rank: of this process.
         timeout: seconds without progress; 0 for no watch.
     """
+    others = "the others make its batches"
+    if _by_torchrun():
+        others = "torchrun ends the others, too; --resume goes on"
     line = (
         f"rank {rank} made no progress for {timeout:g} seconds (a device, file system or network "
-        "that hangs?): it ends, and the others make its batches. --rank-timeout sets the time"
+        f"that hangs?): it ends, and {others}. --rank-timeout sets the time"
     )
     with _ending_without_progress(timeout, line) as progress:
         yield progress
@@ -310,7 +371,7 @@ def _ending_without_progress(timeout: float, line: str) -> Iterator[Callable[[],
             idle[0] += min(now - before, 2 * pause)
             before = now
             if idle[0] > timeout:
-                _end(line)
+                end_process(line)
 
     def progress() -> None:
         idle[0] = 0.0
@@ -325,7 +386,7 @@ def _ending_without_progress(timeout: float, line: str) -> Iterator[Callable[[],
         stop.set()
 
 
-def _end(line: str) -> None:
+def end_process(line: str) -> None:
     """Print a line and end the process, whatever its main thread waits for."""
     os.write(2, f"Error: {line}\n".encode())
     os._exit(1)
@@ -339,12 +400,14 @@ class Peers:
         rank, world_size: which of how many.
         store: what they share.
         signs: their signs of life; None where nobody gives them.
+        keeps_store: this process keeps the store, and ends last.
     """
 
     rank: int = 0
     world_size: int = 1
     store: Store = field(default_factory=OwnStore, repr=False)
     signs: Signs | None = field(default=None, repr=False)
+    keeps_store: bool = False
     _agreed: int = field(default=0, init=False, repr=False)
 
     def agree(self, function: Callable[[], T]) -> T:
@@ -380,13 +443,33 @@ class Peers:
 
         Raises:
             OtherRankError: that rank has said why.
-            ErkGuidError: a rank that is needed gives no sign of life.
+            ErkGuidError: a rank that is needed gives no sign of life, or never joined.
         """
         if self.store.check([FAILED]):
             raise OtherRankError(f"rank {self.store.get(FAILED).decode()} failed")
         for rank in needed:
-            if self.signs is not None and rank != self.rank and not self.signs.alive(rank):
+            if self.signs is not None and rank != self.rank and not self.signs.may_come(rank):
                 raise ErkGuidError(f"rank {self.rank} ends: {self.signs.silence(rank)}")
+
+    def say_goodbye(self) -> None:
+        """Tell the others that this process needs them no more, and does nothing for them."""
+        self.store.add(f"left/{self.rank}", 1)
+
+    def see_off(self, ranks: Iterable[int], longest: float = math.inf) -> set[int]:
+        """Wait until ranks have said goodbye, and return those that give no sign of life.
+
+        Args:
+            ranks: which.
+            longest: seconds to wait at most.
+        """
+        others, silent, until = set(ranks), set[int](), time.monotonic() + longest
+        assert self.signs is not None
+        while others and time.monotonic() < until:
+            others = {rank for rank in others if not self.signs.left(rank)}
+            silent |= {rank for rank in others if not self.signs.alive(rank)}
+            others -= silent
+            time.sleep(0.1)
+        return silent
 
 
 class Agreeing(Protocol):

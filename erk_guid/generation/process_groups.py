@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,12 +18,15 @@ from torch import Tensor
 
 from erk_guid.common.errors import ErkGuidError
 from erk_guid.generation.peers import (
+    BEAT,
     JOINING,
     LOST,
     PATIENCE,
     Peers,
     Signs,
+    beside,
     connected,
+    end_process,
     ending_with_launcher,
     launched,
     reporting,
@@ -80,10 +84,42 @@ class ProcessGroup(Peers):
     def _translating(self) -> Iterator[None]:
         """Report a broken connection as a process that has ended."""
         try:
-            yield
+            with self._watching():
+                yield
         except RuntimeError as error:
             self.check()
             raise ErkGuidError(f"rank {self.rank} lost the other processes: {error}") from error
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
+        """End this process if a rank falls silent in the block: Gloo would wait for it."""
+        stop = threading.Event()
+
+        def watch() -> None:
+            while not stop.wait(BEAT):
+                try:
+                    self.check(*range(self.world_size))
+                except LOST:
+                    return  # Gloo loses that rank, too
+                except ErkGuidError as error:
+                    end_process(str(error))
+
+        if self.signs is None:
+            yield
+            return
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def leave(self) -> None:
+        """Say goodbye. Who keeps the store lets the others read it first, for a while."""
+        self.say_goodbye()
+        if self.keeps_store and self.signs is not None:
+            self.see_off(range(1, self.world_size), longest=self.signs.patience)
 
 
 def current_group() -> ProcessGroup:
@@ -115,7 +151,7 @@ def _group_beside(world: Any) -> ProcessGroup:
         _GROUPS[world] = ProcessGroup(
             dist.get_rank(),
             dist.get_world_size(),
-            dist.distributed_c10d._get_default_store(),
+            beside(dist.distributed_c10d._get_default_store()),
             control=dist.new_group(backend="gloo", timeout=FOREVER),
         )
     return _GROUPS[world]
@@ -145,12 +181,18 @@ def process_group(device: torch.device, patience: float = PATIENCE) -> Iterator[
         try:
             connection = connected(rank)
             store = connection.store
-            group = ProcessGroup(rank, world_size, store, Signs(store, patience))
-            with showing_life(store, rank, patience), reporting(store, rank, needed=True):
-                group.control = _joined(device, connection.another(), rank, world_size)
-                yield group
-                # Not in a finally: after a failure no other process may be left.
-                dist.destroy_process_group()
+            signs = Signs(store, patience)
+            group = ProcessGroup(rank, world_size, store, signs, connection.keeps_store)
+            with showing_life(store, rank, patience):
+                try:
+                    with reporting(store, rank, needed=True):
+                        group.control = _joined(device, connection.another(), rank, world_size)
+                        yield group
+                        # Not in a finally: after a failure no other process may be left.
+                        dist.destroy_process_group()
+                finally:
+                    with contextlib.suppress(*LOST):
+                        group.leave()
         except LOST as error:
             raise ErkGuidError(f"rank {rank} lost the other processes ({error})") from error
 

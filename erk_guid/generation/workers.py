@@ -29,35 +29,38 @@ from erk_guid.generation.peers import (
 
 @dataclass
 class Workers(Peers):
-    """This process among those that share the work; a single process is rank 0 of 1.
-
-    Attributes:
-        keeps_store: this process keeps the store, and ends last.
-    """
-
-    keeps_store: bool = False
+    """This process among those that share the work; a single process is rank 0 of 1."""
 
     def queue(self, count: int) -> Queue:
         """Return the queue of `count` batches, which all ranks share; there is one for a job."""
         return Queue(self, count)
 
     def leave(self, finished: bool) -> None:
-        """Say goodbye. Rank 0 waits for the others, if it keeps the store or all is done.
+        """Say goodbye. Rank 0 ends last, if it keeps the store or all is done.
 
         Args:
             finished: all is done. Who gives no sign of life then is killed if it is on this
                 machine, or torchrun would wait for it. (torchrun's exit code is 1 then.)
+
+        Raises:
+            ErkGuidError: rank 0, which completes the work, fails or gives no sign of life.
         """
-        self.store.add(f"left/{self.rank}", 1)
+        try:
+            if finished and self.rank:
+                self._see_off_rank_0()
+        finally:
+            self.say_goodbye()
         if self.rank or self.signs is None or not (finished or self.keeps_store):
             return
-        others = set(range(1, self.world_size))
-        while others:
-            others = {r for r in others if not self.signs.left(r)}
-            for rank in [r for r in others if not self.signs.alive(r)]:
-                others.remove(rank)
-                if finished:
-                    self.signs.end(rank)
+        silent = self.see_off(range(1, self.world_size))
+        for rank in silent if finished else ():
+            self.signs.end_at_exit(rank)
+
+    def _see_off_rank_0(self) -> None:
+        while not self.store.check(["left/0"]):
+            if self.signs is not None and not self.signs.may_come(0):
+                self.signs.end_at_exit(0)
+            self.check(0)
             time.sleep(0.1)
 
 
@@ -103,7 +106,7 @@ class Queue:
         if signs is None:
             return set(ranks)
         staying = [rank for rank in ranks if not signs.left(rank)]
-        alive = {rank for rank in staying if signs.alive(rank)}
+        alive = {r for r in staying if r == self.workers.rank or signs.alive(r)}
         if self.workers.rank == min(alive, default=0):
             for rank in set(staying) - alive:
                 signs.tell(rank, "its batches are made by the others")

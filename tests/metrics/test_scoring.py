@@ -683,10 +683,12 @@ def test_options_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     )
     (tmp_path / "file").write_text("")
     # Found out before the work, not after it.
-    for unwritable in (tmp_path / "file" / "s.json", ""):
-        done = run(*calc, "--metrics", "fd_digits", "--json", unwritable)
-        fails_with(done, "cannot write")
-        assert "image/s" not in done.output
+    done = run(*calc, "--metrics", "fd_digits", "--json", tmp_path / "file" / "s.json")
+    fails_with(done, "cannot write")
+    assert "image/s" not in done.output
+    done = run(*calc, "--metrics", "fd_digits", "--json", "")
+    assert done.exit_code == 2
+    assert "it is empty; name a file or a folder" in done.output
     fails_with(run(*calc, "--metrics", "fd_digits", "--bootstrap", 1), "at least 2 resamples")
     fails_with(run("calc", "--images", "", *COMMON), "an empty path")
     fails_with(run("calc", "--images", "~nobody-here/x", *COMMON), "home")

@@ -375,7 +375,7 @@ def check_real_images(job: Reproduction, plans: Sequence[Plan]) -> None:
 def _check_real(row: Row, real: str) -> None:
     path = user_path(real)
     hint = "name a folder, zip or .npz with --real, or leave these scores out with --skip-quality"
-    if not os.path.exists(path):  # Path.exists raises on long names
+    if not path.exists():
         raise ErkGuidError(
             f"row {row.id}: precision and recall need real images, and there is no {real}; {hint}"
         )
