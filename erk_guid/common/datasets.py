@@ -454,7 +454,7 @@ def refuse_in_folder(option: str, output: Path, folder: Path) -> None:
                 "to another folder"
             )
     there = _identity(output)
-    if there is None:
+    if there is None or not os.path.isdir(folder):
         return
     try:
         names = [n for n in _files_in(folder) if _belongs_to_a_set(PurePosixPath(n).name)]

@@ -91,8 +91,8 @@ def locked(folder: Path) -> Iterator[FolderLock]:
             found = _read(path)
             if found is not None and found.get("token") == lock.token:
                 path.unlink(missing_ok=True)
-            if new:
-                folder.rmdir()  # if nothing was put into it
+                if new:
+                    folder.rmdir()  # if nothing was put into it
 
 
 def _taken(path: Path, about: dict[str, Any]) -> int:

@@ -95,7 +95,7 @@ def _moved(r: Round, process: Process, job: Job) -> None:
     _refused(r, process, job, "images")
     if job.outdir.exists():
         r.find(["a folder that was moved was made again"])
-        shutil.rmtree(job.outdir)
+        shutil.rmtree(job.outdir, ignore_errors=True)
     aside.rename(job.outdir)
 
 
@@ -107,7 +107,9 @@ def _replaced(r: Round, process: Process, job: Job) -> None:
     # Those of the batch at hand cannot be kept from a folder of the same name.
     if len(job.there()) > job.batch:
         r.find([f"{len(job.there())} images were written to a folder that is not the job's"])
-    shutil.rmtree(job.outdir)
+    if not job.outdir.exists():
+        r.find(["a folder that is not the job's was removed"])
+    shutil.rmtree(job.outdir, ignore_errors=True)
     aside.rename(job.outdir)
 
 

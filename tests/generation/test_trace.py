@@ -144,6 +144,15 @@ def test_half_a_trace_is_removed(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.glob(".*")) == [".u.csv.123-abc.partial.csv"]
 
 
+def test_a_trace_and_a_sheet_may_be_there_before_the_folder(tmp_path: Path) -> None:
+    # A check of outputs once looked into the folder of images, which a first run has yet to make.
+    for name in ("t.csv", "g.png"):
+        (tmp_path / name).write_text("of another run")
+    outputs = ("--trace", tmp_path / "t.csv", "--grid", tmp_path / "g.png")
+    assert generate("--outdir", tmp_path / "o", *outputs).exit_code == 0
+    assert len(read_trace(tmp_path / "t.csv")) == 12
+
+
 def test_rows_of_another_run_are_not_kept(tmp_path: Path) -> None:
     # A new run over a folder, with other settings, has rows of its own only.
     trace = tmp_path / "t.csv"
