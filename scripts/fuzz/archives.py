@@ -149,6 +149,9 @@ def _changed_header(header: dict[str, Any], rng: Random) -> bytes:
     if not names or rng.random() < 0.2:
         return json_bytes(change_value(header, rng))
     name = rng.choice(names)
+    if not isinstance(header[name], dict) or "shape" not in header[name]:
+        header[name] = change_value(header[name], rng)
+        return json_bytes(header)
     match rng.randrange(5):
         case 0:
             header[name]["dtype"] = rng.choice(TORCH_DTYPES)
