@@ -147,7 +147,10 @@ class References:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def of(self, settings: Settings) -> Undisturbed:
-        """Return the undisturbed run with these settings."""
+        """Return the undisturbed run with these settings, of the model that ships."""
+        options = [option for option in settings.options if not option.startswith("--net=")]
+        if len(options) < len(settings.options):
+            settings = settings._replace(options=(COMMON[0], *options))
         with self._lock:
             if settings.name not in self._made:
                 self._made[settings.name] = self._run(settings)
