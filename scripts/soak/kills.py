@@ -103,11 +103,14 @@ def _strike_after(r: Round, running: Process, seconds: float) -> None:
 def _all_ended(r: Round, job: Job, both: list[Process], before: dict[int, tuple[int, int]]) -> bool:
     """Wait for ranks and check them; return whether they say that the job is done."""
     first = both[0].wait()
-    if first.sent and first.code != 0 and not any(sent.begun for sent in first.sent):
+    given_up = first.sent and first.code != 0 and not any(sent.begun for sent in first.sent)
+    if given_up:
         both[1].kill()  # it may look for rank 0 for minutes: one may be late
     ends = [first, both[1].wait()]
-    for ended in ends:
+    for rank, ended in enumerate(ends):
         r.tell(ended, job)
+        if rank and given_up:
+            continue  # by us
         r.find(_of_rank(ended, complete=len(job.there()) == len(job.seeds)), ended.name)
     r.find(checks.unchanged(job, before))
     done = ends[0].code == 0
