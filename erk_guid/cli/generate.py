@@ -10,6 +10,7 @@ import click
 from erk_guid.cli.common import PathType, SeedList, reporting_errors
 from erk_guid.cli.options import sampler_options
 from erk_guid.cli.sampler import config_fields
+from erk_guid.common.errors import printable
 from erk_guid.generation.jobs import GenerationJob, run_job
 from erk_guid.generation.peers import launched_rank
 
@@ -108,4 +109,5 @@ def generate_command(
     )
     made = run_job(job)
     if launched_rank() == 0:
-        click.echo(f"{made} images made in {outdir}, network evaluations each: {job.evaluations()}")
+        calls = job.evaluations()
+        click.echo(f"{made} images made in {printable(outdir)}, network evaluations each: {calls}")

@@ -36,16 +36,23 @@ def save_png(path: Path, pixels: np.ndarray, text: str = "", make_folder: bool =
     write_bytes(path, buffer.getvalue(), make_folder)
 
 
-def is_whole_png(path: Path) -> bool:
-    """Return whether `path` begins and ends like a PNG; finds truncated and empty files cheaply."""
+def is_whole_png(path: Path, text: str = "") -> bool:
+    """Return whether `path` begins and ends like a PNG; finds truncated and empty files cheaply.
+
+    Args:
+        path: the file.
+        text: what the text in it must begin with, see `save_png`.
+    """
+    mark = f"parameters\0{text}".encode("latin-1") if text else b""
     try:
         with open(path, "rb") as file:
-            head = file.read(8)
+            head = file.read(1024)
             file.seek(-12, 2)
             tail = file.read()
     except OSError:
         return False
-    return head == b"\x89PNG\r\n\x1a\n" and tail[4:8] == b"IEND"
+    whole = head.startswith(b"\x89PNG\r\n\x1a\n") and tail[4:8] == b"IEND"
+    return whole and mark in head
 
 
 def tile(images: Sequence[Image.Image], columns: int, scale: int = 1, gap: int = 2) -> Image.Image:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from erk_guid.common.errors import ErkGuidError
 from erk_guid.common.files import PARTIAL, write_bytes
@@ -18,24 +19,14 @@ from erk_guid.generation.trace import part_files, restart_parts
 from erk_guid.solvers import same_as_recorded
 
 RUN_FILE = "run.json"
+MOST_BYTES = 1 << 28
+"""Size of the largest run.json that is read: ten million seeds, and more."""
 
 
 def image_path(outdir: Path, seed: int, subdirs: bool) -> Path:
     """Return the path of the image of `seed`; `subdirs` gives a folder per 1000 seeds."""
     folder = outdir / f"{seed // 1000 * 1000:06d}" if subdirs else outdir
     return folder / f"{seed:06d}.png"
-
-
-class Prepared(NamedTuple):
-    """What a job has to do.
-
-    Attributes:
-        todo: seeds still to be made.
-        goes_on: the folder holds images of the same settings, from before.
-    """
-
-    todo: list[int]
-    goes_on: bool
 
 
 @dataclass(frozen=True)
@@ -92,7 +83,7 @@ class ImageFolder:
         *,
         resume: bool,
         overwrite: bool,
-    ) -> Prepared:
+    ) -> list[int]:
         """Make the folder ready for a job, and write its run.json.
 
         Args:
@@ -101,6 +92,9 @@ class ImageFolder:
             about: more to record.
             resume: make only what is missing.
             overwrite: delete images of other settings.
+
+        Returns:
+            The seeds still to be made.
 
         Raises:
             ErkGuidError: the folder holds images of other settings, or cannot be written.
@@ -112,7 +106,8 @@ class ImageFolder:
         if resume:
             # Keep only images of recorded seeds: those of other seeds may be from an older run.
             claimed = set(recorded)
-            todo = [s for s in seeds if s not in claimed or not is_whole_png(self.image(s))]
+            todo = [s for s in seeds if s not in claimed or not self._has(s)]
+            self._tell_foreign(todo)
             _remove(self.image(s) for s in todo)
         if before is None:
             _remove(part_files(self.path))
@@ -127,7 +122,20 @@ class ImageFolder:
                 **({"nonfinite": sorted(skipped)} if skipped else {}),
             }
         )
-        return Prepared(todo, before is not None)
+        return todo
+
+    def _has(self, seed: int) -> bool:
+        """Return whether the image of a seed is there: whole, and of this seed by its own words."""
+        return is_whole_png(self.image(seed), f"seed {seed},")
+
+    def _tell_foreign(self, todo: Sequence[int]) -> None:
+        foreign = [seed for seed in todo if is_whole_png(self.image(seed))]
+        if foreign:
+            print(
+                f"Note: {len(foreign)} pictures in {self.path} are not what their names say, such "
+                f"as that of seed {foreign[0]}; they are made again",
+                file=sys.stderr,
+            )
 
     def record_skipped(self, skipped: Sequence[int]) -> None:
         """Write into run.json which seeds of this run have no image, and say so.
@@ -233,6 +241,9 @@ def read_run(path: Path) -> dict[str, Any] | None:
         ErkGuidError: it is damaged, or something else.
     """
     try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_BYTES:
+            raise ValueError(f"it is no file of at most {MOST_BYTES >> 20} MiB")
         run = json.loads(path.read_text())
     except FileNotFoundError:
         return None

@@ -26,7 +26,7 @@ from erk_guid.common.files import check_folder, check_writable, remove_partials
 from erk_guid.common.pictures import save_picture, tile
 from erk_guid.common.signals import number_of
 from erk_guid.generation.config import GenerationConfig, Models
-from erk_guid.generation.folders import ImageFolder, Prepared, image_path
+from erk_guid.generation.folders import ImageFolder, image_path
 from erk_guid.generation.images import divided, generate
 from erk_guid.generation.locks import FolderLock, locked
 from erk_guid.generation.nonfinite import NonFiniteImagesError
@@ -34,11 +34,8 @@ from erk_guid.generation.peers import RANK_TIMEOUT, watched
 from erk_guid.generation.seeds import unique
 from erk_guid.generation.stopping import Stop, StoppedError, stopping
 from erk_guid.generation.trace import (
-    NO_ROWS,
     check_trace_path,
-    part_files,
     read_parts,
-    read_trace,
     recorded,
     rows_without,
     united,
@@ -95,11 +92,11 @@ def run_job(job: GenerationJob) -> int:
         token = group.agree(lambda: held.enter_context(locked(job.outdir)).token)
         lock = FolderLock(job.outdir, token)
         models = job.open(device, group, refresh=job.refresh)
-        todo, goes_on = group.agree(lambda: _prepare(job, models))
+        todo = group.agree(lambda: _prepare(job, models))
         try:
             queue = _generate(job, models, group, todo, lock, stop)
         except KeyboardInterrupt as error:
-            raise _stopped(job, group, number_of(error), goes_on) from None
+            raise _stopped(job, group, number_of(error)) from None
         if group.rank:
             return 0  # rank 0 counts them all
         skipped = sorted(seed for notes in queue.notes() for seed in notes)
@@ -107,7 +104,7 @@ def run_job(job: GenerationJob) -> int:
         job.folder.check(lock, made)
         job.folder.check_made(made)
         job.folder.record_skipped(skipped)
-        _write_trace(job, goes_on, skipped)
+        _write_trace(job, skipped)
         if job.grid:
             _write_grid(job, skipped)
         return len(made)
@@ -130,8 +127,8 @@ def _check_outputs(job: GenerationJob) -> None:
             check_writable(path)
 
 
-def _prepare(job: GenerationJob, models: Models) -> Prepared:
-    """Prepare the folder. Runs on rank 0."""
+def _prepare(job: GenerationJob, models: Models) -> list[int]:
+    """Prepare the folder, and return the seeds still to be made. Runs on rank 0."""
     for output in (job.trace, job.grid):
         if output is not None:
             remove_partials(output)
@@ -153,13 +150,12 @@ def _prepare(job: GenerationJob, models: Models) -> Prepared:
     )
 
 
-def _stopped(job: GenerationJob, group: Workers, number: int, goes_on: bool) -> StoppedError:
+def _stopped(job: GenerationJob, group: Workers, number: int) -> StoppedError:
     """Write what there is of the trace, and return the error that says how to go on."""
     if group.rank:
         return StoppedError(number, f"rank {group.rank}; ranks that go on make its batches")
     missing = job.folder.missing(job.seeds)
-    if job.trace:
-        _write_trace(job, goes_on, missing, ended=False)
+    _write_trace(job, missing, tell=False)
     return StoppedError(
         number,
         f"{len(job.seeds) - len(missing)} of {len(job.seeds)} images are in {job.outdir}; the same "
@@ -167,34 +163,26 @@ def _stopped(job: GenerationJob, group: Workers, number: int, goes_on: bool) -> 
     )
 
 
-def _write_trace(
-    job: GenerationJob, goes_on: bool, left_out: Sequence[int], ended: bool = True
-) -> None:
-    """Write the trace from what all ranks appended, and from what it held before.
+def _write_trace(job: GenerationJob, left_out: Sequence[int], tell: bool = True) -> None:
+    """Write the trace from the rows that all ranks have appended in the folder, now and before.
 
     Args:
         job: names the file.
-        goes_on: the folder's earlier images are of this job's settings, and so are their rows.
         left_out: seeds that have no image.
-        ended: nothing is appended any more. The parts are deleted then.
+        tell: tell of images without rows.
     """
     if not job.trace:
         return
     try:
-        before = read_trace(job.trace) if goes_on and job.trace.exists() else NO_ROWS
-        rows = united(rows_without(np.concatenate([before, read_parts(job.outdir)]), left_out))
+        rows = united(rows_without(read_parts(job.outdir), left_out))
         write_trace(job.trace, rows)
     except OSError as error:
         raise ErkGuidError(f"cannot write the trace {job.trace}: {error}") from error
-    if not ended:
-        return
-    for path in part_files(job.outdir):
-        path.unlink(missing_ok=True)
     without = len(set(job.seeds).difference(left_out, rows["seed"].tolist()))
-    if without:
+    if without and tell:
         print(
-            f"Note: {job.trace} has no rows of {without} of the {len(job.seeds)} seeds, which were "
-            "made without --trace",
+            f"Note: {job.trace} has no rows of {without} of the {len(job.seeds)} seeds: they were "
+            "made without --trace, or by an earlier version",
             file=sys.stderr,
         )
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 MOST_SEEDS = 10_000_000
+STREAMS = 1 << 32
+"""Number of different streams: seeds count modulo this."""
 
 
 def seeds_in(text: str) -> list[int]:
@@ -39,9 +41,22 @@ def seeds_in(text: str) -> list[int]:
 
 
 def unique(seeds: Sequence[int]) -> list[int]:
-    """Return every seed once, in the order of its first place."""
+    """Return every seed once, in the order of its first place.
+
+    Raises:
+        ValueError: two seeds give one image, see `SeededNoise`.
+    """
     rising = all(a < b for a, b in pairwise(seeds))
-    return list(seeds) if rising else list(dict.fromkeys(seeds))
+    once = list(seeds) if rising else list(dict.fromkeys(seeds))
+    if once and max(once) >= STREAMS:
+        streams: dict[int, int] = {}
+        for seed in once:
+            other = streams.setdefault(seed % STREAMS, seed)
+            if other != seed:
+                raise ValueError(
+                    f"seeds {other} and {seed} give one image: as in EDM2, seeds count modulo 2^32"
+                )
+    return once
 
 
 class SeededNoise:
@@ -53,7 +68,7 @@ class SeededNoise:
 
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
         self._generators = [
-            torch.Generator(device).manual_seed(int(seed) % (1 << 32)) for seed in seeds
+            torch.Generator(device).manual_seed(int(seed) % STREAMS) for seed in seeds
         ]
         self._device = device
 

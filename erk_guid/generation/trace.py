@@ -1,7 +1,8 @@
 """Per-step diagnostics of a run: what guidance measured and did, for each image and step.
 
 While a job runs, every rank appends its rows to a part file in the folder of the images, before
-the images are written. So a job that is killed has lost no row of an image that is there.
+the images are written, and the trace is written from these. So a job that is killed has lost no
+row of an image that is there, and what happens to the trace itself never matters.
 """
 
 from __future__ import annotations

@@ -112,7 +112,12 @@ def finished(job: Job, reference: Undisturbed, skipped: Collection[int] = ()) ->
 
 def _entries(job: Job) -> list[Path]:
     beside = {path.parent for path in (job.trace, job.grid) if path} - {job.outdir}
-    hidden = [p for folder in beside for p in folder.glob(".*") if p.is_file()]
+    hidden = [
+        p
+        for folder in beside
+        for p in folder.glob(".*")
+        if p.is_file() and not p.name.endswith(".part")
+    ]
     return [p for p in job.outdir.rglob("*") if p.is_file()] + hidden
 
 

@@ -70,7 +70,8 @@ def check_whole(outdir: Path, undisturbed: Path) -> None:
     for name in ("sigma", "stiffness", "step_size"):
         assert rows[name].tolist() == pytest.approx(expected[name].tolist(), rel=1e-3, nan_ok=True)
     assert json.loads((outdir / "run.json").read_text())["seeds"] == list(range(COUNT))
-    assert not [p for p in outdir.iterdir() if p.name.startswith(".")]
+    hidden = [p for p in outdir.iterdir() if p.name.startswith(".")]
+    assert hidden == part_files(outdir)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 import erk_guid
 from erk_guid.cli.generate import generate_command
@@ -130,7 +131,6 @@ def test_a_killed_run_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert isinstance(died.exception, ZeroDivisionError)
     assert not (tmp_path / "t.csv").exists()
     assert generate(*args, "--trace", tmp_path / "t.csv", "--resume").exit_code == 0
-    assert not part_files(tmp_path / "o")
     assert generate(*args, "--overwrite", "--trace", tmp_path / "u.csv").exit_code == 0
     assert (tmp_path / "t.csv").read_text() == (tmp_path / "u.csv").read_text()
 
@@ -170,6 +170,55 @@ def test_seeds_without_rows_are_told(tmp_path: Path) -> None:
     assert generate(*args, "--seeds=0-1").exit_code == 0
     result = generate(*args, "--resume", "--trace", tmp_path / "t.csv")
     assert "has no rows of 2 of the 4 seeds" in result.output
+
+
+def test_two_folders_with_one_trace_do_not_mix(tmp_path: Path) -> None:
+    # The rows of a run are those in its folder, whatever the file of the trace holds.
+    trace = ("--trace", tmp_path / "t.csv")
+    first = ("--outdir", tmp_path / "a", *trace)
+    assert generate(*first, "--seeds=0-1").exit_code == 0
+    other = ("--seeds=0-3", "--w_stiff=0.9", "--w_con=0", "--outdir", tmp_path / "b")
+    assert generate(*other, *trace).exit_code == 0
+    assert generate(*first, "--seeds=0-3", "--resume").exit_code == 0
+    rows = read_trace(tmp_path / "t.csv")
+    assert len(rows) == 12
+    assert not rows["correction_size"][~np.isnan(rows["correction_size"])].any()
+
+
+def test_a_trace_that_was_cut_is_whole_again(tmp_path: Path) -> None:
+    # Half a row was taken for a row once.
+    args = ("--outdir", tmp_path / "o", "--seeds=0-3", "--trace", tmp_path / "t.csv")
+    assert generate(*args).exit_code == 0
+    whole = (tmp_path / "t.csv").read_text()
+    (tmp_path / "t.csv").write_text(whole[:300])
+    assert generate(*args, "--resume").exit_code == 0
+    assert (tmp_path / "t.csv").read_text() == whole
+
+
+def test_foreign_pictures_are_not_taken_for_images(tmp_path: Path) -> None:
+    # A copy of another seed's image, and a picture from elsewhere, were counted as made.
+    assert generate("--outdir", tmp_path, "--seeds=0-3").exit_code == 0
+    before = {seed: (tmp_path / f"00000{seed}.png").read_bytes() for seed in range(4)}
+    (tmp_path / "000002.png").write_bytes(before[3])
+    Image.new("L", (32, 32)).save(tmp_path / "000001.png")
+    result = generate("--outdir", tmp_path, "--seeds=0-3", "--resume")
+    assert "2 pictures" in result.output
+    assert "2 images made" in result.output
+    assert {s: (tmp_path / f"00000{s}.png").read_bytes() for s in range(4)} == before
+
+
+def test_a_run_file_without_end_is_not_read(tmp_path: Path) -> None:
+    # It took all memory.
+    (tmp_path / "run.json").symlink_to("/dev/zero")
+    result = generate("--outdir", tmp_path, "--seeds=0-1", "--resume")
+    assert result.exit_code == 1
+    assert "it is no file of at most 256 MiB" in result.output
+
+
+def test_seeds_of_one_stream_are_refused(tmp_path: Path) -> None:
+    result = generate("--outdir", tmp_path, "--seeds=0,4294967296")
+    assert result.exit_code == 2
+    assert "seeds 0 and 4294967296 give one image" in result.output
 
 
 def test_without_a_folder_nothing_is_appended(tmp_path: Path) -> None:
