@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import torch
+from click.core import ParameterSource
 
 from erk_guid.churn import NUMBERS, Churn
 from erk_guid.cli.options import FITTED, JOB, SOLVER_OPTIONS
@@ -61,6 +62,7 @@ def config_fields(
         elif settings is not None:
             erk, options = _from_file(settings, options)
         else:
+            _refuse_idle(options)
             erk = _erk(w_stiff, w_con, bound, gate, options["num_steps"], preset)
         levels = _checked_levels(options)
         name = options.pop("solver")
@@ -74,6 +76,22 @@ def config_fields(
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     return {**options, "solver": solver, "erk": erk, "churn": churn}
+
+
+def _refuse_idle(options: dict[str, Any]) -> None:
+    """Refuse options of a spacing beside a list of noise levels.
+
+    Raises:
+        ValueError: naming the option at fault.
+    """
+    context = click.get_current_context(silent=True)
+    if context is None or isinstance(options["schedule"], str):
+        return
+    for name in ("sigma_min", "sigma_max", "rho"):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise ValueError(
+                f"--{name} has nothing to act on beside a list of noise levels; leave it out"
+            )
 
 
 def _churn(options: dict[str, Any], solver: Solver, erk: Guidance) -> Churn:

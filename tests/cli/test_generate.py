@@ -410,6 +410,8 @@ BAD: list[tuple[list[Any], int, str]] = [
     (["--preset", "digits", "--schedule", "cosine"], 2, "none of polynomial, logsnr, time_uniform"),
     (["--preset", "digits", "--schedule", "3,4"], 2, "noise levels must fall"),
     (["--preset", "digits", "--schedule", "3,x"], 2, "noise levels are numbers"),
+    (["--preset", "digits", "--schedule", "80,1", "--sigma_max", 50], 2, "--sigma_max has nothing"),
+    (["--preset", "digits", "--schedule", "80,1", "--rho", 7], 2, "--rho has nothing to act on"),
     (["--preset", "digits", "--solver", "rk4"], 2, "'rk4' is not one of 'deis', 'dpm2'"),
     (["--preset", "digits", "--trace", "t.txt"], 1, "end its name in .csv or .npz"),
     (["--preset", "digits", "--gnet", "digits"], 2, "--gnet digits has nothing to act on"),
