@@ -164,7 +164,7 @@ def mutator_of_text(separators: Sequence[str], words: Sequence[str]) -> Mutator:
         separator = rng.choice(separators)
         parts = text.split(separator)
         edit(parts, rng, lambda part: word(rng) if rng.random() < 0.7 else part + word(rng))
-        if rng.random() < 0.1:
+        if rng.random() < 0.1 and len(text) < 1 << 14:
             parts += parts * rng.choice((1, 10, 100))
         return separator.join(parts).encode(errors="surrogatepass")
 
