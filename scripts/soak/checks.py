@@ -26,6 +26,8 @@ DONE = " images made in "
 TOLERANCE = 1e-2
 """Relative, between values of two traces: batches of other sizes round otherwise."""
 IMAGE_NAME = re.compile(r"^\d{6,18}\.png$")
+KEPT = re.compile(r"\.trace\.\d+\.part$")
+"""Rows of a trace, which stay with the images."""
 
 
 class Found(NamedTuple):
@@ -112,19 +114,16 @@ def finished(job: Job, reference: Undisturbed, skipped: Collection[int] = ()) ->
 
 def _entries(job: Job) -> list[Path]:
     beside = {path.parent for path in (job.trace, job.grid) if path} - {job.outdir}
-    hidden = [
-        p
-        for folder in beside
-        for p in folder.glob(".*")
-        if p.is_file() and not p.name.endswith(".part")
-    ]
+    hidden = [p for folder in beside for p in folder.glob(".*") if p.is_file()]
     return [p for p in job.outdir.rglob("*") if p.is_file()] + hidden
 
 
 def _leftovers(job: Job) -> list[str]:
     left = [
-        p.name for p in _entries(job) if not IMAGE_NAME.match(p.name) and p.name != "run.json"
-    ]  # fmt: skip
+        p.name
+        for p in _entries(job)
+        if not IMAGE_NAME.match(p.name) and p.name != "run.json" and not KEPT.match(p.name)
+    ]
     return [f"left at the end: {', '.join(sorted(left)[:3])}"] if left else []
 
 
