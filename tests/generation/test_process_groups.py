@@ -45,7 +45,9 @@ def run(
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*"))
+    """Return the files of a folder, without rows of a trace: each rank has its own."""
+    files = [p.relative_to(folder).as_posix() for p in folder.rglob("*")]
+    return sorted(name for name in files if not name.startswith(".trace."))
 
 
 def pixels(path: Path) -> np.ndarray:
