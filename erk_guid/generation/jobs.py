@@ -5,6 +5,7 @@ A killed job leaves only whole images. `resume` continues it, and refuses to mix
 
 from __future__ import annotations
 
+import math
 import platform
 import sys
 from collections.abc import Sequence
@@ -113,6 +114,10 @@ def run_job(job: GenerationJob) -> int:
 def _check_outputs(job: GenerationJob) -> None:
     """Refuse outputs that cannot be written, before hours of work and not after."""
     check_folder(job.outdir)
+    if not 0 <= job.rank_timeout < math.inf:
+        raise ErkGuidError(
+            f"--rank-timeout must be seconds, or 0 for no limit, got {job.rank_timeout}"
+        )
     if job.trace is not None:
         check_trace_path(job.trace)
     if job.grid is not None and job.grid.suffix.lower() not in GRID_SUFFIXES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import pairwise
+from operator import index
 
 import torch
 from torch import Tensor
@@ -64,11 +65,14 @@ class SeededNoise:
 
     Seed k draws from ``torch.Generator(device).manual_seed(k mod 2^32)``, as in EDM2: the first
     draw is the noise, the second (for a conditional network) the class.
+
+    Raises:
+        TypeError: a seed is no whole number.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
         self._generators = [
-            torch.Generator(device).manual_seed(int(seed) % STREAMS) for seed in seeds
+            torch.Generator(device).manual_seed(index(seed) % STREAMS) for seed in seeds
         ]
         self._device = device
 

@@ -17,7 +17,7 @@ NUMBERS = (
 )  # fmt: skip
 REALS = (0.0, -0.0, 0.5, 1e-320, 5e-324, 1e-8, 1e8, 1e300, 1.7e308, float("inf"), float("nan"))
 TEXTS = (
-    "", "a", " ", "\n", "\r", "\x00", "\x1b[2J", "../../../../tmp/x", "/etc/passwd", "~", "~nobody",
+    "", "a", " ", "\n", "\r", "\x00", "\x1b[2J", "../../../../up", "/etc/passwd", "~", "~nobody",
     "NaN", "Infinity", "1e999", "0x10", "1_0", "٣", "ﬀ", "\ud800", "\u202e", "💥", "%s", "{0}",
     "http://127.0.0.1:9/x", "a" * 300, "true", "null", "heun", "modal", "digits", "preset",
 )  # fmt: skip

@@ -19,11 +19,17 @@ from erk_guid.generation.process_groups import _group_beside
 from erk_guid.generation.workers import Queue, Workers
 
 
-def test_a_rank_that_has_not_come_yet_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What time.monotonic tells."""
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    return now
+
+
+def test_a_rank_that_has_not_come_yet_is_waited_for(clock: list[float]) -> None:
     # Catches: patience, which is for ranks that have shown life, ending ranks whose rank 0 takes
     # longer to start.
-    clock = [0.0]
-    monkeypatch.setattr("time.monotonic", lambda: clock[0])
     me = Workers(1, 2, store := OwnStore(), Signs(store, 5))
     me.check(0)
     clock[0] = 100
@@ -35,9 +41,7 @@ def test_a_rank_that_has_not_come_yet_is_waited_for(monkeypatch: pytest.MonkeyPa
         me.check(0)
 
 
-def test_a_rank_that_never_comes_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
-    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+def test_a_rank_that_never_comes_is_said(clock: list[float]) -> None:
     me = Workers(1, 2, store := OwnStore(), Signs(store, 5))
     me.check(0)
     clock[0] = 301

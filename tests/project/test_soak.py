@@ -16,7 +16,20 @@ from conftest import ROOT
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="processes are watched by /proc")
 
-"""A program that leaves a file behind, and writes an image again that was there."""
+PLANTED = """
+import sys
+from pathlib import Path
+from erk_guid.cli import run_script
+
+sys.argv = [arg for arg in sys.argv if arg != "generate"]  # as one of the program's commands
+folder = next(Path(arg.partition("=")[2]) for arg in sys.argv if arg.startswith("--outdir="))
+try:
+    run_script("generate")
+finally:
+    if folder.exists():
+        (folder / "left.txt").touch()
+"""
+"""A program that leaves a file behind."""
 
 
 def soak(*args: Any) -> subprocess.CompletedProcess[str]:
@@ -38,6 +51,20 @@ def test_the_program_stands_a_short_attack(tmp_path: Path) -> None:
 
 
 @LINUX
+@pytest.mark.slow
+def test_a_planted_fault_is_found(tmp_path: Path) -> None:
+    # Catches: an attack that finds nothing because it looks at nothing.
+    checkout = tmp_path / "checkout"
+    shutil.copytree(ROOT / "erk_guid", checkout / "erk_guid")
+    (checkout / "generate_images.py").write_text(PLANTED)
+    main = "from generate_images import *\n"
+    (checkout / "erk_guid" / "__main__.py").write_text(main)
+    done = soak("--short", "--output", tmp_path / "out", "--checkout", checkout)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "left at the end: left.txt" in done.stderr
+    assert "--seed=1 --short" in done.stderr
+
+
 @pytest.fixture(scope="module")
 def parts() -> Any:
     if str(ROOT) not in sys.path:
