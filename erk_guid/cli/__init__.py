@@ -14,6 +14,7 @@ import click
 from erk_guid._version import __version__
 from erk_guid.cli.outline import outlined
 from erk_guid.common.signals import end_at_once, handle
+from erk_guid.common.streams import open_streams
 
 COMMANDS: Mapping[str, str] = {
     "generate": "Generate images with a diffusion model, with or without ERK guidance.",
@@ -49,6 +50,7 @@ def command_named(name: str) -> click.Command:
 
 def run_script(name: str) -> NoReturn:
     """Run a command as a script's main program."""
+    open_streams()
     handle(end_at_once)
     outlined(name, partial(command_named, name))(prog_name=os.path.basename(sys.argv[0]))
     raise SystemExit(0)  # not reached: the command ends the process
@@ -74,4 +76,5 @@ class _Commands(click.Group):
 @click.version_option(__version__, prog_name="erk-guid")
 def main() -> None:
     """ERK-Guid: better diffusion samples for no extra network evaluation."""
+    open_streams()
     handle(end_at_once)

@@ -414,6 +414,7 @@ BAD: list[tuple[list[Any], int, str]] = [
     (["--preset", "digits", "--schedule", "80,1", "--rho", 7], 2, "--rho has nothing to act on"),
     (["--preset", "digits", "--solver", "rk4"], 2, "'rk4' is not one of 'deis', 'dpm2'"),
     (["--preset", "digits", "--trace", "t.txt"], 1, "end its name in .csv or .npz"),
+    (["--preset", "digits", "--rank-timeout", "nan"], 1, "--rank-timeout must be seconds"),
     (["--preset", "digits", "--gnet", "digits"], 2, "--gnet digits has nothing to act on"),
     (["--net", "digits", "--gnet", "digits"], 2, "--gnet digits has nothing to act on"),
     (["--preset", "digits", "--outdir", ""], 2, "it is empty; name a file or a folder"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -162,6 +163,19 @@ def test_one_rank_is_stopped_and_the_other_makes_the_rest(
     assert ranks[0].returncode == 0, err
     assert f"{COUNT} images made" in out
     check_whole(outdir, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(closed: str, tmp_path: Path) -> None:
+    # Before: no image was made. And a file of the job could have got the number of standard
+    # error, and what is written there.
+    outdir = tmp_path / "o"
+    line = f"{shlex.join([*command(outdir), '--seeds=0-3'])} {closed}"
+    done = subprocess.run(["bash", "-c", line], timeout=120, capture_output=True, check=False)
+    assert done.returncode == 0
+    assert len(pngs(outdir)) == 4
+    assert len(read_trace(Path(f"{outdir}.csv"))) == 4 * STEPS
 
 
 def term() -> None:

@@ -19,9 +19,11 @@ from PIL import Image
 from erk_guid.common.errors import ErkGuidError, printable
 from erk_guid.common.files import check_folder, write_bytes
 from erk_guid.common.pictures import save_picture, tile
+from erk_guid.common.signals import handled_by, interrupt, number_of
 from erk_guid.generation.devices import choose_device
 from erk_guid.generation.folders import image_path
 from erk_guid.generation.locks import locked
+from erk_guid.generation.stopping import StoppedError
 from erk_guid.metrics.comparison import REAL
 from erk_guid.metrics.detectors import weights_file
 from erk_guid.metrics.statistics.references import PUBLISHED, locate_reference
@@ -223,16 +225,16 @@ def run(job: Reproduction) -> None:
     """Run the rows that `results.jsonl` does not have yet.
 
     Raises:
+        StoppedError: a signal ended it.
         ErkGuidError: a row cannot be run, a command failed, or another run is at work there.
     """
     check_inputs(job)
     plans = [plan(job, row) for row in job.rows]
     before_now = read_results(job.outdir)
     _check_real(job, [one for one in plans if not result_of(job, before_now, one)])
-    # So that SIGTERM to this process also ends the command that it waits for.
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        with locked(job.outdir):
+        # So that SIGTERM to this process also ends the command that it waits for.
+        with handled_by(interrupt), locked(job.outdir):
             _mend(job.outdir)
             for number, one in enumerate(plans, 1):
                 heading = f"[{number}/{len(plans)}] {one.row.id}"
@@ -251,8 +253,10 @@ def run(job: Reproduction) -> None:
                     shutil.rmtree(one.images)
     except OSError as error:
         raise ErkGuidError(f"cannot write to {job.outdir}: {error}") from error
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    except KeyboardInterrupt as error:
+        raise StoppedError(
+            number_of(error), f"the same command goes on with what is missing in {job.outdir}"
+        ) from None
 
 
 def _mend(outdir: Path) -> None:
