@@ -141,6 +141,9 @@ def test_workers_end_with_their_launcher(tmp_path: Path) -> None:
     _, err = process.communicate(timeout=30)  # when they have closed its streams, too
     # Who waits for the store, which torchrun keeps, finds out by that.
     assert "torchrun, which started it, is gone" in err or "or torchrun, has ended" in err
+    until = time.monotonic() + 30  # they close their streams a moment before they end
+    while any(process_began(int(child)) for child in children) and time.monotonic() < until:
+        time.sleep(0.1)
     for child in children:
         assert process_began(int(child)) is None
 
