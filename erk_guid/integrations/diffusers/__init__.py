@@ -17,12 +17,19 @@ except ImportError as error:
     raise MissingExtraError("diffusers", "diffusers", "its schedulers") from error
 
 from erk_guid.integrations.diffusers.heun import (
+    EDMERKGuidHeunScheduler,
     ERKGuidHeunScheduler,
     FlowMatchERKGuidHeunScheduler,
 )
-from erk_guid.integrations.diffusers.modal import FlowMatchModalScheduler, ModalScheduler
+from erk_guid.integrations.diffusers.modal import (
+    EDMModalScheduler,
+    FlowMatchModalScheduler,
+    ModalScheduler,
+)
 
 __all__ = [
+    "EDMERKGuidHeunScheduler",
+    "EDMModalScheduler",
     "ERKGuidHeunScheduler",
     "FlowMatchERKGuidHeunScheduler",
     "FlowMatchModalScheduler",

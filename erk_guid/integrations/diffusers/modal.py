@@ -1,20 +1,22 @@
-"""The modal solver as schedulers for diffusers: one call per step, no guidance.
+"""The modal solver as schedulers for diffusers: one network call per step, no guidance.
 
-A pipeline asks for the next sample after each call, and gets the predicted point. The next call
-brings the evaluation there. It corrects the step that led to the point, before the next point is
-predicted (`erk_guid.solvers.Modal`). With `eta`, noise is added to what it is given. If the
-incoming sample is not the one returned last (in-painting and callbacks edit it), the solver starts
-again from it.
+A pipeline calls the network at the predicted point of a step. The scheduler corrects the step with
+that evaluation and predicts the next one, as `erk_guid.solvers.Modal` does: that is one call of
+`step`. What it remembers is dropped when timesteps are set and when a run begins in mid-schedule.
+Where a pipeline edits the sample (in-painting, callbacks), x is what the pipeline gives, and the
+denoised values of past steps stay. Everything is kept in float32, whatever the pipeline's
+precision.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import (
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     # diffusers looks this name up here when it loads a saved pipeline with one of our schedulers.
@@ -24,13 +26,21 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from erk_guid.integrations.diffusers.variance import Samples, UnitVariance, in_float32
-from erk_guid.integrations.flow import flow_process
-from erk_guid.processes import VE, Level, Process, levels_of
+from erk_guid.integrations.diffusers.edits import Given, unless
+from erk_guid.integrations.diffusers.families import (
+    EDM,
+    Discrete,
+    Family,
+    Flow,
+    Generators,
+    check_prediction,
+)
+from erk_guid.integrations.diffusers.levels import check_fitted, chosen_levels
+from erk_guid.processes import Level, levels_of
 from erk_guid.solvers import Memory, Modal
 from erk_guid.solvers.multistep import PredictorCorrectorStep
 
-__all__ = ["FlowMatchModalScheduler", "ModalScheduler"]
+__all__ = ["EDMModalScheduler", "FlowMatchModalScheduler", "ModalScheduler"]
 
 
 @dataclass
@@ -42,68 +52,58 @@ class _Run:
     steps: list[PredictorCorrectorStep]
     memory: Memory
     """At the start of the step that led to the sample returned last."""
-    returned: Tensor
-    """That sample, in the pipeline's precision."""
+    given: Given | None = None
+    """That sample, as the pipeline got it."""
     added: Tensor | None = None
     """Noise in that sample."""
 
 
-class _Modal(Samples, ABC):
-    """The part that both schedulers share, on top of one of diffusers' Euler schedulers."""
+class _Modal(Family):
+    """The part that the schedulers share."""
 
-    process: Process = VE()
-    """The process of the pipeline's samples; the solver runs in sigma."""
     _run: _Run | None = None
 
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Set where in the schedule a run begins, as in diffusers."""
-        super().set_begin_index(begin_index)  # type: ignore[misc]
+    def _forget(self) -> None:
         self._run = None
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """Return the sample to call the network with next.
-
-        Args:
-            model_output, timestep, sample, return_dict: as diffusers' own.
-            generator: draws the noise of `eta`; None is torch's own. Without `eta` nothing is
-                drawn.
-        """
-        wide, output = self._unscaled(sample, timestep), in_float32(model_output)
-        found = super().step(output, timestep, wide, return_dict=True)  # type: ignore[misc]
-        index: int = self.step_index - 1  # type: ignore[attr-defined]
-        denoised = self._denoised(found, output, wide, self.sigmas[index])
-        x = wide / self._level(index).alpha
-        run = self._run
-        if run is None or index == run.begin or not torch.equal(sample, run.returned):
-            run = _Run(index, self._plan(index), Memory(x, (denoised,)), sample)
-        else:
-            last = run.steps[index - run.begin - 1]
-            if last.corrector is not None:
-                predicted = x if run.added is None else x - run.added
-                run.memory = last.correct(run.memory, predicted, denoised)
-                if run.added is not None:
-                    run.memory = run.memory._replace(x=run.memory.x + run.added)
+    def _move(
+        self, x: Tensor, denoised: Tensor, index: int, sample: Tensor, generator: Generators
+    ) -> Tensor:
+        sigma_next = self.time(index + 1)
+        run = self._reached(x / self._level(index).alpha, denoised, index, sample)
         k = index - run.begin
         run.added = None
-        if k < len(run.steps):
-            point = run.steps[k].predict(run.memory)
-            if run.steps[k].spread > 0:
-                run.added = run.steps[k].spread * _noise_like(point, generator)
-                point = point + run.added
-            result = point * self._level(index + 1).alpha
-        else:  # a step to 0 gives the denoised x; some schedules end with one of length 0
-            result = wide if self.sigmas[index + 1] > 0 else denoised
-        found.prev_sample = self._scaled(result).to(model_output.dtype)
-        run.returned = found.prev_sample.clone()
-        self._run = run
-        return found if return_dict else tuple(found.values())
+        if k >= len(run.steps):
+            # A step to 0 gives the denoised x; some schedules end with one of length 0.
+            return x if sigma_next > 0 else denoised
+        point = run.steps[k].predict(run.memory)
+        if run.steps[k].spread > 0:
+            run.added = run.steps[k].spread * _noise_like(point, generator)
+            point = point + run.added
+        return point * self._level(index + 1).alpha
+
+    def _reached(self, x: Tensor, denoised: Tensor, index: int, sample: Tensor) -> _Run:
+        """Return the run at the end of the step before, corrected by this call."""
+        run = self._run
+        if run is None or index <= run.begin or run.given is None or not run.given.fits(sample):
+            self._run = run = _Run(index, self._plan(index), Memory(x, (denoised,)))
+            return run
+        last = run.steps[index - run.begin - 1]
+        if last.corrector is None:
+            return run
+        edited = run.given.edited(sample)
+        added = 0.0 if run.added is None else run.added
+        found = last.correct(run.memory, x - added, denoised)
+        # Where the sample was edited there is no prediction to correct; the value is kept as it is.
+        run.memory = found._replace(
+            x=unless(edited, found.x + added, x),
+            values=(unless(edited, found.values[0], denoised), *found.values[1:]),
+        )
+        return run
+
+    def _note(self, returned: Tensor) -> None:
+        if self._run is not None:
+            self._run.given = Given.of(returned)
 
     def _plan(self, index: int) -> list[PredictorCorrectorStep]:
         sigmas = [self._level(k).sigma for k in range(len(self.sigmas))]
@@ -123,25 +123,21 @@ class _Modal(Samples, ABC):
         """Return the level at an index of the schedule, as the solver sees it."""
         # The first one's depends on the second, see `levels_of`.
         first = max(index - 1, 0)
-        times: list[float] = self.sigmas[first : first + 2].tolist()
+        times = [self.time(k) for k in range(first, min(first + 2, len(self.sigmas)))]
         return levels_of(self.process, times)[index - first]
 
-    @abstractmethod
-    def _denoised(self, found: Any, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        """Return the denoised x of this call."""
 
-
-def _modal(order: int, response: list[float] | None, eta: float) -> Modal:
+def _modal(order: int, response: Sequence[float] | None, eta: float) -> Modal:
     return Modal(order, None if response is None else tuple(response), eta)
 
 
-def _noise_like(x: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+def _noise_like(x: Tensor, generator: Generators) -> Tensor:
     # As diffusers draws: a list holds one generator for each sample, and may be of the CPU.
     noise: Tensor = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     return noise
 
 
-class ModalScheduler(UnitVariance, _Modal, EulerDiscreteScheduler):  # type: ignore[metaclass]
+class ModalScheduler(Discrete, _Modal, EulerDiscreteScheduler):  # type: ignore[metaclass]
     """The modal solver over the noise levels of diffusers' `EulerDiscreteScheduler`.
 
     Takes the config of any scheduler of that family (`from_config`). One call per step.
@@ -149,9 +145,11 @@ class ModalScheduler(UnitVariance, _Modal, EulerDiscreteScheduler):  # type: ign
     Args:
         modal_order: evaluations combined, 1 to 4.
         eta: noise in each step, from 0 (none) to 1; the pipeline's `generator` draws it.
-        modal_response: one number for each corrected step, as `erk_guid.fit` finds them.
+        modal_response: one number for each corrected step, as `fit` finds them.
         unit_variance: for pipelines that keep samples at unit variance, such as `DDPMPipeline`,
             `DDIMPipeline` and `DiTPipeline`; diffusers' own Euler gives wrong images with these.
+        levels: noise levels in place of the spacing, the end included, as `fit` finds them.
+        clip_sample, clip_sample_range: as in `HeunDiscreteScheduler`.
 
     The other arguments are those of `EulerDiscreteScheduler`.
     """
@@ -176,12 +174,17 @@ class ModalScheduler(UnitVariance, _Modal, EulerDiscreteScheduler):  # type: ign
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
         final_sigmas_type: str = "zero",
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
         modal_order: int = Modal.order,
         unit_variance: bool = False,
         eta: float = Modal.eta,
         modal_response: list[float] | None = None,
+        levels: list[float] | None = None,
     ) -> None:
         _modal(modal_order, modal_response, eta)  # raise now, not in mid-run
+        check_prediction(prediction_type)
+        check_fitted(levels)
         # By keyword: diffusers takes what is passed by position for a default.
         EulerDiscreteScheduler.__init__(
             self, num_train_timesteps=num_train_timesteps, beta_start=beta_start,
@@ -199,33 +202,76 @@ class ModalScheduler(UnitVariance, _Modal, EulerDiscreteScheduler):  # type: ign
         self,
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
-        timesteps: list[int] | None = None,
-        sigmas: list[float] | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
     ) -> None:
         """Set the noise levels of a run, as in diffusers."""
+        fitted = chosen_levels(self.config.levels, num_inference_steps, sigmas, timesteps)
+        if fitted is not None:
+            num_inference_steps, sigmas = None, fitted
         EulerDiscreteScheduler.set_timesteps(self, num_inference_steps, device, timesteps, sigmas)
-        self._run = None
-
-    def _denoised(self, found: Any, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        denoised: Tensor = found.pred_original_sample
-        return denoised
+        self._forget()
 
 
-class FlowMatchModalScheduler(_Modal, FlowMatchEulerDiscreteScheduler):  # type: ignore[metaclass]
-    """The modal solver over the times of diffusers' `FlowMatchEulerDiscreteScheduler`.
+class EDMModalScheduler(EDM, _Modal, EDMEulerScheduler):  # type: ignore[metaclass]
+    """The modal solver over the noise levels of diffusers' `EDMEulerScheduler`.
 
-    For SD3, FLUX and similar models. One call per step.
+    For Cosmos 1, Playground 2.5 and similar models. One call per step.
 
     Args:
-        modal_order: evaluations combined, 1 to 4.
-        modal_response: one number for each corrected step, as `erk_guid.fit` finds them.
+        modal_order, modal_response, eta, levels: see `ModalScheduler`.
+
+    The other arguments are those of `EDMEulerScheduler`.
+    """
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+        sigma_schedule: str = "karras",
+        num_train_timesteps: int = 1000,
+        prediction_type: str = "epsilon",
+        rho: float = 7.0,
+        final_sigmas_type: str = "zero",
+        modal_order: int = Modal.order,
+        eta: float = Modal.eta,
+        modal_response: list[float] | None = None,
+        levels: list[float] | None = None,
+    ) -> None:
+        _modal(modal_order, modal_response, eta)
+        check_fitted(levels)
+        EDMEulerScheduler.__init__(
+            self, sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data,
+            sigma_schedule=sigma_schedule, num_train_timesteps=num_train_timesteps,
+            prediction_type=prediction_type, rho=rho, final_sigmas_type=final_sigmas_type,
+        )  # fmt: skip
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | Tensor | None = None,
+    ) -> None:
+        """Set the noise levels of a run; see `EDMERKGuidHeunScheduler.set_timesteps`."""
+        self._levels(num_inference_steps, device, sigmas)
+        self._forget()
+
+
+class FlowMatchModalScheduler(Flow, _Modal, FlowMatchEulerDiscreteScheduler):  # type: ignore[metaclass]
+    """The modal solver over the times of diffusers' `FlowMatchEulerDiscreteScheduler`.
+
+    For SD3, FLUX, Wan and similar models. One call per step.
+
+    Args:
+        modal_order, modal_response, levels: see `ModalScheduler`.
         eta: noise in each step, from 0 (none) to 1. FLUX's and SD3's pipelines pass no `generator`
             to the scheduler: seed torch for the same images again.
+        spaced_by, sigma_min, sigma_max, final_sigmas_type: see `FlowMatchERKGuidHeunScheduler`.
 
     The other arguments are those of `FlowMatchEulerDiscreteScheduler`.
     """
-
-    process = flow_process(Modal(), None)
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -243,35 +289,40 @@ class FlowMatchModalScheduler(_Modal, FlowMatchEulerDiscreteScheduler):  # type:
         use_exponential_sigmas: bool = False,
         use_beta_sigmas: bool = False,
         time_shift_type: str = "exponential",
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        final_sigmas_type: str = "zero",
+        spaced_by: str | None = None,
         modal_order: int = Modal.order,
         eta: float = Modal.eta,
         modal_response: list[float] | None = None,
+        levels: list[float] | None = None,
     ) -> None:
-        if invert_sigmas:
-            raise ValueError("invert_sigmas: a schedule that rises cannot be sampled by this")
         _modal(modal_order, modal_response, eta)
+        check_fitted(levels)
         FlowMatchEulerDiscreteScheduler.__init__(
             self, num_train_timesteps=num_train_timesteps, shift=shift,
             use_dynamic_shifting=use_dynamic_shifting, base_shift=base_shift,
             max_shift=max_shift, base_image_seq_len=base_image_seq_len,
-            max_image_seq_len=max_image_seq_len, shift_terminal=shift_terminal,
-            use_karras_sigmas=use_karras_sigmas, use_exponential_sigmas=use_exponential_sigmas,
-            use_beta_sigmas=use_beta_sigmas, time_shift_type=time_shift_type,
+            max_image_seq_len=max_image_seq_len, invert_sigmas=invert_sigmas,
+            shift_terminal=shift_terminal, use_karras_sigmas=use_karras_sigmas,
+            use_exponential_sigmas=use_exponential_sigmas, use_beta_sigmas=use_beta_sigmas,
+            time_shift_type=time_shift_type,
         )  # fmt: skip
 
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
-        sigmas: list[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         mu: float | None = None,
-        timesteps: list[float] | None = None,
+        timesteps: Sequence[float] | None = None,
     ) -> None:
-        """Set the noise levels of a run, as in diffusers."""
-        FlowMatchEulerDiscreteScheduler.set_timesteps(
-            self, num_inference_steps, device, sigmas, mu, timesteps
-        )
-        self._run = None
+        """Set the times of a run, as in diffusers.
 
-    def _denoised(self, found: Any, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        return x - sigma * output
+        Raises:
+            ValueError: the times do not fall, or the config has fitted ones for another number of
+                steps.
+        """
+        self._levels(num_inference_steps, device, sigmas, mu, timesteps)
+        self._forget()

@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
+from diffusers import DDPMPipeline, DiffusionPipeline, EulerDiscreteScheduler, UNet2DModel
 from integrations.diffusers.test_heun import Network, noise
 from integrations.diffusers.test_heun import run as any_run
 
@@ -184,26 +184,43 @@ def test_fitted_responses(begin: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flow", [False, True])
-def test_an_edited_sample_begins_anew(flow: bool) -> None:
+@pytest.mark.parametrize("inference", [False, True])
+def test_edited_samples_keep_their_history(flow: bool, inference: bool) -> None:
+    # Samples 0 and 1 are edited after call 3. The others must not notice; and those two, from
+    # the edit on, go on from where they were put with the denoised values of before.
     kind: Any = FlowMatchModalScheduler if flow else ModalScheduler
     network = Network(flow=flow)
-    scheduler = kind()
-    scheduler.set_timesteps(8)
-    start = noise() * (1 if flow else scheduler.sigmas[0])
-    found = run(scheduler, network, start, edit=3)
-    # By hand: the first four calls, the edit, and a run of its own over the rest.
-    scheduler.set_timesteps(8)
-    x = start
-    for k, time in enumerate(scheduler.timesteps[:4]):
-        if not flow:
-            scheduler.scale_model_input(x, time)
-        x = scheduler.step(network(x, scheduler.sigmas[k]), time, x).prev_sample
-    rest = kind()
-    rest.set_timesteps(8)
-    expected = run(rest, network, x + 0.05, begin=4)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    scheduler.set_timesteps(8)
-    assert (run(scheduler, network, start) - found).abs().max() > 1e-3
+
+    def ended(edits: dict[int, float], copied: bool = False) -> torch.Tensor:
+        scheduler = kind()
+        scheduler.set_timesteps(8)
+        scheduler.set_begin_index(0)
+        x = noise() * (1 if flow else scheduler.sigmas[0])
+        for k, time in enumerate(scheduler.timesteps):
+            if not flow:
+                scheduler.scale_model_input(x, time)
+            x = scheduler.step(network(x, scheduler.sigmas[k]), time, x).prev_sample
+            x = x.clone() if copied else x
+            if k in edits:
+                x[:2] += edits[k]  # in place: the same tensor comes back
+        return x
+
+    with torch.inference_mode(inference):
+        left, same, edited = ended({}), ended({}, copied=True), ended({3: 0.05})
+        every = ended(dict.fromkeys(range(7), 1e-4))
+    assert torch.equal(left, same)
+    torch.testing.assert_close(edited[2:], left[2:], rtol=1e-5, atol=1e-5)
+    assert (edited[:2] - left[:2]).abs().max() > 1e-3
+    # An edit at each call that changes next to nothing leaves a method of high order (without a
+    # correction). Starting anew it would be Euler's.
+    euler: Any = diffusers.FlowMatchEulerDiscreteScheduler if flow else EulerDiscreteScheduler
+    other = euler()
+    other.set_timesteps(8)
+    ends = run(other, network, noise() * (1 if flow else other.sigmas[0]))
+    fine = kind()
+    fine.set_timesteps(100)
+    exact = run(fine, network, noise() * (1 if flow else fine.sigmas[0]))
+    assert (every - exact)[:2].norm() < 0.9 * (ends - exact)[:2].norm()
 
 
 def test_a_start_in_mid_schedule_and_a_second_run() -> None:

@@ -40,6 +40,12 @@ from erk_guid.solvers import DPMpp, Modal
 from erk_guid.studies.fitting.fit_files import to_paste
 from erk_guid.studies.fitting.levels import Cost, Fitted, Interval
 
+SD: dict[str, Any] = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "timestep_spacing": "leading", "steps_offset": 1,
+}  # fmt: skip
+"""Stable Diffusion's config, with nothing left to defaults."""
+
 
 def tiny_tokenizer(folder: Path) -> Any:
     """CLIP's tokenizer with single characters for words."""
@@ -105,7 +111,7 @@ def test_stable_diffusion(
         name: part.to(dtype) if isinstance(part, torch.nn.Module) else part
         for name, part in stable_diffusion.items()
     }
-    config = PNDMScheduler(beta_schedule="scaled_linear", steps_offset=1).config
+    config = PNDMScheduler(**SD).config
     kind: Any = StableDiffusionPipeline
     options: dict[str, Any] = {"prompt": "a cat", "num_inference_steps": 6}
     if image_to_image:
@@ -125,7 +131,8 @@ def test_stable_diffusion(
         found[name] = latents(pipe, parts["unet"], **options)
     theirs, calls = found["theirs"]
     assert all(count == calls for _, count in found.values())
-    assert torch.equal(found["off"][0], theirs)
+    if dtype == torch.float32:  # ours keeps float32 within a run of half precision
+        assert torch.equal(found["off"][0], theirs)
     for name in ("auto", "published"):
         assert found[name][0].dtype == theirs.dtype
         assert found[name][0].isfinite().all()
@@ -141,7 +148,7 @@ def test_the_lines_to_paste_of_a_fit(stable_diffusion: dict[str, Any]) -> None:
         "fitted", nothing, "", nothing, nothing, {}, (), 0.0, (1, 1, 1), Cost(1, 1, 1.0),
     )  # fmt: skip
     real = StableDiffusionPipeline(
-        scheduler=PNDMScheduler(beta_schedule="scaled_linear", steps_offset=1),
+        scheduler=PNDMScheduler(**SD),
         requires_safety_checker=False, **stable_diffusion,
     )  # fmt: skip
     real.set_progress_bar_config(disable=True)
@@ -231,7 +238,7 @@ def test_a_saved_pipeline_comes_back(tmp_path: Path) -> None:
 
 def test_a_callback_that_edits_the_latents(stable_diffusion: dict[str, Any]) -> None:
     # Every step starts without a pair; nothing breaks, and the published form does nothing.
-    config = PNDMScheduler(beta_schedule="scaled_linear").config
+    config = PNDMScheduler(**SD).config
 
     def edit(pipe: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
         return {"latents": values["latents"] * 1.01}
@@ -248,11 +255,11 @@ def test_a_callback_that_edits_the_latents(stable_diffusion: dict[str, Any]) -> 
 
 
 def test_in_painting(stable_diffusion: dict[str, Any]) -> None:
-    # The pipeline puts the known half back, noised, after every call: no two calls of the
-    # scheduler belong together, and a pair that was kept would move the published form.
+    # The pipeline puts the known half back, noised, after every call. A pair that took that for
+    # the step's error would move the published form by much more than it moves without a mask.
     parts = {k: v.float() if isinstance(v, torch.nn.Module) else v
              for k, v in stable_diffusion.items()}  # fmt: skip
-    config = PNDMScheduler(beta_schedule="scaled_linear", steps_offset=1).config
+    config = PNDMScheduler(**SD).config
     mask = torch.zeros(1, 1, 16, 16)
     mask[..., 8:] = 1
     options: dict[str, Any] = {
@@ -274,7 +281,7 @@ def test_in_painting(stable_diffusion: dict[str, Any]) -> None:
         assert calls == 11
         assert found[name].isfinite().all()
     assert torch.equal(found["off"], found["theirs"])
-    torch.testing.assert_close(found["published"], found["off"], rtol=1e-5, atol=1e-5)
+    assert 0 < (found["published"] - found["off"]).abs().max() < 0.01
     # The known half is what was given, in every case.
     for made in found.values():
         torch.testing.assert_close(made[..., :4], found["off"][..., :4], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,152 @@
+"""What becomes of the config of diffusers' own scheduler when one of ours takes its place.
+
+A value is carried over, or has no meaning beside our solver, or is refused by name. Nothing is
+dropped without one of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+CLASSES = {
+    "discrete": {"heun": "ERKGuidHeunScheduler", "modal": "ModalScheduler"},
+    "edm": {"heun": "EDMERKGuidHeunScheduler", "modal": "EDMModalScheduler"},
+    "flow": {"heun": "FlowMatchERKGuidHeunScheduler", "modal": "FlowMatchModalScheduler"},
+}
+"""Our classes, by family and solver."""
+OWN = {name: family for family, names in CLASSES.items() for name in names.values()}
+
+REPLACED = frozenset(
+    {
+        # The solver that ours takes the place of.
+        "algorithm_type", "corrector_order", "disable_corrector", "euler_at_final",
+        "lower_order_final", "predict_x0", "predictor_order", "skip_prk_steps", "solver_order",
+        "solver_p", "solver_type", "tau_func", "use_noise_sampler", "noise_sampler_seed",
+        # How far that one's last step goes, and the noise of that one's steps.
+        "lambda_min_clipped", "set_alpha_to_one",
+        # Of no effect without `thresholding`.
+        "dynamic_thresholding_ratio", "sample_max_value",
+    }
+)  # fmt: skip
+"""Settings that belong to the solver that is replaced."""
+
+
+class Refused(NamedTuple):
+    """A setting that ours does not honour.
+
+    Attributes:
+        neutral: values that ask for nothing.
+        remedy: what to do instead.
+    """
+
+    neutral: tuple[Any, ...]
+    remedy: str
+
+
+REFUSED = {
+    "thresholding": Refused((False,), "keep diffusers' scheduler, or set thresholding=False"),
+    "use_lu_lambdas": Refused((False,), "set use_lu_lambdas=False, or use_karras_sigmas=True"),
+    "stochastic_sampling": Refused((False,), "for noise take eta of a modal scheduler"),
+    "interpolation_type": Refused(("linear",), "set interpolation_type='linear'"),
+    "timestep_type": Refused(("discrete",), "take ModalScheduler, which honours it"),
+    "final_sigmas_type": Refused(("zero",), "set final_sigmas_type='zero'"),
+    "rescale_betas_zero_snr": Refused((False,), "take a scheduler for betas"),
+    "variance_type": Refused(
+        (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+        "the network predicts a variance, too, which this scheduler does not take off",
+    ),
+    "clip_sample": Refused((False,), "set clip_sample=False"),
+    "use_flow_sigmas": Refused((False,), "take a FlowMatch scheduler"),
+    "use_dynamic_shifting": Refused((False,), "take a FlowMatch scheduler"),
+    "shift_terminal": Refused((None,), "take a FlowMatch scheduler"),
+    "trained_betas": Refused((None,), "take a scheduler for betas"),
+    "sigma_schedule": Refused(("karras",), "take an EDM scheduler"),
+    "snr_shift_scale": Refused((1.0,), "keep diffusers' scheduler"),
+    "use_exponential_sigmas": Refused((False,), "set use_exponential_sigmas=False"),
+    "use_karras_sigmas": Refused((False, None), "set use_karras_sigmas=False"),
+    "use_beta_sigmas": Refused((False,), "set use_beta_sigmas=False"),
+    "invert_sigmas": Refused((False,), "take a FlowMatch scheduler"),
+}  # fmt: skip
+"""Settings that raise unless neutral, where a class has no argument of that name."""
+
+WITHOUT_EFFECT = {
+    "discrete": frozenset({"flow_shift", "time_shift_type", "clip_sample_range", "sigma_data",
+                           "rho", "shift", "base_shift", "max_shift", "base_image_seq_len",
+                           "max_image_seq_len"}),
+    "edm": frozenset({"clip_sample_range", "flow_shift", "time_shift_type"}),
+    "flow": frozenset({"beta_start", "beta_end", "beta_schedule", "prediction_type",
+                       "timestep_spacing", "steps_offset", "clip_sample_range"}),
+}  # fmt: skip
+"""Settings that say nothing in a family."""
+
+DISTILLED = ("LCM", "TCD", "SCM", "Consistency", "Turbo")
+"""Parts of the names of schedulers for distilled models."""
+
+
+def family_of(config: Mapping[str, Any]) -> str:
+    """Return to which family a scheduler's config belongs: "discrete", "edm" or "flow"."""
+    name = str(config.get("_class_name", ""))
+    if name in OWN:
+        return OWN[name]
+    if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+        return "flow"
+    if name.startswith("FlowMatch") or ("shift" in config and "beta_start" not in config):
+        return "flow"
+    if name.startswith("EDM") or ("sigma_data" in config and "beta_start" not in config):
+        return "edm"
+    return "discrete"
+
+
+def carried_over(
+    config: Mapping[str, Any], family: str, taker: str, known: Collection[str]
+) -> dict[str, Any]:
+    """Return the config for one of our classes.
+
+    Args:
+        config: of any scheduler.
+        family: of the class.
+        taker: its name.
+        known: names of its arguments.
+
+    Raises:
+        ValueError: the config belongs to another family, or holds what is refused.
+    """
+    name = str(config.get("_class_name", ""))
+    theirs = family_of(config)
+    if theirs != family:
+        solver = next(s for names in CLASSES.values() for s, n in names.items() if n == taker)
+        raise ValueError(
+            f"{taker} cannot take the config of {name or 'this scheduler'}: its samples and "
+            f"predictions are of another kind; take {CLASSES[theirs][solver]}"
+        )
+    if any(part in name for part in DISTILLED):
+        raise ValueError(
+            f"{name} belongs to a distilled model, which is not sampled by solving an ODE; keep it"
+        )
+    if name == "CosineDPMSolverMultistepScheduler":
+        raise ValueError(f"{name} tells its network another number than EDM's; keep it")
+    # The values of this scheduler, even those that it left at their defaults: ours differ.
+    found = {key: value for key, value in config.items() if key != "_use_default_values"}
+    if family == "flow" and name not in OWN:
+        found = _flow(found, name)
+    for key, value in list(found.items()):
+        if key.startswith("_") or key in known:
+            continue
+        refused = REFUSED.get(key)
+        if refused is not None and not any(value == neutral for neutral in refused.neutral):
+            raise ValueError(f"{taker} does not honour {key}={value!r}: {refused.remedy}")
+        if refused is not None or key in REPLACED or key in WITHOUT_EFFECT[family]:
+            del found[key]
+    return found
+
+
+def _flow(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the config of a flow with the names of diffusers' flow-matching schedulers."""
+    if not config.pop("use_flow_sigmas", False):
+        config.pop("flow_shift", None)
+        return config
+    shift = config.pop("flow_shift", 1.0)
+    config.pop("trained_betas", None)
+    config.pop("rescale_betas_zero_snr", None)
+    return config | {"shift": shift, "spaced_by": name or "UniPCMultistepScheduler"}

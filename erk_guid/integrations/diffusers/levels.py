@@ -1,0 +1,63 @@
+"""Noise levels that were found for a model (`erk_guid.fit`), in place of the usual spacing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from erk_guid.solvers import check_levels
+
+
+def chosen_levels(
+    levels: Sequence[float] | None,
+    num_inference_steps: int | None,
+    sigmas: Any = None,
+    timesteps: Any = None,
+) -> list[float] | None:
+    """Return the levels of the config if a run takes them; None if there are none.
+
+    Args:
+        levels: of the config, the end included.
+        num_inference_steps, sigmas, timesteps: what the pipeline asks for. FLUX's and SD3's pass
+            evenly spaced sigmas where the user names none; those make way for the levels.
+
+    Raises:
+        ValueError: the pipeline asks for another number of steps, or for other levels.
+    """
+    if levels is None:
+        return None
+    steps = len(levels) - 1
+    if timesteps is not None or (sigmas is not None and not _evenly_spaced(sigmas)):
+        raise ValueError(
+            f"this scheduler has {steps} fitted levels: leave sigmas and timesteps out, or make "
+            "it with levels=None"
+        )
+    asked = len(sigmas) if sigmas is not None else num_inference_steps
+    if asked not in (None, steps):
+        raise ValueError(
+            f"the levels were fitted for {steps} steps, not {asked}: pass "
+            f"num_inference_steps={steps}, or fit for {asked}"
+        )
+    return [float(level) for level in levels]
+
+
+def check_fitted(levels: Sequence[float] | None) -> None:
+    """Raise ValueError unless levels fall strictly."""
+    if levels is not None:
+        check_levels(torch.tensor(levels, dtype=torch.float64))
+
+
+def _evenly_spaced(sigmas: Any) -> bool:
+    found = np.asarray(sigmas, dtype=np.float64)
+    return len(found) > 0 and np.allclose(
+        found, np.linspace(1, 1 / len(found), len(found)), atol=1e-3
+    )
+
+
+def as_tensor(levels: Sequence[float]) -> Tensor:
+    """Return levels as schedulers keep them, float32 on the CPU."""
+    return torch.tensor(levels, dtype=torch.float32)
