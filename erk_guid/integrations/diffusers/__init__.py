@@ -1,12 +1,14 @@
 """Schedulers for diffusers' pipelines.
 
-    from erk_guid.integrations.diffusers import ERKGuidHeunScheduler
+    from erk_guid.integrations.diffusers import for_pipeline
 
-    pipe.scheduler = ERKGuidHeunScheduler.from_config(pipe.scheduler.config, w_stiff="auto")
+    pipe.scheduler = for_pipeline(pipe)
+    pipe.scheduler = for_pipeline(pipe, "heun", w_stiff="auto")
 
-`ERKGuidHeunScheduler` and `FlowMatchERKGuidHeunScheduler` (SD3, FLUX) are diffusers' own Heun with
-ERK guidance, two network calls per step. `ModalScheduler` and `FlowMatchModalScheduler` are the
-modal solver, one call per step, without guidance.
+`for_pipeline` reads what the pipeline has and picks the class. The modal solver takes one network
+call per step, without guidance; Heun with ERK guidance takes two. There is one class of each for
+schedulers with betas (Stable Diffusion, SDXL), for EDM's, and for flow matching (SD3, FLUX, Wan).
+`fit` finds the noise levels for a pipeline of your own.
 """
 
 from erk_guid.common.errors import MissingExtraError
@@ -26,6 +28,7 @@ from erk_guid.integrations.diffusers.modal import (
     FlowMatchModalScheduler,
     ModalScheduler,
 )
+from erk_guid.integrations.diffusers.pipelines import PipelineFit, fit, for_pipeline
 
 __all__ = [
     "EDMERKGuidHeunScheduler",
@@ -34,4 +37,7 @@ __all__ = [
     "FlowMatchERKGuidHeunScheduler",
     "FlowMatchModalScheduler",
     "ModalScheduler",
+    "PipelineFit",
+    "fit",
+    "for_pipeline",
 ]

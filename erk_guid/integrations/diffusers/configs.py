@@ -80,8 +80,10 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 """Settings that say nothing in a family."""
 
-DISTILLED = ("LCM", "TCD", "SCM", "Consistency", "Turbo")
+DISTILLED = ("LCM", "TCD", "SCM", "Consistency", "FlowMap", "PiFlow")
 """Parts of the names of schedulers for distilled models."""
+ONLY_DISTILLED = "original_inference_steps"
+"""Setting that only they have; a config need not name its class."""
 
 
 def family_of(config: Mapping[str, Any]) -> str:
@@ -120,9 +122,9 @@ def carried_over(
             f"{taker} cannot take the config of {name or 'this scheduler'}: its samples and "
             f"predictions are of another kind; take {CLASSES[theirs][solver]}"
         )
-    if any(part in name for part in DISTILLED):
+    if any(part in name for part in DISTILLED) or ONLY_DISTILLED in config:
         raise ValueError(
-            f"{name} belongs to a distilled model, which is not sampled by solving an ODE; keep it"
+            f"{name or 'this scheduler'} belongs to a distilled model, which is not sampled by solving an ODE; keep it"
         )
     if name == "CosineDPMSolverMultistepScheduler":
         raise ValueError(f"{name} tells its network another number than EDM's; keep it")
@@ -149,4 +151,7 @@ def _flow(config: dict[str, Any], name: str) -> dict[str, Any]:
     shift = config.pop("flow_shift", 1.0)
     config.pop("trained_betas", None)
     config.pop("rescale_betas_zero_snr", None)
-    return config | {"shift": shift, "spaced_by": name or "UniPCMultistepScheduler"}
+    if not name:
+        name = "DPMSolver" if "algorithm_type" in config else "UniPC"
+        name += "MultistepScheduler"
+    return config | {"shift": shift, "spaced_by": name}

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -172,6 +172,8 @@ class Fitted:
         return f"{method}, {self.evaluations} evaluations at {levels}; {said}"
 
 
+Spacings = Mapping[str, Callable[[int], Sequence[float]]]
+"""Functions by name that return noise levels for a number of intervals between them."""
 Progress = Callable[[int, int], None]
 """Called with the evaluations done, and those expected in all."""
 
@@ -181,13 +183,14 @@ def fit(
     x: Tensor,
     *,
     evaluations: int,
-    solver: str | Solver = BEST,
+    solver: str | Solver | Sequence[Solver] = BEST,
     guidance: Guidance | None = None,
     labels: Tensor | None = None,
     sigma_min: float = SIGMA_MIN,
     sigma_max: float | None = None,
     process: Process | None = None,
     denoise_to_zero: bool = False,
+    spacings: Spacings | None = None,
     trials: int | None = None,
     batch: int = 32,
     progress: Progress | None = None,
@@ -201,15 +204,19 @@ def fit(
         x: where to start, [N, ...], already scaled by `sigma_max`; 128 samples serve well. Half
             of them are used for the report alone.
         evaluations: calls of the denoiser that a run may take.
-        solver: "best" chooses among `CANDIDATES`; a name or a solver is kept.
+        solver: "best" chooses among `CANDIDATES`, a list among its own; a name or a solver is
+            kept.
         guidance: ERK guidance of the solver, as in `erk_guid.sample`; not with "best".
         labels: one row for each of x's, or None.
         sigma_min, sigma_max: first and last noise level above 0, noise over signal. None is 80,
             or with a process the noise that it begins with.
         process: what x is, as in `erk_guid.sample`.
         denoise_to_zero: end with an Euler step to 0, which takes one of the evaluations.
+        spacings: further usual spacings that a fit must beat: a function by name, which returns
+            the noise levels above 0 (noise over signal) for a number of intervals between them.
+            Their ends are taken to be sigma_max and sigma_min.
         trials: budget of the search in runs of `evaluations` on `SEARCHED` samples; None is
-            `TRIALS`, or `BEST_TRIALS` with "best".
+            `TRIALS`, or `BEST_TRIALS` with several solvers.
         batch: samples at a time.
         progress: called with the evaluations done and expected in all.
         journal: a folder that keeps what was measured. A fit that was interrupted goes on from
@@ -225,8 +232,8 @@ def fit(
     return fit_each(
         denoiser, x, evaluations=[evaluations], solver=solver, guidance=guidance, labels=labels,
         sigma_min=sigma_min, sigma_max=sigma_max, process=process,
-        denoise_to_zero=denoise_to_zero, trials=trials, batch=batch, progress=progress,
-        journal=journal,
+        denoise_to_zero=denoise_to_zero, spacings=spacings, trials=trials, batch=batch,
+        progress=progress, journal=journal,
     )[0]  # fmt: skip
 
 
@@ -235,13 +242,14 @@ def fit_each(
     x: Tensor,
     *,
     evaluations: Sequence[int],
-    solver: str | Solver = BEST,
+    solver: str | Solver | Sequence[Solver] = BEST,
     guidance: Guidance | None = None,
     labels: Tensor | None = None,
     sigma_min: float = SIGMA_MIN,
     sigma_max: float | None = None,
     process: Process | None = None,
     denoise_to_zero: bool = False,
+    spacings: Spacings | None = None,
     trials: int | None = None,
     batch: int = 32,
     progress: Progress | None = None,
@@ -254,10 +262,11 @@ def fit_each(
         journal_of: names the denoiser, whose journal another one must not use.
     """
     methods = _methods(solver, guidance)
-    best = solver == BEST
-    trials = (BEST_TRIALS if best else TRIALS) if trials is None else trials
+    several = len(methods) > 1
+    trials = (BEST_TRIALS if several else TRIALS) if trials is None else trials
     _check(x, labels, evaluations, methods, denoise_to_zero, trials, batch)
     problem = _problem(denoiser, x, labels, sigma_min, sigma_max, process, batch)
+    problem.more = dict(spacings or {})
     memory = Journal.open(
         journal, (x, evaluations, solver, guidance, sigma_min, sigma_max, process, denoise_to_zero,
                   trials, journal_of),
@@ -286,7 +295,11 @@ def fit_each(
     return fitted
 
 
-def _methods(solver: str | Solver, guidance: Guidance | None) -> list[Method]:
+def _methods(solver: str | Solver | Sequence[Solver], guidance: Guidance | None) -> list[Method]:
+    if isinstance(solver, (list, tuple)):
+        if not solver:
+            raise ValueError("solver: the list is empty")
+        return [method for each in solver for method in _methods(each, guidance)]
     if isinstance(solver, str) and solver == BEST:
         if guidance is not None:
             raise ValueError(
@@ -294,6 +307,7 @@ def _methods(solver: str | Solver, guidance: Guidance | None) -> list[Method]:
                 "is guided, e.g. solver='heun'"
             )
         return [Method(candidate) for candidate in CANDIDATES]
+    assert isinstance(solver, (str, Solver))
     chosen = as_solver(solver)
     if guidance is not None:
         guidance.check(chosen)
@@ -347,6 +361,7 @@ class _Problem:
         self.low = low
         self.process = process
         self.start = start
+        self.more: dict[str, Callable[[int], Sequence[float]]] = {}
 
     def usual(self, intervals: int) -> dict[str, Spacing]:
         """Return the usual spacings by name."""
@@ -360,6 +375,10 @@ class _Problem:
             inner = [self.process.level(t).sigma for t in times.tolist()[1:-1]]
             if all(level < self.high for level in inner):
                 found["time"] = Spacing.of([self.first, *inner, self.low], self.high)
+        for name, spaced in self.more.items():
+            inner = list(spaced(intervals))[1:-1]
+            if all(self.low < level < self.high for level in inner):
+                found[name] = Spacing.of([self.first, *inner, self.low], self.high)
         return found
 
     def times(self, levels: Sequence[float], to_zero: bool) -> Tensor:

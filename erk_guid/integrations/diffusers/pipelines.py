@@ -1,0 +1,253 @@
+"""The scheduler for a pipeline, whatever it has, and levels fitted to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from erk_guid.generation.settings import Settings, read_settings
+from erk_guid.guidance import Guidance, settings_of
+from erk_guid.integrations.diffusers import heun, modal
+from erk_guid.integrations.diffusers.configs import CLASSES, family_of
+from erk_guid.integrations.diffusers.families import Family
+from erk_guid.integrations.diffusers.probe import PipelineDenoiser, usual_times
+from erk_guid.processes import RectifiedFlow
+from erk_guid.solvers import Heun, Modal, Solver, name_of
+from erk_guid.studies.fitting import Fitted
+from erk_guid.studies.fitting import fit as fit_denoiser
+from erk_guid.studies.fitting.fit_files import settings_of_fit
+from erk_guid.studies.fitting.levels import Progress
+
+SOLVERS = ("modal", "heun")
+DEFAULT_SOLVER = "modal"
+UNIT_VARIANCE = ("DDPMPipeline", "DDIMPipeline", "DiTPipeline")
+"""Pipelines that keep their samples at unit variance."""
+SAMPLES = 64
+BATCH = 4
+FAMILY = "family"
+"""Entry of a settings file that says for which family its levels are."""
+
+
+def for_pipeline(
+    pipe: Any,
+    solver: str | None = None,
+    *,
+    settings: str | Path | Settings | PipelineFit | None = None,
+    **options: Any,
+) -> Any:
+    """Return one of our schedulers for a pipeline, with the settings of the one it has.
+
+        pipe.scheduler = for_pipeline(pipe)
+        pipe.scheduler = for_pipeline(pipe, "heun", w_stiff=0.5, w_con=0.1)
+        pipe.scheduler = for_pipeline(pipe, settings="settings.json")
+
+    Args:
+        pipe: a pipeline of diffusers, or one of its schedulers.
+        solver: "modal" (one call of the network per step) or "heun" (two, with guidance). None
+            takes that of the settings, or "modal".
+        settings: what `fit` found, or the file that ``erk-guid fit`` wrote: noise levels with
+            their solver.
+        options: arguments of the scheduler's class, in place of the config's.
+
+    Returns:
+        A scheduler of the family of the pipeline's: for betas, EDM's or flow matching.
+
+    Raises:
+        ValueError: the pipeline's config asks for what the scheduler does not honour, or the
+            settings are for another solver or family.
+        TypeError: the scheduler has no such option.
+        ErkGuidError: the settings cannot be read.
+    """
+    config = _config(pipe)
+    family = family_of(config)
+    found = settings.settings if isinstance(settings, PipelineFit) else settings
+    if isinstance(found, (str, Path)):
+        found = read_settings(found)
+    if found is not None:
+        options = _options_of(found, solver, family) | options
+        solver = name_of(found.solver())
+    solver = DEFAULT_SOLVER if solver is None else solver
+    if type(pipe).__name__ in UNIT_VARIANCE:
+        options = {"unit_variance": True} | options
+    return _class(family, solver).from_config(config, **options)
+
+
+def _config(pipe: Any) -> Mapping[str, Any]:
+    scheduler = getattr(pipe, "scheduler", pipe)
+    config = getattr(scheduler, "config", None)
+    if not isinstance(config, Mapping):
+        raise TypeError(
+            f"{type(pipe).__name__} is no pipeline of diffusers: it has no scheduler with a config"
+        )
+    return {**config, "_class_name": type(scheduler).__name__}
+
+
+def _class(family: str, solver: str) -> Any:
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be {' or '.join(map(repr, SOLVERS))}, got {solver!r}")
+    name = CLASSES[family][solver]
+    return getattr(heun if solver == "heun" else modal, name)
+
+
+def _options_of(settings: Settings, solver: str | None, family: str) -> dict[str, Any]:
+    """Return the arguments of a scheduler that settings stand for."""
+    made = settings.solver()
+    name = name_of(made)
+    if name not in SOLVERS:
+        raise ValueError(
+            f"the settings are for the solver {name!r}, which has no scheduler here; fit with "
+            f"{' or '.join(SOLVERS)}"
+        )
+    if solver not in (None, name):
+        raise ValueError(f"the settings are for the solver {name!r}, not {solver!r}")
+    options: dict[str, Any] = {}
+    if isinstance(made, Modal):
+        response = None if made.response is None else list(made.response)
+        options = {"modal_order": made.order, "modal_response": response, "eta": made.eta}
+    else:
+        options = {k: v for k, v in settings_of(settings.guidance).items() if v is not None}
+    levels = settings.made_for.get("schedule")
+    if isinstance(levels, tuple):
+        fitted_for = settings.measured.get(FAMILY, "edm")
+        if (fitted_for == "flow") != (family == "flow"):
+            raise ValueError(
+                f"the settings hold levels for the family {fitted_for!r}, and the pipeline is of "
+                f"{family!r}; fit for this pipeline"
+            )
+        end = [0.0] if settings.made_for.get("denoise_to_zero", True) else []
+        options["levels"] = [*levels, *end]
+    return options
+
+
+@dataclass(frozen=True)
+class PipelineFit:
+    """What `fit` found for a pipeline.
+
+    Attributes:
+        fitted: levels, errors before and after, cost; see `erk_guid.studies.fitting.Fitted`.
+        settings: the same as settings, for `for_pipeline`.
+    """
+
+    fitted: Fitted
+    settings: Settings
+
+    def write(self, path: str | Path) -> None:
+        """Write the settings, for ``for_pipeline(pipe, settings=path)``."""
+        self.settings.write(path)
+
+    def __str__(self) -> str:
+        return str(self.fitted)
+
+
+def fit(
+    pipe: Any,
+    prompts: Sequence[Any] | None,
+    steps: int = 8,
+    *,
+    solver: str | Solver = DEFAULT_SOLVER,
+    guidance: Guidance | None = None,
+    samples: int = SAMPLES,
+    batch: int = BATCH,
+    seed: int = 0,
+    argument: str = "prompt",
+    call: Mapping[str, Any] | None = None,
+    trials: int | None = None,
+    progress: Progress | None = None,
+    journal: str | Path | None = None,
+) -> PipelineFit:
+    """Find the noise levels at which a pipeline needs the fewest steps, with its own guidance.
+
+    The pipeline's own loop is run, so that everything in it counts: classifier-free guidance,
+    adapters, its dtype. What is measured is the distance of the end points from those of a fine
+    solution, from the same noise; not which images look better.
+
+        found = fit(pipe, prompts, steps=8, call={"guidance_scale": 5.0})
+        found.write("settings.json")
+        pipe.scheduler = for_pipeline(pipe, settings="settings.json")
+
+    Args:
+        pipe: a pipeline of diffusers that makes images from noise. It is not changed.
+        prompts: one for each sample, repeated as needed; None for a pipeline without.
+        steps: `num_inference_steps` to fit for.
+        solver: "modal" tries its orders 4, 3 and 2; "heun"; or one of their objects.
+        guidance: ERK guidance of "heun", such as `erk_guid.ParameterFreeGuidance()`.
+        samples: how many; a quarter searches, a quarter chooses, half reports. 16 at least.
+        batch: samples in one call of the pipeline.
+        seed: of the first sample's noise; the others follow.
+        argument: name by which the pipeline takes the prompts (DiT: "class_labels").
+        call: further arguments of the pipeline, such as guidance_scale, height and width.
+        trials, progress, journal: see `erk_guid.fit`.
+
+    Returns:
+        What was found, with the errors before (the pipeline's own levels are among what a fit
+        must beat) and after, and the calls and seconds that it took.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    if prompts is not None and len(prompts) == 0:
+        raise ValueError("prompts: give at least one, or None for a pipeline without")
+    chosen = _candidates(solver)
+    config = _config(pipe)
+    family = family_of(config)
+    name = name_of(chosen[0])
+    kind: type[Family] = _class(family, name)
+    without: dict[str, Any] = {"w_stiff": 0.0} if name == "heun" else {}
+    plain = for_pipeline(pipe, name, **without).config
+
+    def arguments(rows: Sequence[int]) -> dict[str, Any]:
+        generators = [torch.Generator().manual_seed(seed + row) for row in rows]
+        given = (
+            {"batch_size": len(rows)}
+            if prompts is None
+            else {argument: [prompts[row % len(prompts)] for row in rows]}
+        )
+        return {**given, "generator": generators, **(call or {})}
+
+    def usual(intervals: int) -> list[float]:
+        # One level more than intervals; the step to 0 comes on top.
+        return usual_times(pipe, kind, plain, intervals + 1, arguments([0]))
+
+    process = RectifiedFlow() if family == "flow" else None
+    times = usual(steps - 1)
+    if max(times) > 1:
+        process = None
+    denoiser = PipelineDenoiser(pipe, kind, plain, arguments, times[0])
+    try:
+        rows = [range(i, min(i + batch, samples)) for i in range(0, samples, batch)]
+        x = torch.cat([denoiser.starts(part) for part in rows])
+        # At t = 1 of a flow there is no signal: the process knows where to begin.
+        sigma_max = None if process is not None and times[0] >= 1 else _sigma(times[0], process)
+        fitted = fit_denoiser(
+            denoiser, x, evaluations=steps if name == "modal" else 2 * steps - 1,
+            solver=chosen if len(chosen) > 1 else chosen[0], guidance=guidance,
+            labels=torch.arange(samples)[:, None].to(x), sigma_min=_sigma(times[-1], process),
+            sigma_max=sigma_max, process=process, denoise_to_zero=True, trials=trials,
+            batch=batch, progress=progress, journal=journal,
+            spacings={"pipeline": lambda n: [_sigma(t, process) for t in usual(n)]},
+        )  # fmt: skip
+    finally:
+        denoiser.close()
+    measured = {FAMILY: family, "pipeline": type(pipe).__name__, "seeds": [seed, samples]}
+    return PipelineFit(fitted, settings_of_fit(fitted, measured))
+
+
+def _candidates(solver: str | Solver) -> list[Solver]:
+    if solver == "modal":
+        return [Modal(), Modal(3), Modal(2)]
+    if solver == "heun":
+        return [Heun()]
+    if isinstance(solver, (Modal, Heun)):
+        return [solver]
+    raise ValueError(
+        f"solver must be {' or '.join(map(repr, SOLVERS))}, or one of their objects, got {solver!r}"
+    )
+
+
+def _sigma(t: float, process: RectifiedFlow | None) -> float:
+    """Return noise over signal at a time."""
+    return t if process is None else process.level(t).sigma

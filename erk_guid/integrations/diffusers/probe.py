@@ -1,0 +1,255 @@
+"""A pipeline's network, guidance and prompts as one denoiser.
+
+A pipeline runs its loop by itself: it calls its network where its scheduler says. So the denoiser
+is a scheduler. Its `step` hands the denoised x to another thread, waits there until that one asks
+for the next point, and sends the pipeline's loop to it. The loop is the pipeline's own, with
+classifier-free guidance and whatever else it does.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from erk_guid.integrations.diffusers.families import Discrete, Family, Generators
+
+CALLS = 4096
+"""Calls of one run of a pipeline's loop; then another run begins."""
+
+
+class _Ended(BaseException):
+    """Leaves a pipeline's loop; not an Exception, which the pipeline may catch."""
+
+
+class _Point(NamedTuple):
+    """Where the network is to be called, or was.
+
+    Attributes:
+        x: the sample, in float32.
+        t: its time.
+        denoised: what the network makes of it; None until it was called.
+    """
+
+    x: Tensor
+    t: float
+    denoised: Tensor | None = None
+
+
+class _Exchange:
+    """What the pipeline's thread and the asking one hand each other."""
+
+    def __init__(self) -> None:
+        self.asked: queue.Queue[_Point | None] = queue.Queue()
+        self.answered: queue.Queue[_Point | BaseException] = queue.Queue()
+        self.again = False
+        """Whether a run of the loop begins that follows another one: nobody waits for its start."""
+        self.closed = False
+
+    def answer(self, found: _Point) -> _Point:
+        """Hand over what was found and return the next point; called by the pipeline's thread."""
+        if not self.again:
+            self.answered.put(found)
+        self.again = False
+        following = self.asked.get()
+        if following is None:
+            self.closed = True
+            raise _Ended
+        return following
+
+
+class _Probe(Family):
+    """A scheduler that goes where it is asked to."""
+
+    exchange: _Exchange
+    first: float
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Begin at the first level, whatever the pipeline asks for."""
+        self.sigmas = torch.zeros(CALLS + 1)
+        self.timesteps = torch.zeros(CALLS, device=device)
+        self.num_inference_steps = CALLS
+        self._step_index = self._begin_index = None
+        self._place(0, self.first)
+
+    def _place(self, index: int, t: float) -> None:
+        """Set the level of a call. Loops hold views of `timesteps`, so they see the change."""
+        self.sigmas[index] = 1 - t if self.inverted else t
+        if index < CALLS:
+            self.timesteps[index] = timestep_of(self, t)
+
+    def _move(
+        self, x: Tensor, denoised: Tensor, index: int, sample: Tensor, generator: Generators
+    ) -> Tensor:
+        following = self.exchange.answer(_Point(x, self.time(index), denoised))
+        if index + 1 == CALLS:
+            self.exchange.asked.put(following)  # for the next run of the loop
+            self.exchange.again = True
+            raise _Ended
+        self._place(index + 1, following.t)
+        return following.x
+
+    def _note(self, returned: Tensor) -> None:
+        """Nothing: no sample is compared."""
+
+
+def timestep_of(scheduler: Any, t: float) -> float:
+    """Return what the network is told at a time: noise over signal, or t of a flow."""
+    if hasattr(scheduler, "precondition_noise"):
+        return float(scheduler.precondition_noise(torch.tensor(t)))
+    if isinstance(scheduler, Discrete):
+        if scheduler.config.get("timestep_type", "discrete") == "continuous":
+            return 0.25 * float(np.log(t))
+        kept = scheduler.alphas_cumprod.double()  # type: ignore[attr-defined]
+        known = ((1 - kept) / kept).sqrt().log().numpy()
+        found: Any = scheduler._sigma_to_t(np.float64(t), known)  # type: ignore[attr-defined]
+        return float(found)
+    sigma = 1 - t if scheduler.inverted else t
+    return float(sigma * scheduler.config.num_train_timesteps)
+
+
+class _Session:
+    """One run of a pipeline's loop for some prompts, as often as it takes."""
+
+    def __init__(self, run: Callable[[_Exchange], None]) -> None:
+        self._run = run
+        self._exchange = _Exchange()
+        self._thread = threading.Thread(target=self._loop, name="erk_guid pipeline", daemon=True)
+        self._thread.start()
+        self.start = self._answer()
+
+    def _loop(self) -> None:
+        while not self._exchange.closed:
+            try:
+                self._run(self._exchange)
+                raise RuntimeError("the pipeline ended before the scheduler ended it")
+            except _Ended:
+                pass
+            except BaseException as error:
+                self._exchange.answered.put(error)
+                return
+
+    def _answer(self) -> _Point:
+        found = self._exchange.answered.get()
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def denoised(self, x: Tensor, t: float) -> Tensor:
+        """Return what the pipeline's network, with its guidance, makes of x."""
+        self._exchange.asked.put(_Point(x, t))
+        found = self._answer().denoised
+        assert found is not None
+        return found
+
+    def close(self) -> None:
+        """End the loop."""
+        self._exchange.asked.put(None)
+        self._thread.join()
+
+
+class PipelineDenoiser:
+    """Denoised samples of a pipeline, for `erk_guid.fit`.
+
+    Args:
+        pipe: the pipeline. It is copied, without its weights.
+        kind: one of our scheduler classes, of the family of the pipeline's scheduler.
+        config: for it.
+        arguments: for some rows, what the pipeline is called with.
+        first: time at which runs begin.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        kind: type[Family],
+        config: Mapping[str, Any],
+        arguments: Callable[[Sequence[int]], Mapping[str, Any]],
+        first: float,
+    ) -> None:
+        self._pipe, self._arguments, self._first = pipe, arguments, first
+        self._config = config
+        probe = type(kind.__name__, (_Probe, kind), {})
+        self._kind: Any = probe
+        self._sessions: dict[tuple[int, ...], _Session] = {}
+
+    def _session(self, rows: tuple[int, ...]) -> _Session:
+        if rows not in self._sessions:
+            self._sessions[rows] = _Session(lambda exchange: self._run(rows, exchange))
+        return self._sessions[rows]
+
+    def _run(self, rows: tuple[int, ...], exchange: _Exchange) -> None:
+        scheduler = self._kind.from_config(self._config)
+        scheduler.exchange, scheduler.first = exchange, self._first
+        called(self._pipe, scheduler, CALLS, self._arguments(rows))
+
+    def starts(self, rows: Sequence[int]) -> Tensor:
+        """Return the samples with which the pipeline begins, [rows, ...], float32."""
+        return self._session(tuple(rows)).start.x
+
+    def __call__(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """Return the denoised x, like x.
+
+        Args:
+            x: [N, ...].
+            t: the time, one for all.
+            labels: [N, 1], the number of each row.
+        """
+        rows = tuple(labels[:, 0].long().tolist())
+        found = self._session(rows).denoised(x.float(), float(t))
+        return found.to(x.dtype)
+
+    def close(self) -> None:
+        """End all loops."""
+        for session in self._sessions.values():
+            session.close()
+        self._sessions.clear()
+
+
+def called(pipe: Any, scheduler: Any, steps: int, arguments: Mapping[str, Any]) -> Any:
+    """Call a copy of the pipeline with another scheduler; its weights are shared."""
+    copied = copy.copy(pipe)
+    copied.scheduler = scheduler
+    copied.set_progress_bar_config(disable=True)
+    return copied(num_inference_steps=steps, output_type="latent", **arguments)
+
+
+def usual_times(
+    pipe: Any,
+    kind: type[Family],
+    config: Mapping[str, Any],
+    steps: int,
+    arguments: Mapping[str, Any],
+) -> list[float]:
+    """Return the times, above the end, that a pipeline takes by itself for some steps."""
+    base: Any = kind
+    found: list[float] = []
+
+    def set_timesteps(self: Any, *args: Any, **options: Any) -> None:
+        base.set_timesteps(self, *args, **options)
+        found.extend(dict.fromkeys(self.time(k) for k in range(len(self.timesteps))))
+        raise _Ended
+
+    # Pipelines look at the signature to see what they may pass.
+    set_timesteps.__signature__ = inspect.signature(base.set_timesteps)  # type: ignore[attr-defined]
+    recorder: Any = type(kind.__name__, (kind,), {"set_timesteps": set_timesteps})
+    scheduler = recorder.from_config(config)
+    try:
+        called(pipe, scheduler, steps, arguments)
+    except _Ended:
+        return found
+    raise RuntimeError("the pipeline did not call scheduler.set_timesteps")

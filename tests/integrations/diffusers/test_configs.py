@@ -1,0 +1,315 @@
+"""What becomes of the configs of diffusers' own schedulers, and of what its newest ones can do."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, ClassVar
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from integrations.diffusers.test_heun import Network, noise
+
+import erk_guid
+from erk_guid.integrations import diffusers as ours
+from erk_guid.integrations.diffusers import for_pipeline
+from erk_guid.integrations.diffusers.configs import (
+    CLASSES,
+    REFUSED,
+    REPLACED,
+    WITHOUT_EFFECT,
+    family_of,
+)
+
+HEUN = ("ERKGuidHeunScheduler", "EDMERKGuidHeunScheduler", "FlowMatchERKGuidHeunScheduler")
+MODAL = ("ModalScheduler", "EDMModalScheduler", "FlowMatchModalScheduler")
+UNIPC_FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+# Wan, Sana and Cosmos 2.5 have such configs.
+FLOWS = {
+    "UniPC 3": lambda: diffusers.UniPCMultistepScheduler(**UNIPC_FLOW, flow_shift=3.0),
+    "UniPC 5": lambda: diffusers.UniPCMultistepScheduler(**UNIPC_FLOW, flow_shift=5.0),
+    "UniPC karras": lambda: diffusers.UniPCMultistepScheduler(
+        **UNIPC_FLOW, use_karras_sigmas=True, sigma_max=200.0, sigma_min=0.01
+    ),
+    "DPM++ 3": lambda: diffusers.DPMSolverMultistepScheduler(**UNIPC_FLOW, flow_shift=3.0),
+}
+
+
+def levels(scheduler: Any) -> torch.Tensor:
+    """Noise levels of the steps: a two-stage scheduler repeats them."""
+    return torch.tensor(list(dict.fromkeys(scheduler.sigmas.tolist())))
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("solver", ["modal", "heun"])
+def test_flow_configs_of_other_schedulers_keep_their_levels(name: str, solver: str) -> None:
+    # Before: shift 1.0 in place of 3 or 5, with no more than diffusers' "will be ignored".
+    theirs: Any = FLOWS[name]()
+    scheduler = for_pipeline(theirs, solver)
+    assert type(scheduler).__name__ == CLASSES["flow"][solver]
+    for each in (theirs, scheduler):
+        each.set_timesteps(9)
+    torch.testing.assert_close(levels(scheduler), levels(theirs))
+    calls = len(scheduler.timesteps)
+    assert calls == (9 if solver == "modal" else 17)
+    network, x = Network(flow=True), noise()
+    for k, time in enumerate(scheduler.timesteps):
+        x = scheduler.step(network(x, scheduler.sigmas[k]), time, x).prev_sample
+    assert x.isfinite().all()
+    again = type(scheduler).from_config(scheduler.config)
+    again.set_timesteps(9)
+    assert torch.equal(again.sigmas, scheduler.sigmas)
+
+
+class StableAudio:
+    """Its scheduler needs a package that is not at hand; this is its config."""
+
+    config: ClassVar[dict[str, Any]] = {
+        "_class_name": "CosineDPMSolverMultistepScheduler", "sigma_data": 1.0, "sigma_min": 0.3,
+        "sigma_max": 500, "sigma_schedule": "exponential", "prediction_type": "v_prediction",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("taker", "config", "message"),
+    [
+        ("ModalScheduler", FLOWS["UniPC 3"], "take FlowMatchModalScheduler"),
+        ("ERKGuidHeunScheduler", FLOWS["UniPC 3"], "take FlowMatchERKGuidHeunScheduler"),
+        ("ERKGuidHeunScheduler", diffusers.FlowMatchEulerDiscreteScheduler,
+         "take FlowMatchERKGuidHeunScheduler"),
+        ("ModalScheduler", diffusers.EDMEulerScheduler, "take EDMModalScheduler"),
+        ("ERKGuidHeunScheduler", diffusers.EDMDPMSolverMultistepScheduler,
+         "take EDMERKGuidHeunScheduler"),
+        ("FlowMatchModalScheduler", diffusers.EulerDiscreteScheduler, "take ModalScheduler"),
+        ("EDMModalScheduler", diffusers.DDIMScheduler, "take ModalScheduler"),
+        ("ModalScheduler", diffusers.LCMScheduler, "distilled"),
+        ("EDMModalScheduler", StableAudio, "another number"),
+        ("ModalScheduler", lambda: diffusers.DDIMScheduler(thresholding=True), "thresholding=True"),
+        ("ModalScheduler", lambda: diffusers.DPMSolverMultistepScheduler(use_lu_lambdas=True),
+         "use_lu_lambdas=True"),
+        ("ModalScheduler", lambda: diffusers.DDPMScheduler(variance_type="learned_range"),
+         "variance_type='learned_range'"),
+        ("FlowMatchModalScheduler",
+         lambda: diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+         "stochastic_sampling=True"),
+        ("ERKGuidHeunScheduler",
+         lambda: diffusers.EulerDiscreteScheduler(timestep_type="continuous",
+                                                  prediction_type="v_prediction"),
+         "timestep_type='continuous'"),
+    ],
+)  # fmt: skip
+def test_what_is_not_honoured_is_refused_by_name(taker: str, config: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        getattr(ours, taker).from_config(config().config)
+
+
+@pytest.mark.parametrize("taker", [*HEUN, *MODAL])
+def test_an_option_that_a_class_has_not_is_an_error(taker: str) -> None:
+    # Before: dropped in silence.
+    kind = getattr(ours, taker)
+    with pytest.raises(TypeError, match="has no option w_stif"):
+        kind.from_config(kind().config, w_stif=0.5)
+    if taker in HEUN:
+        with pytest.raises(ValueError, match=r"w_con 0\.1 has no part in w_stiff 'auto'"):
+            kind.from_config(kind().config, w_con=0.1)
+
+
+NEWEST = {
+    "discrete": [
+        diffusers.EulerDiscreteScheduler, diffusers.HeunDiscreteScheduler,
+        diffusers.EulerAncestralDiscreteScheduler, diffusers.DDIMScheduler,
+        diffusers.DDPMScheduler, diffusers.PNDMScheduler, diffusers.LMSDiscreteScheduler,
+        diffusers.UniPCMultistepScheduler, diffusers.DPMSolverMultistepScheduler,
+        diffusers.DPMSolverSinglestepScheduler, diffusers.DEISMultistepScheduler,
+        diffusers.KDPM2DiscreteScheduler, diffusers.SASolverScheduler,
+    ],
+    "edm": [diffusers.EDMEulerScheduler, diffusers.EDMDPMSolverMultistepScheduler],
+    "flow": [
+        diffusers.FlowMatchEulerDiscreteScheduler, diffusers.FlowMatchHeunDiscreteScheduler,
+        diffusers.UniPCMultistepScheduler, diffusers.DPMSolverMultistepScheduler,
+    ],
+}  # fmt: skip
+MAPPED = {"use_flow_sigmas", "flow_shift"}
+"""Names that the flow-matching classes have under another one."""
+
+
+@pytest.mark.parametrize("solver", ["modal", "heun"])
+@pytest.mark.parametrize("family", NEWEST)
+def test_every_setting_of_the_newest_schedulers_is_honoured_or_refused(
+    family: str, solver: str
+) -> None:
+    # Fails when a new version of diffusers brings a name that nobody here has thought about.
+    kind = getattr(ours, CLASSES[family][solver])
+    known = kind._get_init_keys(kind) | REFUSED.keys() | REPLACED | WITHOUT_EFFECT[family]
+    known |= MAPPED if family == "flow" else set()
+    for scheduler in NEWEST[family]:
+        unknown = scheduler._get_init_keys(scheduler) - known - {"self"}
+        assert not unknown, f"{scheduler.__name__}: {sorted(unknown)}"
+
+
+SET_TIMESTEPS: dict[str, Any] = {
+    "discrete": diffusers.EulerDiscreteScheduler, "edm": diffusers.EDMEulerScheduler,
+    "flow": diffusers.FlowMatchEulerDiscreteScheduler,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("solver", ["modal", "heun"])
+@pytest.mark.parametrize("family", SET_TIMESTEPS)
+def test_set_timesteps_and_step_take_what_diffusers_take(family: str, solver: str) -> None:
+    # Pipelines look at these signatures to see what they may pass.
+    kind, theirs = getattr(ours, CLASSES[family][solver]), SET_TIMESTEPS[family]
+    for name in ("set_timesteps", "step"):
+        asked = inspect.signature(getattr(theirs, name)).parameters
+        has = inspect.signature(getattr(kind, name)).parameters
+        assert asked.keys() <= has.keys(), f"{name}: {asked.keys() - has.keys()}"
+    assert issubclass(kind, theirs if family != "discrete" or solver == "modal" else
+                      diffusers.HeunDiscreteScheduler)  # fmt: skip
+
+
+def test_defaults_of_the_other_class_are_carried_over() -> None:
+    # Before: values that a config left to its class became the defaults of ours.
+    theirs = diffusers.DPMSolverMultistepScheduler()
+    assert theirs.config.beta_end == 0.02
+    assert for_pipeline(theirs, "heun").config.beta_end == 0.02
+    assert for_pipeline(diffusers.PNDMScheduler()).config.timestep_spacing == "leading"
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_zero_terminal_snr(prediction: str) -> None:
+    # Before: ERK Heun began at sigma 14.6.
+    config = diffusers.EulerDiscreteScheduler(
+        rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type=prediction
+    )
+    for scheduler in (for_pipeline(config), for_pipeline(config, "heun")):
+        for each in (config, scheduler):
+            each.set_timesteps(6)
+        torch.testing.assert_close(levels(scheduler), levels(config))
+        assert scheduler.sigmas[0] == pytest.approx(4096, rel=1e-3)
+
+
+@pytest.mark.parametrize("solver", ["modal", "heun"])
+@pytest.mark.parametrize("kind", ["karras", "exponential"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_edms_preconditioning(solver: str, kind: str, prediction: str) -> None:
+    # Before: taken for a scheduler with betas, sigma 157 to 0.010. The network's output is made
+    # by the formulas of EDM's paper (table 1), not by diffusers' methods.
+    theirs = diffusers.EDMEulerScheduler(
+        sigma_schedule=kind, sigma_data=0.7, sigma_max=40.0, prediction_type=prediction
+    )
+    scheduler = for_pipeline(theirs, solver)
+    for each in (theirs, scheduler):
+        each.set_timesteps(8)
+    assert levels(scheduler).tolist() == levels(theirs).tolist()
+    assert scheduler.init_noise_sigma == theirs.init_noise_sigma
+    network = Network()
+    x = noise() * 40
+    sign = 1 if prediction == "epsilon" else -1
+    for k, time in enumerate(scheduler.timesteps):
+        sigma = scheduler.sigmas[k]
+        scaled = scheduler.scale_model_input(x, time)
+        torch.testing.assert_close(scaled, x / (sigma**2 + 0.49).sqrt())
+        torch.testing.assert_close(time, sigma.log() / 4)
+        c_skip = 0.49 / (sigma**2 + 0.49)
+        c_out = sign * 0.7 * sigma / (sigma**2 + 0.49).sqrt()
+        output = (network.denoised(x, sigma) - c_skip * x) / c_out
+        x = scheduler.step(output, time, x).prev_sample
+    expected = erk_guid.sample(
+        network.denoised, noise() * 40, levels(theirs), solver=solver,
+        guidance=erk_guid.ParameterFreeGuidance() if solver == "heun" else None,
+    )  # fmt: skip
+    torch.testing.assert_close(x, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_edms_levels_and_given_clean_data() -> None:
+    scheduler = ours.EDMModalScheduler()
+    scheduler.set_timesteps(sigmas=[10.0, 3.0, 1.0])  # as levels
+    assert scheduler.sigmas.tolist() == [10.0, 3.0, 1.0, 0.0]
+    theirs = diffusers.EDMEulerScheduler()
+    shares = torch.linspace(0, 1, 5)  # as in diffusers
+    for each in (theirs, scheduler):
+        each.set_timesteps(sigmas=shares)
+    assert torch.equal(theirs.sigmas, scheduler.sigmas)
+    # Cosmos hands the clean data over; the output is then of no use.
+    network, x = Network(), noise() * 80
+    for k, time in enumerate(scheduler.timesteps):
+        clean = network.denoised(x, scheduler.sigmas[k])
+        nothing = torch.full_like(x, torch.nan)
+        x = scheduler.step(nothing, time, x, pred_original_sample=clean).prev_sample
+    assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("solver", ["modal", "heun"])
+def test_a_flow_scheduler_with_edms_sigmas(solver: str) -> None:
+    # Cosmos Predict2: sigma_max 80 by a flow-matching scheduler, x = clean + sigma noise, and
+    # shares that rise for `sigmas`. Before: refused by one, NaN by the other.
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    theirs.register_to_config(sigma_max=80.0, sigma_min=0.002, final_sigmas_type="sigma_min")
+    scheduler = for_pipeline(theirs, solver)
+    for each in (theirs, scheduler):
+        each.set_timesteps(sigmas=torch.linspace(0, 1, 9))
+        each.sigmas[-1] = each.sigmas[-2]  # the pipeline does this
+    torch.testing.assert_close(levels(scheduler), levels(theirs))
+    network, x = Network(), noise() * 80
+    for k, time in enumerate(scheduler.timesteps):
+        sigma = scheduler.sigmas[k]
+        x = scheduler.step((x - network.denoised(x, sigma)) / sigma, time, x).prev_sample
+    expected = erk_guid.sample(
+        network.denoised, noise() * 80, levels(theirs), solver=solver,
+        guidance=erk_guid.ParameterFreeGuidance() if solver == "heun" else None,
+    )  # fmt: skip
+    torch.testing.assert_close(x, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("solver", ["modal", "heun"])
+@pytest.mark.parametrize("settings", [{}, {"w_stiff": 0.0}])
+def test_inverted_times(solver: str, settings: dict[str, Any]) -> None:
+    # Mochi: sigmas rise from 0 to 1 and the network predicts clean data minus noise. It is the
+    # same run as with falling times and the other sign. Before: refused.
+    if solver == "modal" and settings:
+        pytest.skip("the modal solver has no guidance")
+    ends = []
+    for inverted in (False, True):
+        theirs = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=inverted, shift=3.0)
+        scheduler = for_pipeline(theirs, solver, **settings)
+        for each in (theirs, scheduler):
+            each.set_timesteps(8)
+        assert levels(scheduler).tolist() == levels(theirs).tolist()
+        network, x = Network(flow=True), noise()
+        for k, time in enumerate(scheduler.timesteps):
+            sigma = scheduler.sigmas[k]
+            output = -network(x, 1 - sigma) if inverted else network(x, sigma)
+            x = scheduler.step(output, time, x).prev_sample
+        ends.append(x)
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["FlowMatchModalScheduler", "FlowMatchERKGuidHeunScheduler"])
+def test_training_scripts_find_what_they_call(kind: str) -> None:
+    # Before: flow Heun had no set_shift, and its scale_noise failed with a batch of timesteps.
+    scheduler = getattr(ours, kind)(shift=3.0, shift_terminal=0.1)
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, shift_terminal=0.1)
+    for each in (scheduler, theirs):
+        each.set_shift(2.0)
+        each.set_timesteps(6)
+    torch.testing.assert_close(levels(scheduler), levels(theirs))
+    time = scheduler.timesteps[[0, 0, 0]]
+    x, eps = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    torch.testing.assert_close(
+        scheduler.scale_noise(x, time, eps), theirs.scale_noise(x, theirs.timesteps[[0, 0, 0]], eps)
+    )
+    assert scheduler.time_shift(0.7, 1.0, np.array([0.5])) == theirs.time_shift(
+        0.7, 1.0, np.array([0.5])
+    )
+    with pytest.raises(ValueError, match="per_token_timesteps"):
+        scheduler.step(x, scheduler.timesteps[0], x, per_token_timesteps=torch.ones(3, 4))
+
+
+def test_families() -> None:
+    assert family_of(diffusers.EulerDiscreteScheduler().config) == "discrete"
+    assert family_of(diffusers.FlowMatchHeunDiscreteScheduler().config) == "flow"
+    assert family_of({"sigma_data": 0.5, "sigma_max": 80}) == "edm"
+    with pytest.raises(TypeError, match="no pipeline of diffusers"):
+        for_pipeline(object())
+    with pytest.raises(ValueError, match="solver must be 'modal' or 'heun', got 'dpmpp'"):
+        for_pipeline(diffusers.EulerDiscreteScheduler(), "dpmpp")
