@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,7 @@ def _options_of(settings: Settings, solver: str | None, family: str) -> dict[str
     else:
         options = {k: v for k, v in settings_of(settings.guidance).items() if v is not None}
     levels = settings.made_for.get("schedule")
-    if isinstance(levels, tuple):
+    if isinstance(levels, (list, tuple)):
         fitted_for = settings.measured.get(FAMILY, "edm")
         if (fitted_for == "flow") != (family == "flow"):
             raise ValueError(
@@ -196,8 +197,7 @@ def fit(
     family = family_of(config)
     name = name_of(chosen[0])
     kind: type[Family] = _class(family, name)
-    without: dict[str, Any] = {"w_stiff": 0.0} if name == "heun" else {}
-    plain = for_pipeline(pipe, name, **without).config
+    spaced = for_pipeline(pipe, name).config
 
     def arguments(rows: Sequence[int]) -> dict[str, Any]:
         generators = [torch.Generator().manual_seed(seed + row) for row in rows]
@@ -208,15 +208,17 @@ def fit(
         )
         return {**given, "generator": generators, **(call or {})}
 
+    @functools.cache
     def usual(intervals: int) -> list[float]:
         # One level more than intervals; the step to 0 comes on top.
-        return usual_times(pipe, kind, plain, intervals + 1, arguments([0]))
+        return usual_times(pipe, kind, spaced, intervals + 1, arguments([0]))
 
     process = RectifiedFlow() if family == "flow" else None
     times = usual(steps - 1)
     if max(times) > 1:
         process = None
-    denoiser = PipelineDenoiser(pipe, kind, plain, arguments, times[0])
+    probed = for_pipeline(pipe, "modal")
+    denoiser = PipelineDenoiser(pipe, type(probed), probed.config, arguments, times[0])
     try:
         rows = [range(i, min(i + batch, samples)) for i in range(0, samples, batch)]
         x = torch.cat([denoiser.starts(part) for part in rows])

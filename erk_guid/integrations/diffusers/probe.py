@@ -167,7 +167,7 @@ class PipelineDenoiser:
 
     Args:
         pipe: the pipeline. It is copied, without its weights.
-        kind: one of our scheduler classes, of the family of the pipeline's scheduler.
+        kind: our modal scheduler class of the family of the pipeline's scheduler.
         config: for it.
         arguments: for some rows, what the pipeline is called with.
         first: time at which runs begin.
@@ -238,16 +238,19 @@ def usual_times(
     """Return the times, above the end, that a pipeline takes by itself for some steps."""
     base: Any = kind
     found: list[float] = []
+    asked = False
 
     def set_timesteps(self: Any, *args: Any, **options: Any) -> None:
         base.set_timesteps(self, *args, **options)
-        found.extend(dict.fromkeys(self.time(k) for k in range(len(self.timesteps))))
-        raise _Ended
+        if asked:  # diffusers' own __init__ calls it, too
+            found.extend(dict.fromkeys(self.time(k) for k in range(len(self.timesteps))))
+            raise _Ended
 
     # Pipelines look at the signature to see what they may pass.
     set_timesteps.__signature__ = inspect.signature(base.set_timesteps)  # type: ignore[attr-defined]
     recorder: Any = type(kind.__name__, (kind,), {"set_timesteps": set_timesteps})
     scheduler = recorder.from_config(config)
+    asked = True
     try:
         called(pipe, scheduler, steps, arguments)
     except _Ended:

@@ -23,6 +23,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    FluxImg2ImgPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     HeunDiscreteScheduler,
@@ -35,7 +36,11 @@ from diffusers import (
 )
 
 import erk_guid
-from erk_guid.integrations.diffusers import ERKGuidHeunScheduler, FlowMatchERKGuidHeunScheduler
+from erk_guid.integrations.diffusers import (
+    ERKGuidHeunScheduler,
+    FlowMatchERKGuidHeunScheduler,
+    for_pipeline,
+)
 from erk_guid.solvers import DPMpp, Modal
 from erk_guid.studies.fitting.fit_files import to_paste
 from erk_guid.studies.fitting.levels import Cost, Fitted, Interval
@@ -321,34 +326,81 @@ def test_a_diffusion_transformer(stable_diffusion: dict[str, Any]) -> None:
     assert sizes[2] < 0.2
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_flux(dynamic: bool, dtype: torch.dtype) -> None:
+def flux_pipeline(scheduler: Any, dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, Any]]:
+    """A tiny FLUX without text encoders, and what stands for a prompt."""
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(
         patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16,
         num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=16,
         axes_dims_rope=[4, 4, 8],
     ).to(dtype)  # fmt: skip
-    config = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic).config
-    options = {
+    pipe: Any = FluxPipeline(
+        scheduler=scheduler, vae=AutoencoderTiny(latent_channels=1), text_encoder=None,
+        tokenizer=None, text_encoder_2=None, tokenizer_2=None, transformer=transformer,
+    )  # fmt: skip
+    return pipe, {
         "prompt_embeds": torch.randn(1, 4, 32, dtype=dtype),
         "pooled_prompt_embeds": torch.randn(1, 16, dtype=dtype),
-        "num_inference_steps": 4, "height": 16, "width": 16,
-    }  # fmt: skip
+    }
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flux(dynamic: bool, dtype: torch.dtype) -> None:
+    config = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic).config
     found = []
     for settings in ({"w_stiff": 0}, {}, {"w_stiff": 0.5, "w_con": 0}):
-        pipe = FluxPipeline(
-            scheduler=FlowMatchERKGuidHeunScheduler.from_config(config, **settings),
-            vae=AutoencoderTiny(latent_channels=1), text_encoder=None, tokenizer=None,
-            text_encoder_2=None, tokenizer_2=None, transformer=transformer,
-        )  # fmt: skip
-        made, calls = latents(pipe, transformer, **options)
+        scheduler = FlowMatchERKGuidHeunScheduler.from_config(config, **settings)
+        pipe, prompt = flux_pipeline(scheduler, dtype)
+        made, calls = latents(
+            pipe, pipe.transformer, **prompt, num_inference_steps=4, height=16, width=16
+        )
         assert calls == 7
         assert made.isfinite().all()
         found.append(made)
     assert not torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.6, 1.0])
+@pytest.mark.parametrize("solver", ["modal", "heun"])
+def test_image_to_image_with_lists_of_levels(
+    stable_diffusion: dict[str, Any], solver: str, strength: float
+) -> None:
+    # Before: SD with sigmas= gave an empty batch, FLUX at 0.6 began elsewhere and at 0.3 failed.
+    parts = {k: v.float() if isinstance(v, torch.nn.Module) else v
+             for k, v in stable_diffusion.items()}  # fmt: skip
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    levels = [9.0, 5.0, 3.0, 2.0, 1.0, 0.5, 0.2, 0.0]
+    pipe: Any = StableDiffusionImg2ImgPipeline(
+        scheduler=for_pipeline(PNDMScheduler(**SD), solver), requires_safety_checker=False, **parts
+    )
+    begins: list[float] = []
+    step = pipe.scheduler.step
+
+    def noted(output: Any, time: Any, *args: Any, **options: Any) -> Any:
+        begins.append(float(pipe.scheduler.sigmas[pipe.scheduler.step_index]))
+        return step(output, time, *args, **options)
+
+    pipe.scheduler.step = noted
+    made, calls = latents(
+        pipe, parts["unet"], prompt="a cat", image=image, strength=strength, sigmas=levels
+    )
+    whole = 7 if solver == "modal" else 13
+    assert calls == int(whole * strength)
+    assert made.isfinite().all()
+    # It begins at the level that its share of the calls leads to, and passes all after it.
+    rest = [level for level in levels[:-1] if level <= begins[0]]
+    assert list(dict.fromkeys(begins)) == rest
+
+    flux, prompt = flux_pipeline(for_pipeline(FlowMatchEulerDiscreteScheduler(shift=3.0), solver))
+    other = FluxImg2ImgPipeline(**flux.components)
+    made, calls = latents(
+        other, flux.transformer, **prompt, image=image, strength=strength, num_inference_steps=7,
+        height=16, width=16,
+    )  # fmt: skip
+    assert calls == whole - int(max(whole - whole * strength, 0))
+    assert made.isfinite().all()
 
 
 def test_flow_matching_without_guidance_is_diffusers_own_loop() -> None:

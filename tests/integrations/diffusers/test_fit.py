@@ -1,0 +1,165 @@
+"""A pipeline's own loop as a denoiser, and levels fitted to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import (
+    DDPMPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DModel,
+)
+from integrations.diffusers.test_pipelines import (  # noqa: F401 (a fixture)
+    SD,
+    flux_pipeline,
+    stable_diffusion,
+)
+
+from erk_guid.common.errors import ErkGuidError
+from erk_guid.integrations.diffusers import ModalScheduler, fit, for_pipeline, probe
+from erk_guid.integrations.diffusers.probe import PipelineDenoiser, usual_times
+from erk_guid.solvers import Modal
+
+
+def unconditional() -> Any:
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8, layers_per_block=1, norm_num_groups=4, block_out_channels=(8,),
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    pipe: Any = DDPMPipeline(unet, diffusers.DDPMScheduler(clip_sample=False))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def text_to_image(parts: dict[str, Any]) -> Any:
+    parts = {k: v.float() if isinstance(v, torch.nn.Module) else v for k, v in parts.items()}
+    return StableDiffusionPipeline(
+        scheduler=PNDMScheduler(**SD), requires_safety_checker=False, **parts
+    )
+
+
+def test_the_denoiser_is_the_pipelines_with_its_guidance(
+    stable_diffusion: dict[str, Any],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # By hand: the UNet with and without the prompt, and classifier-free guidance of their two
+    # predictions. Catches: a loop that is not the pipeline's, prompts on the wrong rows, the level
+    # of another call; and with three calls a run, a run that ends in the middle.
+    monkeypatch.setattr(probe, "CALLS", 3)
+    pipe = text_to_image(stable_diffusion)
+    prompts = ["a cat", "a dog"]
+    call = {"height": 16, "width": 16, "guidance_scale": 4.0}
+
+    def arguments(rows: Any) -> dict[str, Any]:
+        generators = [torch.Generator().manual_seed(row) for row in rows]
+        return {"prompt": [prompts[row] for row in rows], "generator": generators, **call}
+
+    config = for_pipeline(pipe).config
+    times = usual_times(pipe, ModalScheduler, config, 5, arguments([0]))
+    scheduler = for_pipeline(pipe)
+    scheduler.set_timesteps(5)
+    assert times == scheduler.sigmas[:-1].tolist()
+    denoiser = PipelineDenoiser(pipe, ModalScheduler, config, arguments, times[0])
+    begun = denoiser.starts([0, 1])
+    expected = torch.cat(
+        [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(k)) for k in range(2)]
+    )
+    torch.testing.assert_close(begun, expected * scheduler.init_noise_sigma)
+    conditional, unconditional = pipe.encode_prompt(prompts, "cpu", 1, True)
+    kept = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt()
+    for rows in ([0, 1], [1, 0]):
+        for index in (900, 300, 20, 20, 700):
+            sigma, x = kept[index], begun[rows] + index
+            found = denoiser(x, sigma, torch.tensor(rows)[:, None].float())
+            scaled = x / (sigma**2 + 1).sqrt()
+            with torch.no_grad():
+                free = pipe.unet(scaled, index, unconditional[rows]).sample
+                asked = pipe.unet(scaled, index, conditional[rows]).sample
+            guided = free + 4.0 * (asked - free)
+            torch.testing.assert_close(found, x - sigma * guided, rtol=1e-3, atol=1e-3)
+    denoiser.close()
+    assert isinstance(pipe.scheduler, PNDMScheduler)
+
+
+def test_a_fault_in_the_pipeline_reaches_the_caller() -> None:
+    # Catches: an error in the other thread, and a caller that waits for good.
+    pipe = unconditional()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'height'"):
+        fit(pipe, None, steps=4, samples=16, call={"height": 3})
+
+    def broken(*args: Any, **options: Any) -> Any:
+        raise ValueError("no such timestep")
+
+    pipe.unet.forward = broken
+    with pytest.raises(ValueError, match="no such timestep"):
+        fit(pipe, None, steps=4, samples=16)
+
+
+@pytest.mark.parametrize("solver", ["modal", "heun", "flow"])
+def test_levels_are_fitted_and_used(solver: str, tmp_path: Path) -> None:
+    flow = solver == "flow"
+    if flow:
+        pipe, embeds = flux_pipeline(FlowMatchEulerDiscreteScheduler(shift=3.0))
+        prompts: Any = [embeds["prompt_embeds"]]
+        call: Any = {"height": 16, "width": 16}
+    else:
+        pipe, prompts, call = unconditional(), None, None
+    if flow:  # embeddings in place of prompts
+
+        class Embedded(type(pipe)):  # type: ignore[misc]
+            def __call__(self, prompt: Any, **options: Any) -> Any:
+                pooled = embeds["pooled_prompt_embeds"].expand(len(prompt), -1)
+                return super().__call__(
+                    prompt_embeds=torch.cat(prompt), pooled_prompt_embeds=pooled, **options
+                )
+
+        pipe.__class__ = Embedded
+    chosen: Any = "heun" if solver == "heun" else Modal(2)
+    done: list[int] = []
+    found = fit(
+        pipe, prompts, steps=4, solver=chosen, samples=16, batch=8, trials=4,
+        call=call, progress=lambda spent, whole: done.append(spent),
+    )  # fmt: skip
+    assert "pipeline" in found.fitted.usual
+    assert found.fitted.evaluations == (7 if solver == "heun" else 4)
+    assert done[-1] > 0
+    found.write(tmp_path / "settings.json")
+    for settings in (found, tmp_path / "settings.json"):
+        scheduler = for_pipeline(pipe, settings=settings)
+        assert scheduler.config.levels == pytest.approx(found.fitted.sigmas.tolist())
+        scheduler.set_timesteps(4)
+        assert sorted(set(scheduler.sigmas.tolist()), reverse=True) == pytest.approx(
+            found.fitted.sigmas.tolist()
+        )
+        if not flow:
+            assert scheduler.config.unit_variance
+        with pytest.raises(ValueError, match="levels were fitted for 4 steps, not 5"):
+            scheduler.set_timesteps(5)
+    with pytest.raises(ValueError, match="the settings are for the solver"):
+        for_pipeline(pipe, "modal" if solver == "heun" else "heun", settings=found)
+    other: Any = diffusers.EulerDiscreteScheduler() if flow else FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match="hold levels for the family"):
+        for_pipeline(other, settings=found)
+
+
+def test_levels_make_way_for_nothing_that_a_user_asks_for() -> None:
+    scheduler = for_pipeline(FlowMatchEulerDiscreteScheduler(), levels=[1.0, 0.7, 0.2, 0.0])
+    scheduler.set_timesteps(sigmas=[1.0, 2 / 3, 1 / 3])  # what FLUX's pipeline passes by itself
+    assert scheduler.sigmas.tolist() == pytest.approx([1.0, 0.7, 0.2, 0.0])
+    with pytest.raises(ValueError, match="leave sigmas and timesteps out"):
+        scheduler.set_timesteps(sigmas=[1.0, 0.9, 0.3])
+    with pytest.raises(ValueError, match="must fall strictly"):
+        for_pipeline(FlowMatchEulerDiscreteScheduler(), levels=[0.7, 1.0, 0.0])
+    with pytest.raises(ErkGuidError, match="cannot read"):
+        for_pipeline(FlowMatchEulerDiscreteScheduler(), settings="nowhere.json")
+    with pytest.raises(ValueError, match="give at least one"):
+        fit(unconditional(), [], steps=4)
+    with pytest.raises(ValueError, match="solver must be 'modal' or 'heun'"):
+        fit(unconditional(), None, steps=4, solver="deis")
