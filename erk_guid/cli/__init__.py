@@ -33,6 +33,9 @@ COMMANDS: Mapping[str, str] = {
         "Count the parameters of a network and the multiply-adds of one evaluation for one image."
     ),
     "presets": "List the names that --preset, --net and load() take.",
+    "play": (
+        "Try solvers and guidance on a page in the browser, beside plain Heun and a fine reference."
+    ),
     "demo": "Sample the shipped model in six ways with the same few evaluations, and draw them.",
 }
 """What the list of commands says of each.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from erk_guid.cli.common import PathType, reporting_errors
 from erk_guid.common.errors import MissingExtraError
@@ -47,16 +48,33 @@ from erk_guid.guidance import ERKGuidance
 @click.option(
     "--seed", metavar="INT", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True
 )
+@click.option(
+    "--html", metavar="FILE", type=PathType(dir_okay=False, path_type=Path),
+    help="Write a page to play with to FILE, in place of the picture: one file, for any browser. "
+    "It takes a minute or two.",
+)  # fmt: skip
 @reporting_errors
 def toy_command(
-    outdir: Path, steps: int, w_stiff: float, w_con: float, sigma: float, paths: int, seed: int
+    outdir: Path,
+    steps: int,
+    w_stiff: float,
+    w_con: float,
+    sigma: float,
+    paths: int,
+    seed: int,
+    html: Path | None,
 ) -> None:
     """Draw what guidance does on the 2-D tree, where everything is known exactly.
 
     The picture shows stiffness over the plane, the drift across a stiff and a calm place,
     trajectories with and without guidance, and the error of single steps. The numbers behind it
     are written too.
+
+    With --html it is a page instead, with sliders for the steps and the strength.
     """
+    if html is not None:
+        _write_page(html, w_con, paths, seed)
+        return
     import numpy as np
 
     from erk_guid.studies.toy import compute_toy, draw_toy
@@ -81,3 +99,27 @@ def toy_command(
         apart = float(toy.arrays[f"error_{k}"][-1])
         click.echo(f"{kind.name}: mean distance to the exact solution at the end {apart:.4g}")
     click.echo(f"Written to {outdir}: toy.png and toy.npz")
+
+
+def _write_page(path: Path, w_con: float, paths: int, seed: int) -> None:
+    """Write the page, and refuse options that it does not depend on.
+
+    Raises:
+        click.UsageError: naming the option at fault.
+        ErkGuidError: the file cannot be written.
+    """
+    from erk_guid.studies.toy_page import SAMPLES, page
+
+    context = click.get_current_context()
+    for name in ("outdir", "steps", "w_stiff", "sigma"):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name} has no part in --html; leave it out")
+    if paths > SAMPLES:
+        raise click.UsageError(f"--paths {paths}: the page has at most {SAMPLES}")
+    try:
+        ERKGuidance(w_con=w_con)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    check_writable(path)
+    write_bytes(path, page(w_con, paths, SAMPLES, seed).encode())
+    click.echo(f"Written: {path}")

@@ -25,13 +25,15 @@ from erk_guid.guidance import ERKGuidance, Guidance, ParameterFreeGuidance
 from erk_guid.mixtures import GaussianMixture, tree_mixture
 from erk_guid.sampling import sample
 from erk_guid.schedules import karras_sigmas
-from erk_guid.solvers import DEIS, Heun
+from erk_guid.solvers import DEIS, Heun, Solver
 from erk_guid.studies.fitting.sweep import Task, fine_path, step_errors
 
 SIGMA_MAX = 5.0
 """Start of the toy experiments; the tree's classes have long merged at this noise level."""
 SUBSTEPS = 32
-"""Substeps of the exact solution inside each step, by DEIS of order 4."""
+"""Substeps of the exact solution inside each step."""
+FINE = DEIS(order=4, deis_mode="rhoab")
+"""The solver of the exact solution."""
 
 
 @dataclass(frozen=True)
@@ -93,17 +95,16 @@ def compute_toy(
     """
     tree = tree_mixture()
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(samples, 2, dtype=torch.float64, generator=generator)
-    start = tree.sample(samples, generator) + SIGMA_MAX * noise
-    sigmas = karras_sigmas(steps, sigma_max=SIGMA_MAX)[:-1]
+    start = starts(tree, samples, generator)
+    sigmas = levels(steps)
     compared = kinds(w_stiff, w_con)
     arrays = _map(tree, sigma, grid, generator)
     arrays |= _lines(tree, sigma, arrays)
     task = Task(tree, start, None, sigmas, len(start))
-    exact = fine_path(task, SUBSTEPS, DEIS(order=4, deis_mode="rhoab"))
+    exact = fine_path(task, SUBSTEPS, FINE)
     arrays |= {"sigmas": sigmas, "exact": exact[:, :paths]}
     for k, kind in enumerate(compared):
-        path = _path(tree, start, sigmas, kind.guidance)
+        path = path_of(tree, start, sigmas, Heun(), kind.guidance)
         arrays[f"path_{k}"] = path[:, :paths]
         arrays[f"error_{k}"] = (path - exact).norm(dim=2).mean(1)
     planned = Heun().plan(sigmas.tolist())
@@ -112,10 +113,26 @@ def compute_toy(
     return Toy(sigma, compared, arrays)
 
 
-def _path(tree: GaussianMixture, x: Tensor, sigmas: Tensor, guidance: Guidance) -> Tensor:
+def starts(tree: GaussianMixture, count: int, generator: torch.Generator) -> Tensor:
+    """Draw points of the noisy data at the highest noise level, float64 [count, 2]."""
+    noise = torch.randn(count, 2, dtype=torch.float64, generator=generator)
+    return tree.sample(count, generator) + SIGMA_MAX * noise
+
+
+def levels(steps: int) -> Tensor:
+    """Return the noise levels of a trajectory, from `SIGMA_MAX` to the last one above 0."""
+    return karras_sigmas(steps, sigma_max=SIGMA_MAX)[:-1]
+
+
+def path_of(
+    tree: GaussianMixture, x: Tensor, sigmas: Tensor, solver: Solver, guidance: Guidance
+) -> Tensor:
     """Return x at each of the noise levels, [S, N, 2]."""
     points = [x]
-    sample(tree, x, sigmas, guidance=guidance, callback=lambda info: points.append(info.x))
+    sample(
+        tree, x, sigmas, solver=solver, guidance=guidance,
+        callback=lambda info: points.append(info.x),
+    )  # fmt: skip
     return torch.stack(points)
 
 

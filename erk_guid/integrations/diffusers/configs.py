@@ -124,7 +124,8 @@ def carried_over(
         )
     if any(part in name for part in DISTILLED) or ONLY_DISTILLED in config:
         raise ValueError(
-            f"{name or 'this scheduler'} belongs to a distilled model, which is not sampled by solving an ODE; keep it"
+            f"{name or 'this scheduler'} belongs to a distilled model, which is not sampled by "
+            "solving an ODE; keep it"
         )
     if name == "CosineDPMSolverMultistepScheduler":
         raise ValueError(f"{name} tells its network another number than EDM's; keep it")
