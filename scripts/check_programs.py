@@ -11,8 +11,8 @@ random, made from this checkout's `tests/data`.
 
 diff-sampler: its driver, sample.py, with its own sampler functions and with ours in their place.
 EDM2 and ERK-Guid: `generate_images` of their generate_images.py and of ours on the same files, the
-command line, and reference statistics written by one and read by the other. ComfyUI: the samplers
-of its own k_diffusion and ours without guidance, res_multistep and our `res`.
+command line, and reference statistics written by one and read by the other. ComfyUI: the nodes and
+samplers inside the real program and over its server, see `scripts/check_comfyui`.
 """
 
 from __future__ import annotations
@@ -474,63 +474,25 @@ def _flat(stats: Any) -> dict[str, Any]:
 
 # --- ComfyUI ----------------------------------------------------------------------------------
 
-COMFYUI_CASES: list[tuple[str, dict[str, float], float]] = [
-    ("heun", {}, 0.0),
-    ("dpm_2", {}, 1e-5),
-    ("heun", {"s_churn": 10.0}, 1e-6),
-    ("dpm_2", {"s_churn": 10.0}, 1e-5),
-    ("heun", {"s_churn": 30.0, "s_tmin": 0.1, "s_tmax": 5.0, "s_noise": 1.01}, 1e-6),
-]
-"""Its sampler, its options, and how far apart (relative) the results may be."""
-
 
 def check_comfyui(path: Path, work: Path) -> Iterator[Row]:
-    """Compare the samplers of its k_diffusion with ours, unguided, on the same random numbers."""
+    """Run `scripts.check_comfyui`, in ComfyUI's process and over its server."""
+    from scripts.check_comfyui import server
+
     if not (path / "comfy" / "k_diffusion" / "sampling.py").is_file():
         raise click.ClickException(f"{path} has no comfy/k_diffusion; name a checkout of ComfyUI")
     out = work / "comfyui"
     in_a_process(path, path, "comfyui", [], out)
-    for name, options, apart, allowed in json.loads((out / "found.json").read_text()):
-        given = "".join(f" {k}={v:g}" for k, v in options.items())
-        yield Row("comfyui", f"{name}{given}", f"{apart:.1e} apart", apart <= allowed)
+    for what, found, agrees in json.loads((out / "found.json").read_text()):
+        yield Row("comfyui", what, found, agrees)
+    for what, found, agrees in server.everything(path, work / "server"):
+        yield Row("comfyui", what, found, agrees)
 
 
 def inside_comfyui(out: Path) -> None:
-    sys.argv = ["main.py", "--cpu"]
-    importlib.import_module("comfy.options").enable_args_parsing()
-    theirs = importlib.import_module("comfy.k_diffusion.sampling")
-    import erk_guid
-    from erk_guid.integrations import k_diffusion
+    from scripts.check_comfyui import inside
 
-    torch.manual_seed(0)
-    layer = torch.nn.Conv2d(4, 4, 3, padding=1).requires_grad_(False)
-    sigmas = theirs.get_sigmas_karras(8, 0.03, 14.6)
-    x = sigmas[0] * torch.randn(2, 4, 8, 8)
-
-    def model(x: torch.Tensor, sigma: torch.Tensor, **extra: Any) -> torch.Tensor:
-        s = sigma[:, None, None, None]
-        return (x + s * torch.tanh(layer(x / (1 + s**2).sqrt()))) / (1 + s**2)
-
-    def denoiser(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        return model(x, sigma * x.new_ones(len(x)))
-
-    ends = [
-        theirs.sample_res_multistep(model, x.clone(), sigmas, disable=True),
-        erk_guid.sample(denoiser, x, sigmas, solver="res"),
-    ]
-    apart = float((ends[0] - ends[1]).abs().max() / ends[0].abs().max())
-    found: list[tuple[str, dict[str, float], float, float]] = [("res_multistep", {}, apart, 1e-5)]
-    for name, options, allowed in COMFYUI_CASES:
-        ends = []
-        for function, more in (
-            (getattr(theirs, f"sample_{name}"), {}),
-            (getattr(k_diffusion, f"sample_erk_{name}"), {"w_stiff": 0}),
-        ):
-            torch.manual_seed(1)
-            ends.append(function(model, x.clone(), sigmas, disable=True, **options, **more))
-        apart = float((ends[0] - ends[1]).abs().max() / ends[0].abs().max())
-        found.append((name, options, apart, allowed))
-    (out / "found.json").write_text(json.dumps(found))
+    (out / "found.json").write_text(json.dumps(list(inside.everything(out))))
 
 
 def golden_cases() -> list[dict[str, Any]]:

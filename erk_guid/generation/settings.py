@@ -14,6 +14,8 @@ from erk_guid.solvers import Solver, make_solver, names_of_options
 
 FORMAT = "erk_guid_settings"
 VERSION = 1
+PROCESS = "process"
+"""Entry of `Settings.measured` that names the process whose times the levels are."""
 LARGEST_NUMBER = 10**15
 """Largest whole number in the file; larger ones have no use there and may exceed any float."""
 LARGEST = 1_000_000
@@ -55,12 +57,19 @@ class Settings:
         made_for: options of the command lines that they belong to: the solver and its options,
             and the noise levels, under the names of `GenerationConfig`'s fields.
         measured: how they were found, for the reader: network, seeds, errors. It is not
-            interpreted, except that a run with another `net` or `guidance` gets a remark.
+            interpreted, except that a run with another `net` or `guidance` gets a remark, and for
+            `process`.
     """
 
     guidance: Guidance
     made_for: dict[str, Any]
     measured: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def process(self) -> str | None:
+        """The process whose times the levels are, such as "RectifiedFlow()"; None for sigmas."""
+        found = self.measured.get(PROCESS)
+        return None if found is None else str(found)
 
     def solver(self) -> Solver:
         """Return the solver that the settings are for; Heun where they name none.
@@ -86,8 +95,12 @@ class Settings:
         write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def read_settings(path: str | Path) -> Settings:
+def read_settings(path: str | Path, *, times: bool = False) -> Settings:
     """Read the file of settings and check it.
+
+    Args:
+        path: the file.
+        times: whether levels may be times of a process other than EDM's (`Settings.process`).
 
     Raises:
         ErkGuidError: it cannot be read, or is no file of settings; the message says what is wrong.
@@ -130,7 +143,13 @@ def read_settings(path: str | Path) -> Settings:
         guidance = make_guidance(**content)
     except ValueError as error:
         raise ErkGuidError(f"{path}: {printable(error)}") from error
-    return Settings(guidance, made_for, measured)
+    found = Settings(guidance, made_for, measured)
+    if found.process is not None and not times:
+        raise ErkGuidError(
+            f"{path} holds times of {printable(found.process, 60)}, not noise levels of an EDM "
+            "network; use it in the program that it was fitted in"
+        )
+    return found
 
 
 def _check(path: Path, found: dict[str, Any], known: dict[str, tuple[type, ...]]) -> None:

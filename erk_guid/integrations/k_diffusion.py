@@ -6,10 +6,11 @@
 
 ``model(x, sigma, **extra_args)`` returns the denoised x for sigma [N]. `x` must already be scaled
 by ``sigmas[0]``. The step to a trailing 0 is an Euler step. The lists of noise levels may begin or
-end anywhere. Flow-matching models work too if the wrapped model returns the denoised x, as in
-ComfyUI: pass ``flow=True``. Methods that assume Gaussian modes (Heun's parameter-free form and the
-modal solver) then go through `erk_guid.RectifiedFlow`. The others are integrated in t, as ComfyUI
-does (`erk_guid.integrations.flow`).
+end anywhere, and repeat levels. Heun and DPM-Solver-2 without guidance also take rising lists.
+Flow-matching models work too if the wrapped model returns the denoised x, as in ComfyUI: pass
+``flow=True``. Methods that assume Gaussian modes (Heun's parameter-free form and the modal solver)
+then go through `erk_guid.RectifiedFlow`. The others are integrated in t, as ComfyUI does
+(`erk_guid.integrations.flow`).
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ import torch
 from torch import Tensor
 
 from erk_guid.churn import Churn
+from erk_guid.denoisers import Denoiser
 from erk_guid.guidance import ERKGuidance, Gate, Guidance, make_guidance
 from erk_guid.integrations.flow import flow_process
-from erk_guid.sampling import StepInfo, sample
-from erk_guid.solvers import DPM2, Heun, Modal, Solver
+from erk_guid.processes import Process
+from erk_guid.sampling import Callback, StepInfo, sample
+from erk_guid.solvers import DPM2, Heun, Modal, Solver, name_of
 
 __all__ = ["sample_erk_dpm_2", "sample_erk_heun", "sample_modal"]
 
@@ -35,29 +38,36 @@ StepCallback = Callable[[dict[str, Any]], object]
 NoiseSampler = Callable[[Tensor, Tensor], Tensor]
 
 
-def _run(
+def run(
     solver: Solver,
     guidance: Guidance | None,
-    flow: bool,
+    process: Process | None,
     model: Model,
     x: Tensor,
     sigmas: Tensor,
-    extra_args: Mapping[str, Any] | None,
-    callback: StepCallback | None,
-    disable: bool | None,
+    extra_args: Mapping[str, Any] | None = None,
+    callback: StepCallback | None = None,
+    disable: bool | None = None,
     churn: Churn | None = None,
     randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
+    trace: Callback | None = None,
 ) -> Tensor:
+    """Sample by any solver of this package, with k-diffusion's model and callback.
+
+    Args:
+        solver, guidance, process, churn, randn_like: as of `erk_guid.sample`.
+        model, x, sigmas, extra_args, callback, disable: as of `sample_erk_heun`.
+        trace: called with the `StepInfo` of each step.
+
+    Raises:
+        ValueError: noise levels that rise, for a method that only goes down.
+    """
     from tqdm.auto import tqdm
 
+    sigmas = distinct(sigmas)
     if len(sigmas) < 2:
         return x  # as other samplers do where nothing is left to denoise
-    extra = dict(extra_args or {})
-    ones = x.new_ones([x.shape[0]])
-
-    def denoiser(x: Tensor, sigma: Tensor, /) -> Tensor:
-        return model(x, sigma * ones, **extra)
-
+    denoiser = as_denoiser(model, extra_args)
     with tqdm(total=len(sigmas) - 1, disable=disable) as bar:
 
         def note(info: StepInfo) -> None:
@@ -68,11 +78,77 @@ def _run(
                     "x": info.x_before, "i": info.step, "sigma": sigma,
                     "sigma_hat": sigma * (info.sigma_hat / info.sigma), "denoised": info.denoised,
                 })  # fmt: skip
+            if trace is not None:
+                trace(info)
 
+        if sigmas[-1] > sigmas[0]:
+            _check_upwards(solver, guidance, churn, sigmas.tolist())
+            return _upwards(solver, denoiser, x, sigmas.tolist(), note)
         return sample(
             denoiser, x, sigmas, solver=solver, guidance=guidance, callback=note, churn=churn,
-            process=flow_process(solver, guidance) if flow else None, randn_like=randn_like,
+            process=process, randn_like=randn_like,
         )  # fmt: skip
+
+
+def as_denoiser(model: Model, extra_args: Mapping[str, Any] | None) -> Denoiser:
+    """Return k-diffusion's model as a `Denoiser`."""
+    extra = dict(extra_args or {})
+
+    def denoiser(x: Tensor, sigma: Tensor, /) -> Tensor:
+        return model(x, sigma * x.new_ones([x.shape[0]]), **extra)
+
+    return denoiser
+
+
+def distinct(sigmas: Tensor) -> Tensor:
+    """Return noise levels without those that repeat the one before, which no step lies between."""
+    levels = sigmas.tolist()
+    kept = [i for i, level in enumerate(levels) if i == 0 or level != levels[i - 1]]
+    return sigmas if len(kept) == len(levels) else sigmas[kept]
+
+
+def _check_upwards(
+    solver: Solver, guidance: Guidance | None, churn: Churn | None, levels: list[float]
+) -> None:
+    """Refuse rising noise levels where the method only goes down.
+
+    Raises:
+        ValueError: naming the method, and what goes upwards.
+    """
+    guided = guidance is not None and guidance.active
+    noisy = churn is not None and churn.active
+    said = f"sigmas rise from {levels[0]:g} to {levels[-1]:g}, as ComfyUI's FlipSigmas makes them"
+    if guided or noisy or solver.noisy or not solver.one_step:
+        what = "ERK guidance" if guided else "added noise" if noisy else f"{name_of(solver)!r}"
+        raise ValueError(
+            f"{said}, and {what} only goes down; Heun and DPM-Solver-2 without guidance "
+            "(w_stiff=0, in ComfyUI form 'none') go upwards, too"
+        )
+    if levels[0] <= 0 or any(s >= t for s, t in pairwise(levels)):
+        raise ValueError(f"{said}, but they do not begin above 0 and rise strictly: {levels}")
+
+
+def _upwards(
+    solver: Solver, denoiser: Denoiser, x: Tensor, levels: list[float], note: Callback
+) -> Tensor:
+    """Integrate from low to high noise; one step's formula holds in both directions."""
+    nfe = 0
+    steps = solver.steps(levels)
+    for i, step in enumerate(steps):
+        result, _ = step(denoiser, x, None)
+        nfe += result.nfe
+        note(
+            StepInfo(
+                i, len(steps), step.sigma, step.sigma_next, step.sigma, x, result.x,
+                result.denoised, None, None, None, nfe,
+            )
+        )  # fmt: skip
+        x = result.x
+    return x
+
+
+def _flow(solver: Solver, guidance: Guidance | None, flow: bool) -> Process | None:
+    return flow_process(solver, guidance) if flow else None
 
 
 def _churn(
@@ -118,7 +194,9 @@ def sample_erk_heun(
     Args:
         model: called as ``model(x, sigma, **extra_args)`` with sigma [N]; returns the denoised x.
         x: [N, ...], already scaled by ``sigmas[0]``.
-        sigmas: falling noise levels [steps + 1], ending at 0 or above.
+        sigmas: falling noise levels [steps + 1], ending at 0 or above. A level that repeats the one
+            before is left out. Without guidance (w_stiff=0) they may also rise, which integrates
+            from data to noise.
         extra_args: passed to the model.
         callback: called once per step with x (before the step), i, sigma, sigma_hat, denoised.
         disable: switches the progress bar off.
@@ -138,7 +216,11 @@ def sample_erk_heun(
     """
     churn = _churn(s_churn, s_tmin, s_tmax, s_noise, flow)
     guidance = make_guidance(w_stiff, w_con=w_con, bound=bound, gate=gate)
-    return _run(Heun(), guidance, flow, model, x, sigmas, extra_args, callback, disable, churn)
+    solver = Heun()
+    process = _flow(solver, guidance, flow)
+    return run(
+        solver, guidance, process, model, x, sigmas, extra_args, callback, disable, churn
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -166,7 +248,11 @@ def sample_erk_dpm_2(
     """
     churn = _churn(s_churn, s_tmin, s_tmax, s_noise, flow)
     guidance = make_guidance(w_stiff, w_con=w_con, bound=bound, gate=gate)
-    return _run(DPM2(), guidance, flow, model, x, sigmas, extra_args, callback, disable, churn)
+    solver = DPM2()
+    process = _flow(solver, guidance, flow)
+    return run(
+        solver, guidance, process, model, x, sigmas, extra_args, callback, disable, churn
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -202,7 +288,8 @@ def sample_modal(
     """
     if not (math.isfinite(s_noise) and s_noise >= 0):
         raise ValueError(f"s_noise must be a finite number of 0 or more, got {s_noise}")
-    intervals = pairwise(sigmas)  # each is asked for once, in order: only a last one, to 0, is not
+    # Each is asked for once, in order: only a last one, to 0, is not.
+    intervals = pairwise(distinct(sigmas))
 
     def randn_like(x: Tensor) -> Tensor:
         drawn = torch.randn_like(x) if noise_sampler is None else noise_sampler(*next(intervals))
@@ -210,6 +297,8 @@ def sample_modal(
 
     noise = float(eta) if isinstance(eta, Tensor) else eta  # as noise levels are
     solver = Modal(order, None if response is None else tuple(response), noise)
-    return _run(
-        solver, None, flow, model, x, sigmas, extra_args, callback, disable, randn_like=randn_like
-    )
+    process = _flow(solver, None, flow)
+    return run(
+        solver, None, process, model, x, sigmas, extra_args, callback, disable,
+        randn_like=randn_like,
+    )  # fmt: skip

@@ -1,9 +1,8 @@
-"""k-diffusion's signature, against that package's own samplers; and the ComfyUI node."""
+"""k-diffusion's signature, against that package's own samplers."""
 
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import math
 import sys
 import types
@@ -18,7 +17,6 @@ from conftest import oracle
 import erk_guid
 from erk_guid.guidance import make_guidance
 from erk_guid.integrations.k_diffusion import sample_erk_dpm_2, sample_erk_heun, sample_modal
-from erk_guid.solvers.ancestral import Descent
 
 FUNCTIONS = {"heun": sample_erk_heun, "dpm2": sample_erk_dpm_2}
 
@@ -248,8 +246,65 @@ def test_what_does_not_go_is_refused() -> None:
             function(model, model.start, sigmas, s_churn=0.5, disable=True)
         with pytest.raises(TypeError, match="w_stif"):
             function(model, model.start, sigmas, w_stif=0.5)
+    mixed = torch.tensor([10.0, 3.0, 5.0, 1.0])
     with pytest.raises(ValueError, match="must fall strictly"):
-        sample_erk_heun(model, model.start, sigmas.flip(0), disable=True)
+        sample_erk_heun(model, model.start, mixed, extra_args={"cond": 3}, disable=True)
+
+
+UPWARDS = torch.tensor([0.05, 0.2, 0.9, 3.0, 12.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", ["heun", "dpm2"])
+def test_plain_one_step_methods_go_upwards(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # From data to noise, as FlipSigmas asks for: refused before. k-diffusion's own functions are
+    # the judge; a step with the wrong sign, or the wrong interval, differs.
+    theirs = getattr(published(monkeypatch), {"heun": "sample_heun", "dpm2": "sample_dpm_2"}[name])
+    model, heard = Wrapped(), []
+    x = model.start / 100
+    expected = theirs(model, x, UPWARDS, extra_args={"cond": 3}, disable=True)
+    found = FUNCTIONS[name](
+        model, x, UPWARDS, extra_args={"cond": 3}, disable=True, w_stiff=0, callback=heard.append
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    # The callback hears of each step, with its level.
+    assert [(note["i"], float(note["sigma"])) for note in heard] == [
+        (i, sigma) for i, sigma in enumerate(UPWARDS[:-1].tolist())
+    ]
+
+
+def test_what_only_goes_down_names_flip_sigmas() -> None:
+    # A user of ComfyUI sees this message: it names the node that made the list, and the remedy.
+    model = Wrapped()
+    options: dict[str, Any] = {"extra_args": {"cond": 3}, "disable": True}
+    for function, settings, what in (
+        (sample_erk_heun, {}, "ERK guidance"),
+        (sample_erk_heun, {"w_stiff": 0.5}, "ERK guidance"),
+        (sample_erk_heun, {"w_stiff": 0, "s_churn": 3.0}, "added noise"),
+        (sample_modal, {}, "'modal'"),
+    ):
+        with pytest.raises(ValueError, match=rf"rise from 0\.05 to 12, .*FlipSigmas.* {what} only"):
+            function(model, model.start, UPWARDS, **options, **settings)
+    with pytest.raises(ValueError, match="rise strictly"):
+        sample_erk_heun(model, model.start, UPWARDS[[0, 3, 2, 4]], w_stiff=0, **options)
+    assert model.calls == 0
+
+
+def test_repeated_levels_are_left_out() -> None:
+    # Some schedules of ComfyUI repeat levels at many steps: refused before. A step of length 0
+    # changes nothing, so the result is that of the levels without repeats, eta's noise included.
+    model, sigmas = Wrapped(), erk_guid.karras_sigmas(6)
+    twice = sigmas.repeat_interleave(2)
+    for function, settings in (
+        (sample_erk_heun, {}), (sample_erk_dpm_2, {"w_stiff": 0.5}), (sample_modal, {}),
+        (sample_modal, {"eta": 0.5, "noise_sampler": lambda s, t: (s - t) * torch.ones_like(
+            model.start)}),
+    ):  # fmt: skip
+        options: dict[str, Any] = {"extra_args": {"cond": 3}, "disable": True, **settings}
+        found = function(model, model.start, twice, **options)
+        assert torch.equal(found, function(model, model.start, sigmas, **options))
+    assert torch.equal(
+        sample_erk_heun(model, model.start, sigmas[:1].repeat(3), disable=True), model.start
+    )
 
 
 def test_no_gradients_and_half_precision() -> None:
@@ -264,109 +319,3 @@ def test_no_gradients_and_half_precision() -> None:
         )  # fmt: skip
         assert small.dtype == dtype
         assert small.isfinite().all()
-
-
-def test_the_comfyui_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A stand-in with the call shapes of ComfyUI 0.3.64; its loader runs the folder's __init__.py
-    # by path. Not the program itself: scripts/check_programs.py --comfyui runs that.
-    class KSampler:
-        def __init__(
-            self, sampler_function: Any, extra_options: Any, inpaint_options: Any = None
-        ) -> None:
-            self.function, self.extra_options = sampler_function, extra_options
-
-        def sample(self, model: Any, noise: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-            return self.function(
-                model, noise, sigmas, extra_args={"cond": 3}, callback=None, disable=True,
-                **self.extra_options,
-            )  # fmt: skip
-
-    samplers = types.ModuleType("comfy.samplers")
-    samplers.KSAMPLER = KSampler  # type: ignore[attr-defined]
-    comfy = types.ModuleType("comfy")
-    comfy.samplers = samplers  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "comfy", comfy)
-    monkeypatch.setitem(sys.modules, "comfy.samplers", samplers)
-    folder = Path(erk_guid.__file__).parent / "integrations" / "comfyui"
-    spec = importlib.util.spec_from_file_location("custom_nodes.erk", folder / "__init__.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    node = module.NODE_CLASS_MAPPINGS["ERKGuidSampler"]
-    assert set(module.NODE_DISPLAY_NAME_MAPPINGS) == set(module.NODE_CLASS_MAPPINGS)
-    assert node.RETURN_TYPES == ("SAMPLER",)
-    required, optional = (node.INPUT_TYPES()[kind] for kind in ("required", "optional"))
-    assert [required[name][0] for name in ("w_stiff", "w_con")] == ["FLOAT", "FLOAT"]
-    # Every input has its default, which is that of the method ComfyUI calls.
-    defaults = {name: options["default"] for name, (_, options) in optional.items()}
-    parameters = inspect.signature(getattr(node, node.FUNCTION)).parameters
-    assert defaults == {name: parameters[name].default for name in list(parameters)[3:]}
-    model, sigmas = Wrapped(), erk_guid.karras_sigmas(5)
-    guided = {"published": erk_guid.ERKGuidance(0.5, 0.2), "auto": erk_guid.ParameterFreeGuidance()}
-    for form in optional["form"][0]:
-        (sampler,) = getattr(node(), node.FUNCTION)(0.5, 0.2, form=form)
-        expected = erk_guid.sample(model.denoiser, model.start, sigmas, guidance=guided[form])
-        assert torch.equal(sampler.sample(model, model.start, sigmas), expected)
-    (sampler,) = node().get_sampler(0.5, 0.2, form="published", gate="step", bound=0.1)
-    limited = erk_guid.ERKGuidance(0.5, 0.2, bound=0.1, gate="step")
-    expected = erk_guid.sample(model.denoiser, model.start, sigmas, guidance=limited)
-    assert torch.equal(sampler.sample(model, model.start, sigmas), expected)
-    for solver in optional["solver"][0]:
-        (sampler,) = node().get_sampler(0.5, 0.2, solver=solver)
-        guidance = None if solver == "modal" else erk_guid.ParameterFreeGuidance()
-        expected = erk_guid.sample(
-            model.denoiser, model.start, sigmas, solver=solver.replace("_", ""), guidance=guidance
-        )
-        assert torch.equal(sampler.sample(model, model.start, sigmas), expected)
-    with pytest.raises(ValueError, match="gate must be"):
-        node().get_sampler(0.5, 0.2, form="published", gate="steps")
-
-    # Noise: the node's seed decides it, and it is not the noise that x began as.
-    (sampler,) = node().get_sampler(0.5, 0.2, solver="modal", eta=0.5)
-    start = 80 * torch.randn(200, 2, generator=torch.Generator().manual_seed(7))
-    first = [
-        sampler.function(
-            lambda x, sigma, **extra: torch.zeros_like(x), start, torch.tensor([80.0, 20.0]),
-            extra_args={"seed": seed}, disable=True, **sampler.extra_options,
-        )
-        for seed in (7, 7, 8, 2**64 - 1)
-    ]  # fmt: skip
-    assert torch.equal(first[0], first[1])
-    assert not torch.equal(first[0], first[2])
-    descent = Descent.of(80.0, 20.0, 0.5)
-    added = (first[0] - start * descent.scale) / descent.spread
-    assert float(added.std()) == pytest.approx(1, rel=0.1)
-    assert abs(float((added * start).mean())) / 80 < 0.15
-    with pytest.raises(ValueError, match=r"eta must be 0 with the solver heun, got 0\.5"):
-        node().get_sampler(0.5, 0.2, eta=0.5)
-    with pytest.raises(ValueError, match="eta must be a number from 0"):
-        node().get_sampler(0.5, 0.2, solver="modal", eta=3)
-
-    # ComfyUI's way to say that a model is a flow-matching one.
-    sampling = types.ModuleType("comfy.model_sampling")
-    sampling.CONST = type("CONST", (), {})  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "comfy.model_sampling", sampling)
-
-    class Flow:
-        """As deep as ComfyUI wraps them: mask, guider, model."""
-
-        def __init__(self, kind: type) -> None:
-            network = types.SimpleNamespace(model_sampling=type("Sampling", (kind,), {})())
-            self.inner_model = types.SimpleNamespace(inner_model=network)
-
-        def __call__(self, x: torch.Tensor, t: torch.Tensor, **extra: Any) -> torch.Tensor:
-            return flow_model(x, t)
-
-    expected_ends = {
-        flow: sample_erk_heun(flow_model, flow_noise(), TIMES, flow=flow, disable=True)
-        for flow in (True, False)
-    }
-    assert not torch.equal(expected_ends[True], expected_ends[False])
-    for kind in (sampling.CONST, object):  # type: ignore[attr-defined]
-        for model_type in optional["model_type"][0]:
-            told = kind is not object if model_type == "detect" else model_type == "flow"
-            (sampler,) = node().get_sampler(0.5, 0.2, model_type=model_type)
-            end = sampler.sample(Flow(kind), flow_noise(), TIMES)
-            assert torch.equal(end, expected_ends[told])

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from erk_guid.generation.settings import Settings, read_settings
+from erk_guid.generation.settings import PROCESS, Settings, read_settings
 from erk_guid.guidance import Guidance, settings_of
 from erk_guid.integrations.diffusers import heun, modal
 from erk_guid.integrations.diffusers.configs import CLASSES, family_of
@@ -29,8 +29,6 @@ UNIT_VARIANCE = ("DDPMPipeline", "DDIMPipeline", "DiTPipeline")
 """Pipelines that keep their samples at unit variance."""
 SAMPLES = 64
 BATCH = 4
-FAMILY = "family"
-"""Entry of a settings file that says for which family its levels are."""
 
 
 def for_pipeline(
@@ -67,7 +65,7 @@ def for_pipeline(
     family = family_of(config)
     found = settings.settings if isinstance(settings, PipelineFit) else settings
     if isinstance(found, (str, Path)):
-        found = read_settings(found)
+        found = read_settings(found, times=True)
     if found is not None:
         options = _options_of(found, solver, family) | options
         solver = name_of(found.solver())
@@ -113,11 +111,11 @@ def _options_of(settings: Settings, solver: str | None, family: str) -> dict[str
         options = {k: v for k, v in settings_of(settings.guidance).items() if v is not None}
     levels = settings.made_for.get("schedule")
     if isinstance(levels, (list, tuple)):
-        fitted_for = settings.measured.get(FAMILY, "edm")
-        if (fitted_for == "flow") != (family == "flow"):
+        if (settings.process is not None) != (family == "flow"):
+            what = "sigmas" if settings.process is None else f"times of {settings.process}"
             raise ValueError(
-                f"the settings hold levels for the family {fitted_for!r}, and the pipeline is of "
-                f"{family!r}; fit for this pipeline"
+                f"the settings hold {what}, and the pipeline's family is {family!r}; fit for this "
+                "pipeline"
             )
         end = [0.0] if settings.made_for.get("denoise_to_zero", True) else []
         options["levels"] = [*levels, *end]
@@ -234,7 +232,8 @@ def fit(
         )  # fmt: skip
     finally:
         denoiser.close()
-    measured = {FAMILY: family, "pipeline": type(pipe).__name__, "seeds": [seed, samples]}
+    flow = None if family != "flow" else repr(RectifiedFlow())
+    measured = {PROCESS: flow, "pipeline": type(pipe).__name__, "seeds": [seed, samples]}
     return PipelineFit(fitted, settings_of_fit(fitted, measured))
 
 

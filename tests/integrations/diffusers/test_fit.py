@@ -22,6 +22,7 @@ from integrations.diffusers.test_pipelines import (  # noqa: F401 (a fixture)
 )
 
 from erk_guid.common.errors import ErkGuidError
+from erk_guid.generation.settings import read_settings
 from erk_guid.integrations.diffusers import ModalScheduler, fit, for_pipeline, probe
 from erk_guid.integrations.diffusers.probe import PipelineDenoiser, usual_times
 from erk_guid.solvers import Modal
@@ -102,7 +103,11 @@ def test_a_fault_in_the_pipeline_reaches_the_caller() -> None:
         fit(pipe, None, steps=4, samples=16)
 
 
-@pytest.mark.parametrize("solver", ["modal", "heun", "flow"])
+@pytest.mark.parametrize(
+    "solver",
+    ["modal", pytest.param("heun", marks=pytest.mark.slow),
+     pytest.param("flow", marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_levels_are_fitted_and_used(solver: str, tmp_path: Path) -> None:
     flow = solver == "flow"
     if flow:
@@ -145,8 +150,11 @@ def test_levels_are_fitted_and_used(solver: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the settings are for the solver"):
         for_pipeline(pipe, "modal" if solver == "heun" else "heun", settings=found)
     other: Any = diffusers.EulerDiscreteScheduler() if flow else FlowMatchEulerDiscreteScheduler()
-    with pytest.raises(ValueError, match="hold levels for the family"):
+    with pytest.raises(ValueError, match=r"the settings hold (sigmas|times of RectifiedFlow)"):
         for_pipeline(other, settings=found)
+    if flow:  # the command lines would take times for sigmas
+        with pytest.raises(ErkGuidError, match="holds times of RectifiedFlow"):
+            read_settings(tmp_path / "settings.json")
 
 
 def test_levels_make_way_for_nothing_that_a_user_asks_for() -> None:
