@@ -122,8 +122,11 @@ def _all_ended(r: Round, job: Job, both: list[Process], before: dict[int, tuple[
 def _of_rank(ended: Ended, complete: bool) -> list[str]:
     if ended.code is None:
         return [f"a rank does not end{': it was sent signals' if ended.sent else ''}"]
-    if complete and ended.sent and ended.code == -ended.sent[0].number:
-        return checks.tracebacks(ended)  # all was done, and Python itself was ending
+    if ended.sent and not ended.sent[0].listening and ended.code not in (0, 1):
+        return []  # Python itself was beginning
+    if ended.sent and ended.code == -ended.sent[0].number and (complete or "Error: " in ended.err):
+        # All was done, or it had said why it ends, and Python itself was ending.
+        return checks.tracebacks(ended)
     if ended.sent and ended.sent[0].number != signal.SIGSTOP:
         # Its end may come by what befell the other rank in the same moment.
         return checks.tracebacks(ended) if ended.code == 1 else checks.after_signal(ended)
