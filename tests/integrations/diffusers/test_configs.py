@@ -25,6 +25,7 @@ from erk_guid.integrations.diffusers.configs import (
 HEUN = ("ERKGuidHeunScheduler", "EDMERKGuidHeunScheduler", "FlowMatchERKGuidHeunScheduler")
 MODAL = ("ModalScheduler", "EDMModalScheduler", "FlowMatchModalScheduler")
 UNIPC_FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+UNIPC: Any = diffusers.UniPCMultistepScheduler
 # Wan, Sana and Cosmos 2.5 have such configs.
 FLOWS = {
     "UniPC 3": lambda: diffusers.UniPCMultistepScheduler(**UNIPC_FLOW, flow_shift=3.0),
@@ -45,6 +46,8 @@ def levels(scheduler: Any) -> torch.Tensor:
 @pytest.mark.parametrize("solver", ["modal", "heun"])
 def test_flow_configs_of_other_schedulers_keep_their_levels(name: str, solver: str) -> None:
     # Before: shift 1.0 in place of 3 or 5, with no more than diffusers' "will be ignored".
+    if "karras" in name and "sigma_max" not in UNIPC._get_init_keys(UNIPC):
+        pytest.skip("this version's UniPC has no sigma_max")
     theirs: Any = FLOWS[name]()
     scheduler = for_pipeline(theirs, solver)
     assert type(scheduler).__name__ == CLASSES["flow"][solver]
@@ -71,6 +74,14 @@ class StableAudio:
     }  # fmt: skip
 
 
+class Stochastic:
+    """A config of a scheduler of later versions."""
+
+    config: ClassVar[dict[str, Any]] = {
+        "_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0, "stochastic_sampling": True,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("taker", "config", "message"),
     [
@@ -90,9 +101,7 @@ class StableAudio:
          "use_lu_lambdas=True"),
         ("ModalScheduler", lambda: diffusers.DDPMScheduler(variance_type="learned_range"),
          "variance_type='learned_range'"),
-        ("FlowMatchModalScheduler",
-         lambda: diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
-         "stochastic_sampling=True"),
+        ("FlowMatchModalScheduler", Stochastic, "stochastic_sampling=True"),
         ("ERKGuidHeunScheduler",
          lambda: diffusers.EulerDiscreteScheduler(timestep_type="continuous",
                                                   prediction_type="v_prediction"),
@@ -229,7 +238,7 @@ def test_edms_levels_and_given_clean_data() -> None:
     shares = torch.linspace(0, 1, 5)  # as in diffusers
     for each in (theirs, scheduler):
         each.set_timesteps(sigmas=shares)
-    assert torch.equal(theirs.sigmas, scheduler.sigmas)
+    torch.testing.assert_close(theirs.sigmas, scheduler.sigmas)
     # Cosmos hands the clean data over; the output is then of no use.
     network, x = Network(), noise() * 80
     for k, time in enumerate(scheduler.timesteps):
