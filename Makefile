@@ -9,7 +9,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-slow lint bench gpu report fuzz soak clean
+.PHONY: demo test test-slow lint bench gpu report fuzz soak docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m erk_guid demo --outdir output/demo
@@ -37,6 +37,10 @@ gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) scripts/gpu.py
 
 # Every reader of files against hostile inputs: over two hours; ARGS=--short for two minutes.
+# The site, in output/site; every link is checked.
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 fuzz: $(VENV)/.installed-dev
 	PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(BIN)/python -m scripts.fuzz $(ARGS)
 

@@ -110,4 +110,7 @@ def generate_command(
     made = run_job(job)
     if launched_rank() == 0:
         calls = job.evaluations()
-        click.echo(f"{made} images made in {printable(outdir)}, network evaluations each: {calls}")
+        images = "image" if made == 1 else "images"
+        click.echo(
+            f"{made} {images} made in {printable(outdir)}, network evaluations each: {calls}"
+        )

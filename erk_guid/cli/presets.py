@@ -21,3 +21,9 @@ def presets_command() -> None:
         "Published scores are their authors'. The edm-* and edm2-* weights are NVIDIA's, "
         "CC BY-NC-SA 4.0."
     )
+    from erk_guid.guidance.erk import PAPER_SETTINGS  # it needs torch: behind the list
+
+    pairs = ", ".join(f"{n} steps {s:g} / {c:g}" for n, (s, c) in PAPER_SETTINGS.items())
+    click.echo(
+        f"The paper's pairs for EDM2-S at 512x512: {pairs}; '--w_stiff paper' takes the nearest."
+    )

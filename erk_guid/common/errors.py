@@ -21,7 +21,10 @@ class MissingExtraError(ErkGuidError, ImportError):
     """An optional dependency that is not installed."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs the package {package}: pip install 'erk-guid[{extra}]'")
+        super().__init__(
+            f"{purpose} needs the package {package}: pip install 'erk-guid[{extra}]' "
+            f"(in a clone: pip install '.[{extra}]')"
+        )
 
 
 def printable(message: object, limit: int = 400) -> str:

@@ -21,7 +21,7 @@ CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}
 TRACEBACK = "Traceback (most recent call last)"
 MENDING = ("--resume", "the same command begins again")
 """What tells a user how to go on."""
-DONE = " images made in "
+DONE = " made in "
 """What the program says last."""
 TOLERANCE = 1e-2
 """Relative, between values of two traces: batches of other sizes round otherwise."""

@@ -216,7 +216,7 @@ class Round:
         self.tell(ended, job)
         self.find([*checks.succeeded(ended), *checks.unchanged(job, before)], ended.name)
         if ended.code == 0:
-            made = re.search(r"^(\d+) images made", ended.out, re.M)
+            made = re.search(r"^(\d+) images? made", ended.out, re.M)
             due = len(job.seeds) - len(set(before).union(skipped))
             if made is None or int(made[1]) != due:
                 self.find([f"{made and made[1]} images made where {due} were due"], ended.name)
