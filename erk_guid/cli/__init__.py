@@ -7,14 +7,14 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from erk_guid._version import __version__
 from erk_guid.cli.outline import outlined
 from erk_guid.common.signals import end_at_once, handle
-from erk_guid.common.streams import open_streams
+from erk_guid.common.streams import checked_output, open_streams
 
 COMMANDS: Mapping[str, str] = {
     "generate": "Generate images with a diffusion model, with or without ERK guidance.",
@@ -55,12 +55,17 @@ def run_script(name: str) -> NoReturn:
     """Run a command as a script's main program."""
     open_streams()
     handle(end_at_once)
-    outlined(name, partial(command_named, name))(prog_name=os.path.basename(sys.argv[0]))
+    with checked_output():
+        outlined(name, partial(command_named, name))(prog_name=os.path.basename(sys.argv[0]))
     raise SystemExit(0)  # not reached: the command ends the process
 
 
 class _Commands(click.Group):
     """The commands, each imported when it is run."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        with checked_output():
+            return super().main(*args, **options)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)

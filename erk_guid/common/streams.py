@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import sys
+from collections.abc import Iterator
 
 
 def open_streams() -> None:
@@ -20,3 +23,29 @@ def open_streams() -> None:
             os.dup2(opened, number)
             os.close(opened)
         setattr(sys, name, os.fdopen(number, mode, closefd=False))
+
+
+@contextlib.contextmanager
+def checked_output() -> Iterator[None]:
+    """End the program with one line where its standard output cannot be written (a full disk)."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if not _from_writing(error):
+            raise
+        # What is left in the buffer must go somewhere when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if error.errno != errno.EPIPE:  # `| head` needs no word
+            sys.stderr.write(f"Error: cannot write to standard output: {error.strerror}\n")
+        raise SystemExit(1) from None
+
+
+def _from_writing(error: OSError) -> bool:
+    """Return whether an error came from writing output: from click's echo, or from here."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last is not None and last.tb_frame.f_globals["__name__"] in ("click.utils", __name__)
