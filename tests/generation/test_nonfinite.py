@@ -119,7 +119,7 @@ def test_skipped_seeds_are_recorded_and_made_again(
     assert json.loads((out / "run.json").read_text())["nonfinite"] == [4]
     assert 4 not in read_trace(trace)["seed"]
     again = generate(*args, "--resume")
-    assert "1 images made" in again.output
+    assert "1 image made" in again.output
     assert len(pngs(out)) == 6
     assert "nonfinite" not in json.loads((out / "run.json").read_text())
     assert sorted(set(read_trace(trace)["seed"])) == [0, 1, 2, 3, 4, 5]
