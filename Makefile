@@ -36,11 +36,11 @@ bench: $(VENV)/.installed
 gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) scripts/gpu.py
 
-# Every reader of files against hostile inputs: over two hours; ARGS=--short for two minutes.
 # The site, in output/site; every link is checked.
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
+# Every reader of files against hostile inputs: over two hours; ARGS=--short for two minutes.
 fuzz: $(VENV)/.installed-dev
 	PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(BIN)/python -m scripts.fuzz $(ARGS)
 

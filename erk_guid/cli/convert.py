@@ -13,8 +13,9 @@ from erk_guid.models.checkpoints import convert
 @click.command()
 @click.argument("source")
 @click.argument("dest", type=PathType(dir_okay=False, path_type=Path))
+@click.option("--overwrite", is_flag=True, help="Replace DEST if it is there.")
 @reporting_errors
-def convert_command(source: str, dest: Path) -> None:
+def convert_command(source: str, dest: Path, overwrite: bool) -> None:
     """Turn SOURCE (.pkl file, URL or preset) into the safetensors file DEST.
 
     The new file holds the network's settings and its encoder. It runs no code when it is opened,
@@ -25,6 +26,6 @@ def convert_command(source: str, dest: Path) -> None:
     """
     if dest.suffix != ".safetensors":
         raise click.BadParameter(f"{dest} must end in .safetensors", param_hint="DEST")
-    loaded = convert(source, dest)
+    loaded = convert(source, dest, overwrite=overwrite)
     count = sum(p.numel() for p in loaded.net.parameters())
     click.echo(f"{dest}: {type(loaded.net).__name__}, {count / 1e6:.1f} M parameters")

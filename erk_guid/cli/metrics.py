@@ -190,7 +190,10 @@ def gen_command(
     refresh: bool,
     **fields: Any,
 ) -> None:
-    """Generate the images of seeds SEED to SEED+NUM-1 and score them, without writing them."""
+    """Generate the images of seeds SEED to SEED+NUM-1 and score them, without writing them.
+
+    Seeds that differ by a multiple of 2^32 are one image, as in EDM2's programs.
+    """
     config = GenerationConfig(**config_fields(**fields))
     scoring = Scoring(
         metrics=metrics,

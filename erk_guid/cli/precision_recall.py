@@ -10,7 +10,7 @@ import click
 from erk_guid.cli.common import Names, PathType, reporting_errors
 from erk_guid.cli.metrics import DEVICE, JSON, PLUGIN, WEIGHTS, WORKERS, options
 from erk_guid.common.datasets import refuse_overwriting
-from erk_guid.common.files import check_writable
+from erk_guid.common.files import JSON_START, check_writable
 from erk_guid.metrics.comparison import (
     MANIFOLD_DETECTOR,
     METRICS,
@@ -82,7 +82,7 @@ def precision_recall_command(json_path: Path | None, **fields: Any) -> None:
         {"--json": json_path}, (job.generated, job.real, *job.detector_weights.values())
     )
     if json_path is not None:
-        check_writable(json_path)
+        check_writable(json_path, JSON_START)
     result = compare(job)
     if json_path is not None:
         write_json(json_path, result)

@@ -30,7 +30,7 @@ from erk_guid.guidance import (
 from erk_guid.models.checkpoints.presets import PRESETS
 from erk_guid.sampling import check_churn
 from erk_guid.schedules import edm_sigmas, make_sigmas
-from erk_guid.solvers import Solver, make_solver, same_as_recorded
+from erk_guid.solvers import Solver, Step, make_solver, same_as_recorded
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable
@@ -71,30 +71,54 @@ def config_fields(
             erk.check(solver)
         except ValueError as error:
             raise ValueError(f"--solver {name}: {error}") from error
-        solver.plan(levels)  # raises where options do not fit the levels
-        churn = _churn(options, solver, erk)
+        plan = solver.plan(levels)  # raises where options do not fit the levels
+        if isinstance(erk, ERKGuidance) and erk.active and _given("w_stiff"):
+            _refuse_unguided(plan, erk, name)
+        churn = _churn(options, solver, erk, levels)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     return {**options, "solver": solver, "erk": erk, "churn": churn}
 
 
 def _refuse_idle(options: dict[str, Any]) -> None:
-    """Refuse options of a spacing beside a list of noise levels.
+    """Refuse options of a spacing that the noise levels do not follow.
 
     Raises:
         ValueError: naming the option at fault.
     """
     context = click.get_current_context(silent=True)
-    if context is None or isinstance(options["schedule"], str):
+    if context is None:
         return
-    for name in ("sigma_min", "sigma_max", "rho"):
+    schedule = options["schedule"]
+    idle: tuple[str, ...] = ("sigma_min", "sigma_max", "rho")
+    beside = "beside a list of noise levels"
+    if isinstance(schedule, str):
+        idle, beside = ("rho",) if schedule == "logsnr" else (), f"with --schedule {schedule}"
+    for name in idle:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise ValueError(
-                f"--{name} has nothing to act on beside a list of noise levels; leave it out"
-            )
+            raise ValueError(f"--{name} has nothing to act on {beside}; leave it out")
 
 
-def _churn(options: dict[str, Any], solver: Solver, erk: Guidance) -> Churn:
+def _refuse_unguided(plan: Sequence[Step], erk: ERKGuidance, solver: str) -> None:
+    """Refuse a strength that no step of a run can use, or that a bound of 0 switches off.
+
+    Raises:
+        ValueError: naming the option at fault.
+    """
+    if erk.bound == 0:
+        raise ValueError("--bound 0 switches --w_stiff off; 0.2 ends runaway samples")
+    memory, x = None, torch.zeros(1, 1, dtype=torch.float64)
+    for step in plan:
+        result, memory = step(lambda x, sigma: torch.zeros_like(x), x, memory)
+        if result.pair is not None:
+            return
+    raise ValueError(
+        f"--w_stiff {erk.w_stiff:g} has nothing to act on: a run of {solver} with {len(plan)} "
+        f"step{'s'[: len(plan) > 1]} makes no pair to compare; take more --steps"
+    )
+
+
+def _churn(options: dict[str, Any], solver: Solver, erk: Guidance, levels: list[float]) -> Churn:
     """Remove the options of added noise from `options` and return them as a `Churn`.
 
     Raises:
@@ -103,6 +127,13 @@ def _churn(options: dict[str, Any], solver: Solver, erk: Guidance) -> Churn:
     given = {name: options.pop(name) for name in NUMBERS if name in options}
     churn = Churn(**given)
     check_churn(churn, solver, erk)
+    # The last level is where the run ends: no step begins there.
+    if churn.active and not any(churn.gamma(level, len(levels) - 1) for level in levels[:-1]):
+        raise ValueError(
+            f"--S_churn {churn.S_churn:g} has nothing to act on: no step begins from --S_min "
+            f"{churn.S_min:g} to --S_max {churn.S_max:g}, the run has levels from "
+            f"{levels[-2]:.4g} to {levels[0]:.4g}"
+        )
     if not churn.active:
         for name in NUMBERS[1:]:
             if name in given and given[name] != getattr(Churn, name):
@@ -273,9 +304,9 @@ def _from_file(
 
 
 def _given(name: str) -> bool:
-    """Return whether the user gave this option."""
+    """Return whether the command has this option and the user gave it."""
     source = click.get_current_context().get_parameter_source(name)
-    return source != click.core.ParameterSource.DEFAULT
+    return source not in (None, ParameterSource.DEFAULT)
 
 
 def _erk(

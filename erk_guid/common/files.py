@@ -10,10 +10,15 @@ import os
 import secrets
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from erk_guid.common.errors import ErkGuidError, printable
+
+JSON_START = (b"{",)
+NPZ_START = (b"PK",)
+PICTURE_START = (b"\x89PNG", b"\xff\xd8")
+"""How files of these kinds begin, see `check_writable`."""
 
 PARTIAL = ".partial"
 """Part of the name of every file that is being written (never of a finished one)."""
@@ -57,11 +62,17 @@ def write_bytes(path: str | Path, data: bytes, make_folder: bool = True) -> None
         partial.write_bytes(data)
 
 
-def check_writable(path: str | Path) -> None:
+def check_writable(path: str | Path, begins: Sequence[bytes] = ()) -> None:
     """Refuse a file that cannot be written, before hours of work and not after.
 
+    Args:
+        path: the file.
+        begins: how files of the kind begin. What is there under that name and begins otherwise
+            belongs to somebody else, and is not replaced. Empty: anything is replaced.
+
     Raises:
-        ErkGuidError: `path` is a folder, or its folder cannot be made or written to.
+        ErkGuidError: `path` is a folder, its folder cannot be made or written to, or there is
+            a file of another kind.
     """
     path = Path(path)
     if os.path.isdir(path) or not path.name:
@@ -77,6 +88,14 @@ def check_writable(path: str | Path) -> None:
         raise ErkGuidError(
             f"cannot write to {_shown(where)}: {error.strerror}; write elsewhere"
         ) from error
+    if begins and path.is_file():
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            start = file.read(max(map(len, begins)))
+            if start and not start.startswith(tuple(begins)):
+                raise ErkGuidError(
+                    f"{_shown(path)} is there, and is no earlier output of this kind; write to "
+                    "another file, or delete it"
+                )
 
 
 def check_folder(path: str | Path) -> None:

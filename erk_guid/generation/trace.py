@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from erk_guid.common.errors import ErkGuidError, reason_of
-from erk_guid.common.files import replacing, write_bytes
+from erk_guid.common.files import NPZ_START, replacing, write_bytes
 from erk_guid.common.npz import read_npz
 from erk_guid.sampling import StepInfo
 
@@ -52,6 +52,8 @@ MOST_STEPS = 10_000
 """Largest number of steps of a trace that is read."""
 
 SUFFIXES = (".csv", ".npz")
+BEGINS = (",".join(COLUMNS).encode(), *NPZ_START)
+"""How traces begin."""
 
 
 class Trace:

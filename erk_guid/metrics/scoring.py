@@ -18,7 +18,7 @@ import torch
 from erk_guid._version import __version__
 from erk_guid.common.datasets import ImageSource, open_images, refuse_overwriting
 from erk_guid.common.errors import ErkGuidError, printable
-from erk_guid.common.files import check_writable, write_bytes
+from erk_guid.common.files import JSON_START, NPZ_START, check_writable, write_bytes
 from erk_guid.generation.config import GenerationConfig
 from erk_guid.generation.devices import choose_device
 from erk_guid.generation.images import generate
@@ -106,9 +106,9 @@ class Scoring:
                 raise ErkGuidError(
                     f"cannot write features to {self.features}: end its name in .npz"
                 )
-            check_writable(self.features)
+            check_writable(self.features, NPZ_START)
         if self.json is not None:
-            check_writable(self.json)
+            check_writable(self.json, JSON_START)
 
     def check_scores(self) -> None:
         """Refuse fewer images than a score needs, and say which have no standard error.

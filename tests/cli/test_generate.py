@@ -240,7 +240,7 @@ def test_resume_with_more_seeds_extends_the_run(tmp_path: Path) -> None:
     ("change", "named"),
     [
         (["--steps", 3], "num_steps was 2, now 3"),
-        (["--w_stiff", 0.5], "w_stiff was 0.0, now 0.5"),
+        (["--w_stiff", 0.5, "--steps", 3], "w_stiff was 0.0, now 0.5"),
         (["--class", 3], "class was None, now 3"),
         (["--net", COND], "net_sha256 was '"),
         (["--subdirs"], "subdirs was False, now True"),
@@ -412,6 +412,12 @@ BAD: list[tuple[list[Any], int, str]] = [
     (["--preset", "digits", "--schedule", "3,x"], 2, "noise levels are numbers"),
     (["--preset", "digits", "--schedule", "80,1", "--sigma_max", 50], 2, "--sigma_max has nothing"),
     (["--preset", "digits", "--schedule", "80,1", "--rho", 7], 2, "--rho has nothing to act on"),
+    (["--preset", "digits", "--schedule", "logsnr", "--rho", 3], 2, "with --schedule logsnr"),
+    (["--preset", "digits", "--w_stiff", 1, "--steps", 1], 2, "makes no pair to compare"),
+    (["--preset", "digits", "--w_stiff", 1, "--steps", 2], 2, "heun with 2 steps makes no pair"),
+    (["--preset", "digits", "--w_stiff", 1, "--bound", 0], 2, "--bound 0 switches --w_stiff off"),
+    (["--preset", "digits", "--S_churn", 9, "--S_min", 90], 2, "no step begins from --S_min 90"),
+    (["--preset", "digits", "--S_churn", 9, "--S_max", 0.001], 2, "--S_churn 9 has nothing to"),
     (["--preset", "digits", "--solver", "rk4"], 2, "'rk4' is not one of 'deis', 'dpm2'"),
     (["--preset", "digits", "--trace", "t.txt"], 1, "end its name in .csv or .npz"),
     (["--preset", "digits", "--rank-timeout", "nan"], 1, "--rank-timeout must be seconds"),
@@ -481,7 +487,7 @@ def test_erk_guid_has_the_same_subcommands(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("w_stiff", ["auto", "0", "0.5"])
 def test_a_gate_at_its_default_goes_with_every_form(w_stiff: str, tmp_path: Path) -> None:
-    done = generate("--preset", "digits", "--outdir", tmp_path, "--seeds", 0, "--steps", 2,
+    done = generate("--preset", "digits", "--outdir", tmp_path, "--seeds", 0, "--steps", 3,
                     "--device", "cpu", "--w_stiff", w_stiff, "--gate", "stiffness")  # fmt: skip
     assert done.exit_code == 0, done.output
 

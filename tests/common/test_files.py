@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from erk_guid.common.errors import ErkGuidError
-from erk_guid.common.files import check_folder, check_writable, user_path
+from erk_guid.common.files import (
+    JSON_START,
+    NPZ_START,
+    PICTURE_START,
+    check_folder,
+    check_writable,
+    user_path,
+)
+from erk_guid.generation.trace import BEGINS, ROW, write_trace
+from erk_guid.metrics.scoring import write_json
 
 LONG = "a" * 400
 DEEP = "/".join(["folder"] * 700)
@@ -46,3 +57,29 @@ def test_homes_that_are_none() -> None:
     # Catches: a RuntimeError of pathlib; an error without a remedy.
     with pytest.raises(ErkGuidError, match="home directory; write the path in full"):
         user_path("~no-such-user-here/x")
+
+
+@pytest.mark.parametrize("begins", [JSON_START, NPZ_START, PICTURE_START, BEGINS])
+def test_a_file_of_another_kind_is_not_replaced(begins: tuple[bytes, ...], tmp_path: Path) -> None:
+    # Catches: --trace=notes.csv and --json=notes.txt, which replaced somebody's notes.
+    path = tmp_path / "notes.csv"
+    path.write_text("name,age\n")
+    with pytest.raises(ErkGuidError, match="is no earlier output of this kind"):
+        check_writable(path, begins)
+    assert path.read_text() == "name,age\n"
+    for start in (b"", *begins):  # an empty file holds nothing that could be lost
+        path.write_bytes(start + b"\n"[: len(start)])
+        check_writable(path, begins)
+
+
+def test_outputs_may_be_written_again(tmp_path: Path) -> None:
+    # Catches: a kind whose files do not begin as it says; then no run could be repeated.
+    rows = np.zeros(2, ROW)
+    for name, begins in (("t.csv", BEGINS), ("t.npz", BEGINS)):
+        write_trace(tmp_path / name, rows)
+        check_writable(tmp_path / name, begins)
+    write_json(tmp_path / "s.json", {"fid": 1.0})
+    check_writable(tmp_path / "s.json", JSON_START)
+    for name in ("x.png", "x.jpg"):
+        Image.new("L", (4, 4)).save(tmp_path / name)
+        check_writable(tmp_path / name, PICTURE_START)

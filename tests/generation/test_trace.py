@@ -146,8 +146,8 @@ def test_half_a_trace_is_removed(tmp_path: Path) -> None:
 
 def test_a_trace_and_a_sheet_may_be_there_before_the_folder(tmp_path: Path) -> None:
     # A check of outputs once looked into the folder of images, which a first run has yet to make.
-    for name in ("t.csv", "g.png"):
-        (tmp_path / name).write_text("of another run")
+    write_trace(tmp_path / "t.csv", np.zeros(3, ROW))
+    Image.new("L", (4, 4)).save(tmp_path / "g.png")
     outputs = ("--trace", tmp_path / "t.csv", "--grid", tmp_path / "g.png")
     assert generate("--outdir", tmp_path / "o", *outputs).exit_code == 0
     assert len(read_trace(tmp_path / "t.csv")) == 12

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from erk_guid.common.errors import ErkGuidError, printable
-from erk_guid.common.files import check_writable, replacing, sha256_of, user_path
+from erk_guid.common.files import NPZ_START, check_writable, replacing, sha256_of, user_path
 from erk_guid.common.npz import read_npz
 from erk_guid.metrics.statistics.moments import Statistics
 from erk_guid.models.checkpoints.download import download, how_to_refetch, is_url
@@ -219,7 +219,7 @@ def check_destination(dest: Path) -> None:
     """
     if dest.suffix not in SUFFIXES:
         raise ReferenceFileError(f"cannot write {dest}: end its name in {' or '.join(SUFFIXES)}")
-    check_writable(dest)
+    check_writable(dest, (*NPZ_START, b"\x80"))
 
 
 def edm2_layout(statistics: Mapping[str, Statistics]) -> dict[str, Any]:

@@ -320,15 +320,25 @@ def _adapted(encoder: Any) -> Encoder:
     return ours if isinstance(encoder, tuple(ENCODERS.values())) else _ForeignEncoder(encoder)
 
 
-def convert(source: str | Path, dest: str | Path) -> Checkpoint:
+def convert(source: str | Path, dest: str | Path, *, overwrite: bool = False) -> Checkpoint:
     """Write the network behind `source` (anything `load` takes, unless trusted) as safetensors.
 
     The weights keep their dtypes, so both files compute the same, bit for bit.
 
+    Args:
+        source: the network.
+        dest: the new file.
+        overwrite: whether a file that is there may be replaced.
+
     Raises:
-        ErkGuidError: as `load`; or the file cannot be written.
+        ErkGuidError: as `load`; there is such a file, or it cannot be written.
     """
     check_writable(dest)
+    if os.path.isfile(dest) and not overwrite:
+        raise ErkGuidError(
+            f"{printable(dest, 200)} is there already; write to another file, or give overwrite "
+            "(--overwrite)"
+        )
     loaded = load(source, freeze=False)
     assert isinstance(loaded.net, nn.Module)
     refuse_overwriting({"DEST": Path(dest)}, [loaded.path])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from erk_guid.cli.convert import convert_command
+from erk_guid.cli import main
 from erk_guid.common.errors import CheckpointError, ErkGuidError
 from erk_guid.models.checkpoints import convert, loading
 from erk_guid.models.checkpoints.loading import check_source, locate
@@ -71,8 +71,8 @@ def test_places_that_nothing_is_converted_to(dest: str, message: str, tmp_path: 
     (tmp_path / "link.safetensors").symlink_to(source)
     before = source.stat()
     with pytest.raises(ErkGuidError, match=message):
-        convert(source, tmp_path / dest)
-    done = CliRunner().invoke(convert_command, [str(source), str(tmp_path / dest)])
+        convert(source, tmp_path / dest, overwrite=True)
+    done = CliRunner().invoke(main, ["convert", str(source), str(tmp_path / dest), "--overwrite"])
     assert done.exit_code == 1
     assert "Traceback" not in done.output
     assert source.stat() == before
@@ -81,7 +81,7 @@ def test_places_that_nothing_is_converted_to(dest: str, message: str, tmp_path: 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder where nothing can be made")
 def test_a_folder_where_not_even_root_may_write() -> None:
     # Catches: SafetensorError, which is no OSError.
-    done = CliRunner().invoke(convert_command, ["digits", "/proc/x.safetensors"])
+    done = CliRunner().invoke(main, ["convert", "digits", "/proc/x.safetensors"])
     assert done.exit_code == 1
     assert "cannot write to /proc" in done.output
 
@@ -100,7 +100,7 @@ def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_an_empty_destination() -> None:
     # Catches: an empty name taken for the current folder.
-    done = CliRunner().invoke(convert_command, ["digits", ""])
+    done = CliRunner().invoke(main, ["convert", "digits", ""])
     assert done.exit_code == 2
     assert "it is empty" in done.output
 
@@ -174,3 +174,15 @@ def test_a_gpu_that_is_full_is_not_the_networks_fault(
     net = trusted(raising(torch.cuda.OutOfMemoryError("full")), tmp_path, monkeypatch).net
     with pytest.raises(torch.cuda.OutOfMemoryError):
         net(torch.zeros(2, 1, 4, 4), torch.ones(()))
+
+
+def test_a_network_that_is_there_is_kept(tmp_path: Path) -> None:
+    # Catches: somebody's network replaced by a name typed twice.
+    dest = tmp_path / "net.safetensors"
+    dest.write_bytes(b"precious")
+    refused = CliRunner().invoke(main, ["convert", "digits", str(dest)])
+    assert refused.exit_code == 1
+    assert "is there already" in " ".join(refused.output.split())
+    assert dest.read_bytes() == b"precious"
+    assert CliRunner().invoke(main, ["convert", "digits", str(dest), "--overwrite"]).exit_code == 0
+    assert dest.stat().st_size > 1000
