@@ -14,6 +14,7 @@ from erk_guid.churn import Churn
 from erk_guid.cli.common import Interval, NumberOr, PathType
 from erk_guid.cli.derived import described, options_of_classes
 from erk_guid.generation.config import GenerationConfig
+from erk_guid.generation.fits import FITTED
 from erk_guid.guidance import (
     FORMS,
     ERKGuidance,
@@ -24,8 +25,6 @@ from erk_guid.schedules import SCHEDULES
 from erk_guid.solvers import SOLVERS, names_of_options, names_of_solvers
 
 F = TypeVar("F", bound=Callable[..., Any])
-FITTED = "fitted"
-"""The schedule that stands for a settings file that ships with the package."""
 JOB = GenerationConfig  # these options' defaults are its field defaults
 GUIDANCE_HELP = described(ERKGuidance)
 SOLVER_OPTIONS = tuple(names_of_options())

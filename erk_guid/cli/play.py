@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +12,11 @@ import click
 from click.core import ParameterSource
 
 from erk_guid.cli.common import reporting_errors
-from erk_guid.cli.options import FITTED, chosen_options, sampler_options
+from erk_guid.cli.options import chosen_options, sampler_options
 from erk_guid.cli.sampler import config_fields
 from erk_guid.common.errors import ErkGuidError, MissingExtraError
 from erk_guid.generation.config import GenerationConfig
+from erk_guid.generation.fits import FITTED, shipped_fits
 from erk_guid.guidance import ERKGuidance
 from erk_guid.models.checkpoints.loading import UNCONDITIONAL
 from erk_guid.models.checkpoints.presets import PRESETS
@@ -118,10 +117,7 @@ def fits_of(preset: str | None, settings: Path | None) -> dict[str, Fit]:
     from erk_guid.play.choice import Fit
 
     found = {}
-    folder = files("erk_guid") / "data" / "fits"
-    if preset and any(
-        re.fullmatch(re.escape(preset) + r"-\d+\.json", entry.name) for entry in folder.iterdir()
-    ):
+    if preset in shipped_fits():
         found[FITTED] = Fit(arguments=(f"--schedule={FITTED}",), takes_steps=True)
     if settings is not None:
         found[FROM_FILE] = Fit(arguments=(f"--settings={settings}",), takes_steps=False)

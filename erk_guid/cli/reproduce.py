@@ -177,6 +177,14 @@ def reproduce_command(
                 f"--{name} {fields[name]:g} has nothing to act on: it is for the guided rows of "
                 "table 4"
             )
+    if fields["model"] is not None and ids is None:
+        for row in [r for r in rows if r.fitted and r.model != fields["model"]]:
+            rows.remove(row)
+            click.echo(
+                f"{row.id} is left out: its levels were fitted to {row.model}, not to "
+                f"{fields['model']}; 'erk-guid fit' fits yours, then give --settings",
+                err=True,
+            )
     job = Reproduction(rows=rows, **fields)
     check_inputs(job)
     if dry_run:

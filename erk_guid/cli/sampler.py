@@ -6,18 +6,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
-from importlib.resources import as_file, files
+from importlib.resources import as_file
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import torch
 from click.core import ParameterSource
 
 from erk_guid.churn import NUMBERS, Churn
-from erk_guid.cli.options import FITTED, JOB, SOLVER_OPTIONS
+from erk_guid.cli.options import JOB, SOLVER_OPTIONS
 from erk_guid.common.errors import printable
+from erk_guid.generation.fits import FITTED, shipped_fit
 from erk_guid.generation.peers import launched_rank
 from erk_guid.guidance import (
     FORMS,
@@ -31,9 +32,6 @@ from erk_guid.models.checkpoints.presets import PRESETS
 from erk_guid.sampling import check_churn
 from erk_guid.schedules import edm_sigmas, make_sigmas
 from erk_guid.solvers import Solver, Step, make_solver, same_as_recorded
-
-if TYPE_CHECKING:
-    from importlib.abc import Traversable
 
 
 def config_fields(
@@ -57,7 +55,7 @@ def config_fields(
                 raise ValueError(
                     f"--schedule {FITTED} and --settings both say which levels; leave one out"
                 )
-            with as_file(_fitted(preset, options["num_steps"])) as path:
+            with as_file(shipped_fit(preset, options["num_steps"])) as path:
                 erk, options = _from_file(path, options, leave_out=("num_steps", "schedule"))
         elif settings is not None:
             erk, options = _from_file(settings, options)
@@ -216,31 +214,6 @@ def _with_preset(name: str, options: dict[str, Any]) -> dict[str, Any]:
             # The preset's name means the same network, and reads better in run.json.
             filled[key] = name if key == "net" else value
     return filled
-
-
-def _fitted(preset: str | None, steps: int) -> Traversable:
-    """Return the settings file that was fitted for a preset and a number of steps.
-
-    Raises:
-        ValueError: there is none; the message names those that there are.
-    """
-    folder = files("erk_guid") / "data" / "fits"
-    found = folder / f"{preset}-{steps}.json"
-    if preset is None or not found.is_file():
-        names = (entry.name.removesuffix(".json").rpartition("-") for entry in folder.iterdir())
-        there: dict[str, list[int]] = {}
-        for name, _, count in names:
-            there.setdefault(name, []).append(int(count))
-        known = "; ".join(
-            f"--preset {name} --steps {', '.join(map(str, sorted(counts)))}"
-            for name, counts in sorted(there.items())
-        )
-        raise ValueError(
-            f"--schedule {FITTED}: nothing was fitted for "
-            f"{preset or 'a network without a preset'} and {steps} steps, only for {known}; "
-            "'erk-guid fit' fits your own, then give --settings"
-        )
-    return found
 
 
 def _from_file(

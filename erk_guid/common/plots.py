@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,9 @@ COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#6
 """In greyscale, the markers tell the curves apart."""
 MARKERS = "osD^vPX*"
 PLAIN = "#18181b"
+MUTED = ("#94a3b8", "#d6b37a", "#a7c4b0", "#d8a9c0", "#b9aee0", "#9ec9d6", "#c3c9a0", "#e0b0a8")
+MUTED_MARKERS = "<>hpd8H|"
+"""For curves that are there to compare with."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Curve:
         x, y, error: points and their standard errors (0 where not known).
         paper: the paper's points (x, y), drawn hollow.
         plain: whether it is the unguided baseline.
+        muted: whether it is there to compare with; others are drawn over it.
     """
 
     name: str
@@ -33,6 +37,7 @@ class Curve:
     error: list[float]
     paper: list[tuple[float, float]] = field(default_factory=list)
     plain: bool = False
+    muted: bool = False
 
 
 def draw(
@@ -59,19 +64,20 @@ def draw(
     with _drawing(title, 4.6, wanted_by) as (figure, axes, svg):
         from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-        for k, curve in enumerate(sorted(curves, key=lambda c: not c.plain)):
-            colour = PLAIN if curve.plain else COLOURS[k % len(COLOURS)]
-            axes.errorbar(
-                curve.x, curve.y, yerr=curve.error if any(curve.error) else None,
-                label=curve.name, color=colour, marker=MARKERS[k % len(MARKERS)], markersize=5,
-                linewidth=2 if curve.plain else 1.4, capsize=2,
-                linestyle="--" if curve.plain else "-",
-            )  # fmt: skip
+        handles = []
+        for curve, style in _styled(curves):
+            # Without error bars in the legend, which hide the markers there.
+            handles += axes.plot(curve.x, curve.y, label=curve.name, **style)
+            if any(curve.error):
+                axes.errorbar(
+                    curve.x, curve.y, yerr=curve.error, fmt="none", ecolor=style["color"],
+                    capsize=2, elinewidth=1, zorder=style["zorder"],
+                )  # fmt: skip
             if curve.paper:
                 x, y = zip(*curve.paper, strict=True)
-                axes.plot(
-                    x, y, color=colour, marker=MARKERS[k % len(MARKERS)], markersize=9,
-                    markerfacecolor="none", linestyle="none", label=f"{curve.name}, paper",
+                handles += axes.plot(
+                    x, y, label=f"{curve.name}, paper",
+                    **{**style, "linestyle": "none", "markersize": 9, "markerfacecolor": "none"},
                 )  # fmt: skip
         values = [y for c in curves for y in c.y]
         if min(values) > 0 and max(values) > 5 * min(values):
@@ -89,18 +95,43 @@ def draw(
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.grid(alpha=0.25)
-        figure.legend(loc="outside lower center", frameon=False, fontsize=9, ncols=3)
+        figure.legend(
+            handles=handles, loc="outside lower center", frameon=False, fontsize=10, ncols=3
+        )
     return svg.getvalue()
 
 
+def _styled(curves: Sequence[Curve]) -> Iterator[tuple[Curve, dict[str, Any]]]:
+    """Yield the curves in the legend's order, each with a colour and a marker of its own."""
+    front = [c for c in curves if not c.plain and not c.muted]
+    groups = (
+        ([c for c in curves if c.plain], (PLAIN,), "o", {"linewidth": 2, "zorder": 4}),
+        (front, COLOURS, MARKERS[1:] + MARKERS[:1], {"linewidth": 1.8, "zorder": 3}),
+        ([c for c in curves if c.muted], MUTED, MUTED_MARKERS, {"linewidth": 1.1, "zorder": 2}),
+    )
+    for group, colours, markers, common in groups:
+        for k, curve in enumerate(group):
+            # Where there are more curves than colours, the same colour has another marker.
+            marker = markers[(k + k // len(colours)) % len(markers)]
+            style = {"color": colours[k % len(colours)], "marker": marker, "markersize": 5.5}
+            yield curve, {**common, **style, "linestyle": "--" if curve.plain else "-"}
+
+
 def draw_bars(
-    title: str, bars: Sequence[tuple[str, float]], x_label: str, wanted_by: str = "the report"
+    title: str,
+    bars: Sequence[tuple[str, float]],
+    x_label: str,
+    wanted_by: str = "the report",
+    front: Collection[str] = (),
+    plain: Collection[str] = (),
 ) -> bytes:
     """Return an SVG of horizontal bars, the first on top, each with its number.
 
     Args:
         title, x_label: texts.
         bars: names and lengths, at least one.
+        front: names of bars in colour; if there are any, the others are muted.
+        plain: names of the baseline's bars.
         wanted_by: what needs the plot; the error names it.
 
     Raises:
@@ -108,7 +139,11 @@ def draw_bars(
     """
     names, lengths = zip(*bars, strict=True)
     with _drawing(title, 1.2 + 0.28 * len(bars), wanted_by) as (_, axes, svg):
-        drawn = axes.barh(range(len(bars)), lengths, color=COLOURS[0], height=0.7)
+        usual = MUTED[0] if front else COLOURS[0]
+        colours = [
+            PLAIN if name in plain else COLOURS[0] if name in front else usual for name in names
+        ]
+        drawn = axes.barh(range(len(bars)), lengths, color=colours, height=0.7)
         axes.bar_label(drawn, [f"{length:g}" for length in lengths], padding=3, fontsize=9)
         axes.set_yticks(range(len(bars)), names, fontsize=9)
         axes.invert_yaxis()

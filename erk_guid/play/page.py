@@ -190,7 +190,7 @@ def _controls(gr: Any, session: Session, start: Choice) -> dict[str, Any]:
     fits = list(session.fits)
     controls = {
         "solver": gr.Dropdown(sorted(SOLVERS), value=start.solver, label="Solver"),
-        "steps": gr.Slider(1, MOST_STEPS, start.steps, step=1, label="Steps (noise levels)"),
+        "steps": gr.Slider(3, MOST_STEPS, start.steps, step=1, label="Steps (noise levels)"),
         "schedule": gr.Radio(
             [*SCHEDULES, *fits], value=start.schedule, label="Spacing of the noise levels",
             info="polynomial is EDM's" + ("; a fit also sets solver and guidance" if fits else ""),

@@ -31,7 +31,7 @@ class Settings(NamedTuple):
 
 COMMON = ("--preset=digits", "--device=cpu")
 SETTINGS = (
-    Settings("heun", (*COMMON, "--steps=2", "--w_stiff=0.5")),
+    Settings("heun", (*COMMON, "--steps=3", "--w_stiff=0.5")),
     Settings("deis", (*COMMON, "--solver=deis", "--steps=3", "--w_stiff=0.2")),
     Settings("modal", (*COMMON, "--solver=modal", "--steps=3")),
     Settings("churn", (*COMMON, "--solver=euler", "--steps=3", "--S_churn=2", "--class=3")),

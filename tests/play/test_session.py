@@ -144,7 +144,7 @@ def test_what_was_made_is_kept_and_the_oldest_forgotten(
     answered(fresh, replace(choice, first_seed=9))
     assert len(made) == 10
     for k in range(session.KEPT):
-        fresh.run(replace(choice, steps=1, w_stiff=k / 100))
+        fresh.run(replace(choice, steps=3, w_stiff=k / 100))
     assert fresh._run.cache_info().currsize == session.KEPT
     before = len(made)
     answered(fresh, choice)

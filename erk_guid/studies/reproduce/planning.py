@@ -21,6 +21,7 @@ from erk_guid.common.errors import ErkGuidError, printable
 from erk_guid.common.files import sha256_of, user_path
 from erk_guid.generation.config import sampling_rules
 from erk_guid.generation.devices import choose_device
+from erk_guid.generation.fits import shipped_fit
 from erk_guid.guidance import FORMS
 from erk_guid.metrics.comparison import MANIFOLD_DETECTOR, REAL, SCORE_DETECTOR, SPLITS
 from erk_guid.metrics.detectors import check_detector_name
@@ -214,7 +215,7 @@ def plan(job: Reproduction, row: Row) -> Plan:
         "detector_weights": dict(job.detector_weights),
         "device": device,  # each kind has its own random numbers
         "files": _fingerprints(
-            [*model, ref, *job.detector_weights.values(), *job.plugin, row.settings or ""]
+            [*model, ref, *job.detector_weights.values(), *job.plugin, _levels(row)]
         ),
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
@@ -231,6 +232,13 @@ def plan(job: Reproduction, row: Row) -> Plan:
     made.score.extend(_score_command(job, made, metrics, ref))
     made.quality.extend(_precision_recall_command(job, made))
     return made
+
+
+def _levels(row: Row) -> str:
+    """Return the file that says a row's noise levels; empty where a spacing does."""
+    if row.fitted:
+        return str(shipped_fit(row.model, row.steps))
+    return row.settings or ""
 
 
 def _stem(row: Row) -> str:

@@ -7,7 +7,7 @@ import io
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +23,7 @@ from erk_guid.common.files import write_bytes
 from erk_guid.common.pictures import is_whole_png
 from erk_guid.common.plots import Curve, draw
 from erk_guid.metrics.scores.neighbours import NEIGHBOURS
+from erk_guid.models.checkpoints.presets import PRESETS
 from erk_guid.studies.reproduce.findings import (
     CLEAR,
     EMPTY,
@@ -217,7 +218,7 @@ def _table(findings: Findings, table: str) -> Table:
     quality = [
         m for m in metrics if not scored and any(findings.precision_recall(r, m) for r in rows)
     ]
-    columns = ["Steps", "Run"]
+    columns = ["Steps", "Evaluations", "Run"]
     for metric in [m for m in paper_metrics if m not in shared]:
         columns.append(f"Paper's {name_of_metric(metric)}")
     for metric in metrics:
@@ -233,7 +234,8 @@ def _table(findings: Findings, table: str) -> Table:
         columns += ["Precision", "Recall"]
     body = []
     for row in rows:
-        cells = [Cell(str(row.steps)), Cell(row.title + (f" ({row.note})" if row.note else ""))]
+        title = row.title + (f" ({row.note})" if row.note else "")
+        cells = [Cell(str(row.steps)), Cell(str(row.evaluations)), Cell(title)]
         for metric in [m for m in paper_metrics if m not in shared]:
             cells.append(Cell(stated(row.paper.get(metric)), "paper"))
         for metric in metrics:
@@ -320,20 +322,33 @@ def _curves(findings: Findings) -> list[tuple[str, str, list[Curve], dict[str, A
         y_label = f"{name_of_metric(metric)} (lower is better)"
         for table in findings.tables:
             rows = [r for r in findings.rows if r.table == table]
+            several = len({r.solver for r in rows}) > 1
+            over = "evaluations" if several else "steps"
             curves = []
             for name in dict.fromkeys(r.title for r in rows):
                 of_name = [r for r in rows if r.title == name]
-                curve = _curve(findings, metric, _for_plot(name), [(r.steps, r) for r in of_name])
-                curve = Curve(**{**curve.__dict__, "plain": not of_name[0].guided})
+                points = [(r.evaluations if several else r.steps, r) for r in of_name]
+                curve = replace(
+                    _curve(findings, metric, _for_plot(name), points),
+                    plain=of_name[0].solver == "heun" and not of_name[0].guided,
+                    muted=not _in_front(of_name[0]),
+                )
                 if len(curve.x) > 1 or (curve.x and table == "2"):
                     curves.append(curve)
             if sum(len(c.x) for c in curves) > 1 and len({x for c in curves for x in c.x}) > 1:
-                title = f"{name_of_metric(metric)} against steps, {_short(table)}"
-                labels = {"x_label": "steps", "y_label": y_label, "log_x": True}
-                plots.append((f"{metric}-steps-{table}", title, curves, labels))
+                title = f"{name_of_metric(metric)} against {over}, {_short(table)}"
+                labels = {"x_label": over, "y_label": y_label, "log_x": True}
+                plots.append((f"{metric}-{over}-{table}", title, curves, labels))
             for group in dict.fromkeys(r.group for r in rows):
                 plots += _sweep(findings, metric, [r for r in rows if r.group == group], y_label)
     return plots
+
+
+def _in_front(row: Row) -> bool:
+    """Return whether a row's curve is in front: of a sweep, the pair that is recommended."""
+    chosen = PRESETS[row.model].erk if row.model in PRESETS else None
+    swept = row.guided and not isinstance(row.w_stiff, str)
+    return not swept or chosen is None or (row.w_stiff, row.w_con) == tuple(chosen)
 
 
 def _sweep(

@@ -11,10 +11,11 @@ from typing import Literal
 
 from erk_guid.common.errors import ErkGuidError, printable
 from erk_guid.denoisers import check_interval
+from erk_guid.generation.fits import FITTED, shipped_fits
 from erk_guid.generation.settings import read_settings
 from erk_guid.guidance import FORMS, PAPER_SETTINGS, ERKGuidance, settings_of
 from erk_guid.models.checkpoints.presets import PRESETS
-from erk_guid.solvers import name_of, options_of
+from erk_guid.solvers import SOLVERS, name_of, options_of
 
 Family = Literal["plain", "guid", "autog"]
 """Without model guidance, with classifier-free guidance, with autoguidance."""
@@ -79,11 +80,30 @@ class Row:
         return self.table, self.steps, self.family, self.settings or self.solver
 
     @property
+    def evaluations(self) -> int:
+        """Calls of the network that an image takes."""
+        if self.fitted:
+            return self.steps
+        intervals = self.steps if self.denoise_to_zero else self.steps - 1
+        if not SOLVERS[self.solver].two_stages:
+            return intervals
+        return 2 * intervals - self.denoise_to_zero  # the step to 0 is Euler's
+
+    @property
+    def fitted(self) -> bool:
+        """Whether it runs at the levels that ship with the preset, for `steps` evaluations."""
+        return self.options.get("schedule") == FITTED
+
+    @property
     def title(self) -> str:
+        if self.fitted:
+            return f"{self.solver}, fitted levels"
         kinds = {"plain": "", "guid": "CFG, ", "autog": "autoguidance, "}
         kind = kinds[self.family] + ("" if self.solver == "heun" else f"{self.solver}, ")
         if self.settings is not None:
             kind = f"{Path(self.settings).name}: {kind}"
+        if self.settings is None and not SOLVERS[self.solver].has_pair:
+            return self.solver
         if not self.guided:
             return f"{kind}no ERK guidance"
         if self.w_stiff is None:
@@ -213,6 +233,17 @@ def _digits() -> list[Row]:
             name = f"{steps:02d}-w{w_stiff:g}-c{w_con:g}"
             rows.append(Row(name, "digits", steps, "digits", w_stiff=w_stiff, w_con=w_con))
         rows.append(Row(f"{steps:02d}-auto", "digits", steps, "digits", w_stiff="auto"))
+    # At as many evaluations as Heun's runs above take.
+    rows += [
+        Row(f"{2 * steps - 1:02d}-modal", "digits", 2 * steps - 1, "digits", solver="modal")
+        for steps in DIGITS_SWEEP
+        if steps <= 16
+    ]
+    rows += [
+        Row(f"{calls:02d}-fitted", "digits", calls, "digits", solver="modal",
+            options={"schedule": FITTED})
+        for calls in shipped_fits()["digits"]
+    ]  # fmt: skip
     return rows
 
 
@@ -226,7 +257,7 @@ CAPTIONS = {
     "2": "Table 2: EDM2-S on ImageNet-512, Heun, no model guidance",
     "3": "Table 3: EDM2-S on ImageNet-512, Heun, with model guidance",
     "4": "Table 4: other solvers, EDM (ADM) on ImageNet-64, 6 network evaluations",
-    "digits": "The shipped digits model, Heun",
+    "digits": "The shipped digits model",
     "settings": "Settings of your own",
 }
 NOTES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import json
 import os
 import re
@@ -23,8 +24,11 @@ from PIL import Image
 
 import erk_guid
 from erk_guid.cli import command_named, main
+from erk_guid.cli.generate import generate_command
 from erk_guid.cli.reproduce import reproduce_command
+from erk_guid.cli.sampler import config_fields
 from erk_guid.common.errors import ErkGuidError
+from erk_guid.generation.config import GenerationConfig
 from erk_guid.studies.reproduce import TABLES, Reproduction, choose_rows, plan, write_report
 from erk_guid.studies.reproduce.report import Findings
 from erk_guid.studies.reproduce.runner import _mend, read_results, result_of
@@ -83,6 +87,29 @@ def test_every_guided_row_has_one_baseline(table: str) -> None:
         assert len(plain) == 1
     names = [r.id for rows in TABLES.values() for r in rows]
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_evaluations_are_those_of_the_run(table: str) -> None:
+    # Catches: a step to 0 counted twice; levels from a file counted as steps. The other side runs
+    # the sampler that the row's own command asks for, and counts.
+    job = Reproduction(rows=[], num=2, w_stiff=1.0, w_con=0.5, device="cpu")
+    for row in TABLES[table]:
+        command = plan(job, row).generate
+        arguments = command[command.index("generate") + 1 :]
+        with generate_command.make_context("generate", arguments) as context:
+            own = inspect.signature(generate_command.callback).parameters
+            options = {k: v for k, v in context.params.items() if k not in own}
+            config = GenerationConfig(**config_fields(**options))
+        assert config.evaluations().main == row.evaluations, row.id
+
+
+def test_levels_of_one_model_are_not_those_of_another(tmp_path: Path) -> None:
+    # Catches: rows that end in an error for every model but the shipped one.
+    done = run("--dry-run", "--table=digits", "--model=digits-autog", "--num=10")
+    assert done.exit_code == 0, done.output
+    assert "06-fitted is left out: its levels were fitted to digits" in done.stderr
+    assert "--schedule=fitted" not in done.stdout
 
 
 def test_a_dry_run_prints_commands_that_parse(tmp_path: Path) -> None:
@@ -318,7 +345,7 @@ def test_paper_measured_and_difference_stand_side_by_side(tmp_path: Path) -> Non
     assert "2 of 10 rows measured" in markdown
     rows = [re.split(r" *\| *", li)[1:-1] for li in markdown.splitlines() if li[:2] == "| "]
     header = rows[0]
-    guided = next(r for r in rows if r[:2] == ["8", "ERK-Guid 0.5 / 0.1"])
+    guided = next(r for r in rows if r[:3] == ["8", "15", "ERK-Guid 0.5 / 0.1"])
     found = dict(zip(header, guided, strict=True))
     assert found["FID, paper"] == "4.91"
     assert found["FID, measured"] == "5.00"
