@@ -16,12 +16,14 @@ from erk_guid.cli.common import Names, PathType, SeedList, reporting_errors
 from erk_guid.cli.options import chosen_options
 from erk_guid.cli.sampler import preset_fields
 from erk_guid.common.errors import MissingExtraError
-from erk_guid.common.files import check_writable
+from erk_guid.common.files import check_writable, write_bytes
 from erk_guid.generation.config import GenerationConfig
 from erk_guid.generation.process_groups import ProcessGroup
 
 if TYPE_CHECKING:
     from erk_guid.studies.accuracy import Method
+    from erk_guid.studies.accuracy.measuring import Table
+    from erk_guid.studies.accuracy.nearness import Nearness
 
 MOST = 10_000
 """Largest number of evaluations of a run."""
@@ -248,7 +250,13 @@ def accuracy_command(
     def showing(what: str) -> Callable[[Iterable[Method]], Iterable[Method]]:
         return lambda rows: tqdm(rows, desc=what, unit="method", file=sys.stderr)
 
-    table = measure(problem, chosen, evaluations, showing("Methods"))
+    def keep(table: Table) -> None:
+        write_bytes(outdir / "accuracy.csv", table.csv().encode())
+
+    def keep_near(nearness: Nearness) -> None:
+        write_bytes(outdir / "as-near.csv", nearness.csv().encode())
+
+    table = measure(problem, chosen, evaluations, showing("Methods"), keep)
     recorded |= {
         "settings": list(map(str, settings)),
         "evaluations": evaluations,
@@ -260,7 +268,9 @@ def accuracy_command(
     written = "accuracy.csv, .md, .svg and .json"
     if as_near_as:
         heading = f"As near as Heun's {as_near_as} levels"
-        nearness = as_near(problem, chosen, table, steps=as_near_as, progress=showing(heading))
+        nearness = as_near(
+            problem, chosen, table, steps=as_near_as, progress=showing(heading), note=keep_near
+        )
         click.echo(nearness.markdown())
         write_nearness(nearness, outdir)
         written += "; as-near.csv, .md and .svg"

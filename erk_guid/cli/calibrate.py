@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from torch import Tensor
 
 from erk_guid.cli.common import PathType, SeedList, compact, reporting_errors
 from erk_guid.cli.options import chosen_options
 from erk_guid.cli.sampler import config_fields
 from erk_guid.common.errors import ErkGuidError, MissingExtraError
-from erk_guid.common.files import check_writable
+from erk_guid.common.files import check_writable, write_bytes
 from erk_guid.generation.config import GenerationConfig
 from erk_guid.generation.process_groups import ProcessGroup
 from erk_guid.generation.seeds import SeededNoise
@@ -26,6 +25,7 @@ from erk_guid.studies.fitting.calibration import (
     OBJECTIVES,
     REFERENCE_ERROR,
     Calibration,
+    Trial,
     is_published,
     written,
 )
@@ -97,7 +97,7 @@ def calibrate_command(
     from erk_guid.generation.settings import Settings
     from erk_guid.schedules import make_sigmas
     from erk_guid.studies.fitting import calibrate
-    from erk_guid.studies.fitting.calibration_files import FILES, write_trials
+    from erk_guid.studies.fitting.calibration_files import FILES, trials_csv, write_trials
 
     if find_spec("matplotlib") is None:
         raise MissingExtraError("matplotlib", "plots", "the plot")
@@ -124,21 +124,26 @@ def calibrate_command(
         config.guidance_interval,
     )  # fmt: skip
     x = noise.to(getattr(torch, config.dtype)) * float(sigmas[0])
-    with tqdm(desc="Network evaluations", unit="image", file=sys.stderr) as bar:
+    with tqdm(desc="Network evaluations, at most", unit="image", file=sys.stderr) as bar:
 
-        def denoiser(x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-            bar.update(len(x))
-            return network(x, sigma, labels)
+        def show(done: int, most: int) -> None:
+            bar.total = most
+            bar.update(done - bar.n)
+
+        def keep(trials: Sequence[Trial]) -> None:
+            write_bytes(outdir / FILES[1], trials_csv(trials).encode())
 
         assert isinstance(config.erk, ERKGuidance)  # w_stiff is a number, above
         try:
             found = calibrate(
-                denoiser, x, sigmas, labels=labels,
+                network, x, sigmas, labels=labels,
                 solver=config.solver, guidance=config.erk, objective=objective, auto=auto,
-                batch=config.batch,
+                batch=config.batch, progress=show, note=keep,
             )  # fmt: skip
         except ValueError as error:
             raise ErkGuidError(str(error)) from error
+        bar.total = bar.n
+        bar.refresh()
 
     heading = _heading(config, found, len(seeds))
     click.echo(f"{heading}\n\n{found.table()}")

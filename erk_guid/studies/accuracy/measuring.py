@@ -97,6 +97,7 @@ def measure(
     methods: Sequence[Method],
     evaluations: Sequence[int],
     progress: Callable[[Iterable[Method]], Iterable[Method]] = lambda methods: methods,
+    note: Callable[[Table], None] = lambda table: None,
 ) -> Table:
     """Run every method with every number of evaluations.
 
@@ -106,6 +107,7 @@ def measure(
         evaluations: calls of the denoiser a run may take; even numbers of at least 2, because
             some methods take two at a time.
         progress: wraps the methods, as tqdm does.
+        note: called after each method with the table so far.
 
     Raises:
         ValueError: an odd number of evaluations, or one below 2.
@@ -125,4 +127,5 @@ def measure(
             found = chosen.run(problem.denoiser, problem.start, sigmas)
             row.append(error_of(distances(found, problem.end)))
         errors[method.name] = row
+        note(Table(problem.name, tuple(evaluations), dict(errors)))
     return Table(problem.name, tuple(evaluations), errors)

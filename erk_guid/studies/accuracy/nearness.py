@@ -100,6 +100,7 @@ def as_near(
     *,
     steps: int,
     progress: Callable[[Iterable[Method]], Iterable[Method]] = lambda methods: methods,
+    note: Callable[[Nearness], None] = lambda nearness: None,
 ) -> Nearness:
     """Find the shortest run of each method that is as near as plain Heun's.
 
@@ -112,6 +113,7 @@ def as_near(
         table: their errors at some numbers of evaluations, which saves runs.
         steps: noise levels of the run of plain Heun, 2 or more.
         progress: wraps the methods, as tqdm does.
+        note: called after each method with what was found so far.
 
     Raises:
         ValueError: fewer than 2 steps.
@@ -123,12 +125,13 @@ def as_near(
     _run(problem, heun, limit)  # not counted: a first run computes what later ones reuse
     target = _run(problem, heun, limit)
     known = {} if table is None else table.errors
-    found = {}
+    most = {method.name: max(method.counts(limit), default=0) for method in methods}
+    found: dict[str, Found | None] = {}
     for method in progress(methods):
         row = known.get(method.name, [])
         errors = {} if table is None else dict(zip(table.evaluations, row, strict=False))
         found[method.name] = _fewest(problem, method, target.error.mean, limit, errors)
-    most = {method.name: max(method.counts(limit), default=0) for method in methods}
+        note(Nearness(problem.name, steps, target, dict(found), most))
     return Nearness(problem.name, steps, target, found, most)
 
 

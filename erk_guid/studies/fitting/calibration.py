@@ -186,6 +186,8 @@ def calibrate(
     objective: str = OBJECTIVES[0],
     auto: bool = True,
     batch: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+    note: Callable[[Sequence[Trial]], None] | None = None,
 ) -> Calibration:
     """Search for the settings of guidance that stay nearest to the ODE's solution.
 
@@ -206,6 +208,10 @@ def calibrate(
             corrects the errors of earlier steps.
         auto: also try the parameter-free form, if the solver has it.
         batch: samples at a time.
+        progress: called during the search with the evaluations of a sample so far, and how many
+            they will be at most. That limit falls as the search goes on: settings share
+            evaluations, and less may be left to try.
+        note: called whenever settings have been tried, with all trials so far, best first.
 
     Returns:
         The recommendation, in `guidance`, and what was tried.
@@ -232,7 +238,7 @@ def calibrate(
     solver = as_solver(solver)
     base = replace(guidance, w_stiff=1.0, w_con=0.0)
     base.check(solver)
-    counted = _Counted(denoiser)
+    counted = _Counted(denoiser, progress)
     solved: Callable[..., Tensor] = counted
     if process is not None:
         problem = in_sigma(counted, x, sigmas, process)
@@ -243,6 +249,7 @@ def calibrate(
     steps = solver.plan(levels)
     task = Task(solved, x, labels, torch.tensor(levels, dtype=torch.float64), batch)
 
+    budget = _Budget(counted, len(x), solver, len(steps))
     read = readings(task.rows(slice(SCREENED)), steps, base)
     if not len(read):
         raise ValueError(
@@ -250,12 +257,13 @@ def calibrate(
             "needs three levels"
         )
     path, reference_error = _reference(task, steps, Modal())
-    trials = _Trials(task, steps, path, objective)
+    trials = _Trials(task, steps, path, objective, budget.left, note)
     others: list[Guidance] = [PLAIN]
     if auto and solver.two_stages:
         others.append(ParameterFreeGuidance())
     _search(trials, base, read.median(dim=1).values.tolist(), others)
 
+    budget.left("single steps")
     final = [trial.guidance for trial in trials.all_of()]
     single = step_errors(task, steps, final, path).sum(dim=1).mean(dim=1)
     plain = float(single[final.index(PLAIN)])
@@ -268,10 +276,11 @@ def calibrate(
     # If the plain solver's error is no more than rounding, settings cannot be judged.
     rounding = ROUNDING * torch.finfo(x.dtype).eps * float(norm(x).mean())
     certain = certain and trials.trial(PLAIN).error > rounding
-    screened = [trials.trial(setting) for setting in trials.values if setting not in final]
+    if note is not None:
+        note((*found, *trials.screened()))
     return Calibration(
         guidance=best.guidance if certain else PLAIN,
-        trials=(*found, *sorted(screened, key=lambda trial: trial.score)),
+        trials=(*found, *trials.screened()),
         objective=objective,
         reference_error=reference_error,
         nfe=counted.rows,
@@ -305,14 +314,48 @@ class Labelled:
 
 @dataclass
 class _Counted:
-    """A denoiser that counts the samples it is given."""
+    """A denoiser that counts the samples it is given, and says how far it is."""
 
     denoiser: Callable[..., Tensor]
+    progress: Callable[[int, int], None] | None = None
     rows: int = 0
+    most: int = 0
 
     def __call__(self, x: Tensor, *rest: Tensor) -> Tensor:
         self.rows += len(x)
-        return self.denoiser(x, *rest)
+        found = self.denoiser(x, *rest)
+        if self.progress is not None:
+            self.progress(self.rows, max(self.most, self.rows))
+        return found
+
+
+class _Budget:
+    """How many evaluations of a sample the search still takes, at most, from each stage on."""
+
+    def __init__(self, counted: _Counted, samples: int, solver: Solver, steps: int) -> None:
+        self.counted = counted
+        run = steps * (2 if solver.two_stages else 1)
+        thresholds = min(THRESHOLDS, steps + 1)
+        rungs = thresholds * len(LADDER) + EXTENSIONS + 1
+        finalists = FINALISTS + 2  # with the plain solver and the parameter-free form
+        near = 2 * 2 + 2
+        fine = max(REFERENCE_SUBSTEPS * steps, REFERENCE_EVALUATIONS)
+        self.stages = {
+            "reference": SCREENED * run + fine * (3 * FEWEST + samples),
+            "ladder": rungs * SCREENED * run,
+            "thresholds": thresholds * PROMISING * run,
+            "finalists": finalists * samples * run,
+            "near": near * samples * run,
+            "refined": REFINED * samples * run,
+            "single steps": (finalists + near + REFINED) * samples * run,
+        }
+        self.left("reference")
+
+    def left(self, stage: str) -> None:
+        """Say that a stage begins."""
+        names = list(self.stages)
+        ahead = sum(self.stages[name] for name in names[names.index(stage) :])
+        self.counted.most = self.counted.rows + ahead
 
 
 def _reference(task: Task, steps: Sequence[Step], solver: Solver) -> tuple[Tensor, float]:
@@ -343,6 +386,8 @@ class _Trials:
     steps: Sequence[Step]
     path: Tensor
     objective: str
+    begin: Callable[[str], None] = lambda stage: None
+    note: Callable[[Sequence[Trial]], None] | None = None
     values: dict[Guidance, Tensor] = field(default_factory=dict)
     """Values of the objective on the first samples, [n]."""
 
@@ -367,6 +412,8 @@ class _Trials:
             for setting, values in zip(alike, found, strict=True):
                 before = self.values.get(setting, values[:0])
                 self.values[setting] = torch.cat([before, values])
+        if self.note is not None and waiting:
+            self.note((*self.all_of(), *self.screened()))
 
     def trial(self, setting: Guidance, step_ratio: float = math.nan) -> Trial:
         """Return the trial of a setting that was measured."""
@@ -386,6 +433,11 @@ class _Trials:
         """Return the settings tried on all samples, by rising score."""
         full = [k for k, values in self.values.items() if len(values) == self.samples]
         return sorted(map(self.trial, full), key=lambda trial: trial.score)
+
+    def screened(self) -> list[Trial]:
+        """Return the settings tried on fewer samples, by rising score."""
+        few = [k for k, values in self.values.items() if len(values) < self.samples]
+        return sorted(map(self.trial, few), key=lambda trial: trial.score)
 
     def published(self) -> list[tuple[ERKGuidance, float]]:
         """Return the published forms among `all_of`, with their scores, by rising score."""
@@ -410,6 +462,7 @@ def _search(
     def setting(w_stiff: float, w_con: float) -> ERKGuidance:
         return replace(base, w_stiff=w_stiff, w_con=w_con)
 
+    trials.begin("ladder")
     # Try a coarse ladder at every threshold on few samples; extend it where its end is its best.
     for _ in range(EXTENSIONS + 1):
         rungs = [setting(w_stiff, w_con) for w_con in thresholds for w_stiff in ladder[w_con]]
@@ -423,14 +476,17 @@ def _search(
             break
         ladder[best].append(_rounded(valleys[best].place))
 
+    trials.begin("thresholds")
     # Try the best of each threshold on more samples, and the best of those on all samples.
     first = [setting(_rounded(valleys[w_con].place), w_con) for w_con in thresholds]
     trials.measure([PLAIN, *first], min(PROMISING, trials.samples))
     first = sorted(first, key=lambda s: trials.trial(s).score)[:FINALISTS]
+    trials.begin("finalists")
     trials.measure([*others, *first], trials.samples)
     if not math.isfinite(trials.trial(PLAIN).error):
         raise ValueError(NOT_FINITE)
 
+    trials.begin("near")
     # Near the best try stronger and weaker, and the gate half open at one step more or less.
     ranked = [(g, score) for g, score in trials.published() if g in first]
     close = [ranked[0][0]]
@@ -447,6 +503,7 @@ def _search(
     ]
     near += [setting(top.w_stiff, _rounded(r)) for r in halves if r is not None]
     trials.measure(near, trials.samples)
+    trials.begin("refined")
     for _ in range(REFINED):
         ranked = trials.published()
         w_con = ranked[0][0].w_con

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from erk_guid.common.files import write_bytes
@@ -37,17 +38,17 @@ def write_trials(calibration: Calibration, outdir: Path, title: str, heading: st
     Raises:
         MissingExtraError: matplotlib is not installed; the other files are written before.
     """
-    write_bytes(outdir / "trials.csv", trials_csv(calibration).encode())
+    write_bytes(outdir / "trials.csv", trials_csv(calibration.trials).encode())
     write_bytes(outdir / "calibration.md", f"{heading}\n\n{calibration.table()}".encode())
     write_bytes(outdir / "calibration.svg", plot(calibration, title))
 
 
-def trials_csv(calibration: Calibration) -> str:
+def trials_csv(trials: Sequence[Trial]) -> str:
     """Return a CSV with one line for each setting that was tried."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    for trial in calibration.trials:
+    for trial in trials:
         shown = settings_of(trial.guidance)
         numbers = (trial.error, trial.ratio, trial.ratio_error, trial.step_ratio)
         writer.writerow(

@@ -17,7 +17,7 @@ from erk_guid.cli import main
 from erk_guid.generation.settings import read_settings
 from erk_guid.mixtures import tree_mixture
 from erk_guid.solvers import make_solver
-from erk_guid.studies.accuracy import METHODS, Method, as_near, make_problem, measure
+from erk_guid.studies.accuracy import METHODS, Method, Nearness, as_near, make_problem, measure
 from erk_guid.studies.accuracy.measuring import Error, Table
 from erk_guid.studies.accuracy.methods import OutsideMethod, choose_methods, fitted_row
 from erk_guid.studies.accuracy.problems import solve_finely
@@ -123,6 +123,22 @@ def test_the_shortest_run_that_is_near_enough() -> None:
     assert rows[-1] == "tree5,euler,,,,"
     with pytest.raises(ValueError, match="needs 2 noise levels at least, got 1"):
         as_near(problem, methods, steps=1)
+
+
+def test_results_are_there_as_they_come() -> None:
+    # Catches: a table that is there at the end only; a table that changes after it was given.
+    methods = [m for m in METHODS.values() if m.name in ("heun", "euler", "modal")]
+    problem = make_problem("gauss", 4)
+    tables: list[Table] = []
+    whole = measure(problem, methods, [4, 6], note=tables.append)
+    assert [list(t.errors) for t in tables] == [
+        [m.name for m in methods[: k + 1]] for k in range(len(methods))
+    ]
+    assert tables[-1] == whole
+    near: list[Nearness] = []
+    found = as_near(problem, methods, whole, steps=4, note=near.append)
+    assert [len(n.found) for n in near] == [1, 2, 3]
+    assert near[-1].csv() == found.csv()
 
 
 def test_fits_are_tried_at_their_own_evaluations() -> None:

@@ -27,6 +27,7 @@ from erk_guid.generation.seeds import SeededNoise
 from erk_guid.solvers import DEIS, Heun, Modal
 from erk_guid.studies.accuracy.problems import high_dimensional_mixture, solve_finely
 from erk_guid.studies.fitting import calibration as search
+from erk_guid.studies.fitting.calibration import PLAIN
 
 
 class Judge:
@@ -70,6 +71,27 @@ def test_what_it_says_of_its_settings_is_so(solver: str) -> None:
     assert any(t.guidance == ParameterFreeGuidance() for t in full) == (solver != "deis")
     assert found.reference_error < 0.02
     assert f"| {found.plain.error:.4g}" in found.table().replace("**", "")
+
+
+def test_how_far_it_is() -> None:
+    # Catches: a limit that is passed before the end, or that does not come down; trials that are
+    # kept at the end only, so that an interrupted search leaves nothing.
+    said: list[tuple[int, int]] = []
+    kept: list[tuple[search.Trial, ...]] = []
+    found = calibrate(
+        TREE, starts(40, 0), SIGMAS, batch=16,
+        progress=lambda done, most: said.append((done, most)),
+        note=lambda trials: kept.append(tuple(trials)),
+    )  # fmt: skip
+    assert [done for done, _ in said] == sorted(done for done, _ in said)
+    assert said[-1][0] == found.nfe
+    assert all(done <= most for done, most in said)
+    assert said[0][1] > said[-1][1] >= found.nfe
+    assert said[0][1] < 4 * found.nfe  # an estimate, and not any large number
+    assert len(kept) > 4
+    assert [len(trials) for trials in kept] == sorted(map(len, kept))
+    assert kept[-1] == found.trials
+    assert PLAIN in [trial.guidance for trial in kept[0]]
 
 
 def test_the_standard_error_is_that_of_the_ratio() -> None:
