@@ -7,12 +7,13 @@ import importlib
 import runpy
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 import click
 
 from erk_guid.common.errors import ErkGuidError, printable
-from erk_guid.common.signals import handled_by, interrupt, number_of, said
+from erk_guid.common.signals import Interrupting, handled_by, number_of, said
 from erk_guid.denoisers import check_interval
 from erk_guid.generation.peers import OtherRankError
 from erk_guid.generation.seeds import seeds_in, unique
@@ -135,6 +136,29 @@ def name_and_path(
     return found
 
 
+_INPUTS = "erk_guid.inputs"
+
+
+def note_input(path: Path) -> None:
+    """Remember a file that an option reads, for `refuse_inputs`."""
+    click.get_current_context().meta.setdefault(_INPUTS, []).append(path)
+
+
+def refuse_inputs(**outputs: Path | None) -> None:
+    """Refuse an output that is a file which an option of this command read.
+
+    Args:
+        outputs: by the option's name, without its dashes.
+
+    Raises:
+        ErkGuidError: naming the output.
+    """
+    from erk_guid.common.datasets import refuse_overwriting  # needs numpy and Pillow
+
+    named = {f"--{option}": path for option, path in outputs.items()}
+    refuse_overwriting(named, click.get_current_context().meta.get(_INPUTS, []))
+
+
 def load_plugins(
     ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 ) -> tuple[str, ...]:
@@ -142,6 +166,7 @@ def load_plugins(
     for value in values:
         try:
             if value.endswith(".py"):
+                ctx.meta.setdefault(_INPUTS, []).append(Path(value))
                 runpy.run_path(value)
             else:
                 importlib.import_module(value)
@@ -151,22 +176,29 @@ def load_plugins(
     return values
 
 
+def _end(number: int) -> NoReturn:
+    """End a command that a signal has stopped."""
+    click.echo(said(number), err=True)
+    sys.exit(128 + number)  # as shells count
+
+
 def reporting_errors(command: F) -> F:
     """Show the user's errors as one line, and exit with their code; ours keep their traceback."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        interrupting = Interrupting()
         try:
-            with handled_by(interrupt):
+            with handled_by(interrupting):
                 return command(*args, **kwargs)
         except OtherRankError:
             sys.exit(1)  # rank 0 has said why
         except ErkGuidError as error:
+            if interrupting.number is not None:  # the cause of what then went wrong
+                _end(interrupting.number)
             click.ClickException(printable(error, 1000)).show()
             sys.exit(error.exit_code)
         except KeyboardInterrupt as error:
-            number = number_of(error)
-            click.echo(said(number), err=True)
-            sys.exit(128 + number)  # as shells count
+            _end(number_of(error))
 
     return wrapped  # type: ignore[return-value]

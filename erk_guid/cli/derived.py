@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import types
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, fields
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -20,12 +21,15 @@ from erk_guid.cli.common import Numbers
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def described(kind: type) -> dict[str, str]:
-    """Return a class's docstring text about each argument, with a capital first letter."""
+def described(kind: type) -> Mapping[str, str]:
+    """Return a class's docstring text about each argument, with a capital first letter.
+
+    Nothing is said where Python has removed the docstrings (-OO).
+    """
     text = inspect.getdoc(kind) or ""
     found = re.search(r"^Args:\n((?:[ ].*\n?|\n)+)", text, re.MULTILINE)
     entries = re.split(r"^    (?=\w)", found[1], flags=re.MULTILINE)[1:] if found else []
-    described = {}
+    described: dict[str, str] = defaultdict(str)
     for entry in entries:
         names, _, said = entry.partition(":")
         said = " ".join(said.split())

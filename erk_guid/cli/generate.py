@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import click
 
-from erk_guid.cli.common import PathType, SeedList, reporting_errors
+from erk_guid.cli.common import PathType, SeedList, refuse_inputs, reporting_errors
 from erk_guid.cli.options import sampler_options
 from erk_guid.cli.sampler import config_fields
 from erk_guid.common.errors import printable
@@ -107,6 +107,7 @@ def generate_command(
         refresh=refresh,
         **config_fields(**options),
     )
+    refuse_inputs(trace=trace, grid=grid)
     made = run_job(job)
     if launched_rank() == 0:
         calls = job.evaluations()

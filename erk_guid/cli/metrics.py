@@ -13,6 +13,7 @@ from erk_guid.cli.common import (
     PathType,
     load_plugins,
     name_and_path,
+    refuse_inputs,
     reporting_errors,
 )
 from erk_guid.cli.options import sampler_options
@@ -170,6 +171,7 @@ def calc_command(images: Path, ref: str, json_path: Path | None, **fields: Any) 
     If there are more than --num, a random --num of them are scored, the same for the same
     --seed.
     """
+    refuse_inputs(json=json_path, features=fields["features"])
     _report(calc(images, ref, Scoring(json=json_path, **fields)))
 
 
@@ -207,6 +209,7 @@ def gen_command(
         bootstrap=bootstrap,
         refresh=refresh,
     )
+    refuse_inputs(json=json_path, features=features)
     _report(gen(config, ref, scoring))
 
 
@@ -246,7 +249,8 @@ def gen_command(
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Also keep the features (float16) of this many images, for precision and recall.",
+    help="Also keep the features (float16) of this many images, or of all if there are fewer, for "
+    "precision and recall.",
 )
 @options(METRICS, BATCH, WORKERS, DEVICE, WEIGHTS, PLUGIN)
 @reporting_errors
@@ -254,6 +258,7 @@ def ref_command(
     data: Path, dest: Path, first: int, last: int | None, keep: int, **fields: Any
 ) -> None:
     """Make reference statistics of a data set."""
+    refuse_inputs(dest=dest)
     counts = make_reference(data, dest, Scoring(**fields), first=first, last=last, keep=keep)
     for name, count in counts.items():
         click.echo(f"{dest}: {name} of {count} images")

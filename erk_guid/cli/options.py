@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from erk_guid.churn import Churn
-from erk_guid.cli.common import Interval, NumberOr, PathType
+from erk_guid.cli.common import Interval, NumberOr, PathType, note_input
 from erk_guid.cli.derived import described, options_of_classes
 from erk_guid.generation.config import GenerationConfig
 from erk_guid.generation.fits import FITTED
@@ -286,6 +286,7 @@ def _schedule(value: str, ctx: click.Context) -> str | tuple[float, ...]:
             raise click.BadParameter(
                 f"{value!r} is none of {', '.join(SCHEDULES)}, no list such as 80,5,0.1, no file"
             )
+        note_input(path)
         try:
             text = path.read_text(errors="replace")
         except OSError as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from erk_guid.cli.common import Names, PathType, reporting_errors
+from erk_guid.cli.common import Names, PathType, refuse_inputs, reporting_errors
 from erk_guid.cli.metrics import DEVICE, JSON, PLUGIN, WEIGHTS, WORKERS, options
 from erk_guid.common.datasets import refuse_overwriting
 from erk_guid.common.files import JSON_START, check_writable
@@ -78,6 +78,7 @@ def precision_recall_command(json_path: Path | None, **fields: Any) -> None:
       python calculate_precision_recall_is.py out --real=digits --detector=fd_digits
     """
     job = Comparison(**fields)
+    refuse_inputs(json=json_path)
     refuse_overwriting(
         {"--json": json_path}, (job.generated, job.real, *job.detector_weights.values())
     )

@@ -16,6 +16,7 @@ import torch
 from click.core import ParameterSource
 
 from erk_guid.churn import NUMBERS, Churn
+from erk_guid.cli.common import note_input
 from erk_guid.cli.options import JOB, SOLVER_OPTIONS
 from erk_guid.common.errors import printable
 from erk_guid.generation.fits import FITTED, shipped_fit
@@ -232,6 +233,7 @@ def _from_file(
     """
     from erk_guid.generation.settings import read_settings
 
+    note_input(path)
     found = read_settings(path)
     shown = {"num_steps": "steps"}
     for name in ("w_stiff", "w_con", "bound", "gate"):
@@ -255,13 +257,14 @@ def _from_file(
         for name, what in (
             ("net", "network"), ("guidance", "strength of model guidance"),
             ("guidance_interval", "interval of model guidance"), ("precision", "precision"),
+            ("class", "class"),
         ):  # fmt: skip
-            there = found.measured.get(name, options[name])
+            here = options.get("class_idx" if name == "class" else name)
+            there = found.measured.get(name, here)
             there = tuple(there) if isinstance(there, list) else there
-            if there != options[name]:
+            if there != here:
                 click.echo(
-                    f"{path} was measured with the {what} {printable(there, 100)}, this is "
-                    f"{options[name]}",
+                    f"{path} was measured with the {what} {printable(there, 100)}, this is {here}",
                     err=True,
                 )
         g = settings_of(found.guidance)

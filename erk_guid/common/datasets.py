@@ -173,13 +173,22 @@ def open_images(path: str | Path) -> ImageSource:
 
 
 def _files_in(path: Path) -> Iterator[str]:
-    """Yield the names of the files in a folder and in its folders, without hidden ones."""
+    """Yield the names of the files in a folder and in its folders, without hidden ones.
+
+    Links to folders are followed; a folder that was seen is not entered again, so loops end.
+    """
+    seen: set[tuple[int, int]] = set()
 
     def refuse(error: OSError) -> NoReturn:
         raise error  # os.walk would pass over the folder in silence
 
-    for top, folders, names in os.walk(path, onerror=refuse):
-        folders[:] = [folder for folder in folders if not _hidden(folder)]
+    for top, folders, names in os.walk(path, onerror=refuse, followlinks=True):
+        here = _identity(Path(top))
+        if here is None or here in seen:
+            folders.clear()
+            continue
+        seen.add(here)
+        folders[:] = sorted(folder for folder in folders if not _hidden(folder))
         above = Path(top).relative_to(path)
         for name in names:
             yield (above / name).as_posix()

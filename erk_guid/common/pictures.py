@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +47,8 @@ def is_whole_png(path: Path, text: str = "") -> bool:
     """
     mark = f"parameters\0{text}".encode("latin-1") if text else b""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return False  # a named pipe would be waited for
         with open(path, "rb") as file:
             head = file.read(1024)
             file.seek(-12, 2)

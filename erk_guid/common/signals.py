@@ -38,9 +38,19 @@ def end_at_once(number: int, frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
-def interrupt(number: int, frame: FrameType | None) -> None:
-    """Raise an `Interrupt` (handler)."""
-    raise Interrupt(number)
+class Interrupting:
+    """Raise an `Interrupt` (handler), and remember it: C++ code may swallow the exception.
+
+    Attributes:
+        number: that of the last signal; None if there was none.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        raise Interrupt(number)
 
 
 def handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
@@ -51,9 +61,13 @@ def handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
-    ours = (signal.SIG_DFL, signal.default_int_handler, end_at_once, interrupt)
+    ours = (signal.SIG_DFL, signal.default_int_handler, end_at_once)
     before: dict[int, Any] = {n: signal.getsignal(n) for n in STOPPING}
-    before = {number: usual for number, usual in before.items() if usual in ours}
+    before = {
+        number: usual
+        for number, usual in before.items()
+        if usual in ours or isinstance(usual, Interrupting)
+    }
     for number in before:
         signal.signal(number, handler)
     return before

@@ -155,6 +155,15 @@ class ImageFolder:
             file=sys.stderr,
         )
 
+    def recorded(self) -> set[int]:
+        """Return the seeds that run.json lists; empty if there is none.
+
+        Raises:
+            ErkGuidError: it cannot be read.
+        """
+        run = self._read()
+        return set(run["seeds"]) if run else set()
+
     def _read(self) -> dict[str, Any] | None:
         return read_run(self.path / RUN_FILE)
 

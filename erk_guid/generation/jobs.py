@@ -37,10 +37,9 @@ from erk_guid.generation.stopping import Stop, StoppedError, stopping
 from erk_guid.generation.trace import (
     BEGINS,
     check_trace_path,
+    complete,
     read_parts,
     recorded,
-    rows_without,
-    united,
     write_trace,
 )
 from erk_guid.generation.workers import Queue, Workers, workers
@@ -180,7 +179,8 @@ def _write_trace(job: GenerationJob, left_out: Sequence[int], tell: bool = True)
     if not job.trace:
         return
     try:
-        rows = united(rows_without(read_parts(job.outdir), left_out))
+        seeds = job.folder.recorded().difference(left_out)
+        rows = complete(read_parts(job.outdir), seeds)
         write_trace(job.trace, rows)
     except OSError as error:
         raise ErkGuidError(f"cannot write the trace {job.trace}: {error}") from error
@@ -188,7 +188,7 @@ def _write_trace(job: GenerationJob, left_out: Sequence[int], tell: bool = True)
     if without and tell:
         print(
             f"Note: {job.trace} has no rows of {without} of the {len(job.seeds)} seeds: they were "
-            "made without --trace, or by an earlier version",
+            "made without --trace or by an earlier version, or their rows are damaged",
             file=sys.stderr,
         )
 

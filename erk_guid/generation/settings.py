@@ -139,6 +139,12 @@ def read_settings(path: str | Path, *, times: bool = False) -> Settings:
             if not values or not all(_is_a(value, (float, int)) for value in values):
                 raise ErkGuidError(f"{path}: the {what} of {name!r} must be numbers")
             made_for[name] = tuple(map(float, values))
+    schedule, steps = made_for.get("schedule"), made_for.get("num_steps")
+    if isinstance(schedule, tuple) and steps not in (None, len(schedule)):
+        raise ErkGuidError(
+            f"{path} says num_steps {steps} and lists {len(schedule)} noise levels; fit again, or "
+            "correct it"
+        )
     try:
         guidance = make_guidance(**content)
     except ValueError as error:

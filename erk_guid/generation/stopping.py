@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
+from erk_guid.common.errors import ErkGuidError
 from erk_guid.common.signals import Interrupt, handled_by, number_of
 from erk_guid.generation.peers import LeavingError
 
@@ -36,6 +37,8 @@ class Stop:
         self._number: int | None = None
         self._since = 0.0
         self._deferred = False
+        self.raised: int | None = None
+        """The signal that this has raised an `Interrupt` for."""
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -63,6 +66,7 @@ class Stop:
                 return
         elif now - self._since < HASTE:
             return
+        self.raised = number
         raise Interrupt(number)
 
 
@@ -77,6 +81,13 @@ def stopping() -> Iterator[Stop]:
     try:
         with handled_by(stop.handle):
             yield stop
+    except StoppedError:
+        raise
+    except ErkGuidError as error:
+        if stop.raised is None:
+            raise
+        # C++ code turned the exception into one of its own: "damaged", of a file that is not.
+        raise StoppedError(stop.raised, "the same command with --resume goes on") from error
     except KeyboardInterrupt as error:
         raise StoppedError(
             number_of(error), "no image was begun; the same command begins again"

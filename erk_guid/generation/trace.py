@@ -128,7 +128,10 @@ def recorded(folder: Path, rank: int) -> Iterator[Trace]:
 
 
 def read_parts(folder: Path) -> np.ndarray:
-    """Read the rows of all part files; half a row at the end, from a kill, is left out.
+    """Read the rows of all part files.
+
+    Half a row at the end, from a kill, is left out, and so is what no step wrote: blocks of zeros,
+    which some file systems leave after a crash.
 
     Raises:
         ErkGuidError: one cannot be read, or is something else.
@@ -138,7 +141,8 @@ def read_parts(folder: Path) -> np.ndarray:
         try:
             data = path.read_bytes()
             whole = len(data) - len(data) % ROW.itemsize
-            parts.append(_checked(np.frombuffer(data[:whole], ROW)))
+            rows = np.frombuffer(data[:whole], ROW)
+            parts.append(_checked(rows[rows["sigma"] != 0]))
         except (OSError, ValueError) as error:
             raise ErkGuidError(
                 f"cannot read {path}, which holds rows of a trace: {error}; delete it to go on "
@@ -171,6 +175,24 @@ def restart_parts(folder: Path, without: Collection[int]) -> None:
 def rows_without(rows: np.ndarray, seeds: Collection[int]) -> np.ndarray:
     """Return the rows of other seeds."""
     return rows[~np.isin(rows["seed"], np.asarray(list(seeds), np.int64))]
+
+
+def complete(rows: np.ndarray, seeds: Collection[int]) -> np.ndarray:
+    """Return the rows of these seeds that have a row of every step, ordered as by `united`.
+
+    A row at other noise levels than its step's in most rows is damaged, and counts as missing.
+    """
+    rows = united(rows[np.isin(rows["seed"], np.asarray(list(seeds), np.int64))])
+    if not len(rows):
+        return rows
+    levels = rows[["step", "sigma", "sigma_next"]]
+    kinds, which, counts = np.unique(levels, return_inverse=True, return_counts=True)
+    usual: dict[int, int] = {}  # the most frequent levels of each step
+    for k in np.argsort(counts, kind="stable"):
+        usual[int(kinds["step"][k])] = int(k)
+    rows = rows[np.isin(which, list(usual.values()))]
+    found, steps = np.unique(rows["seed"], return_counts=True)
+    return rows[np.isin(rows["seed"], found[steps == len(usual)])]
 
 
 def united(rows: np.ndarray) -> np.ndarray:

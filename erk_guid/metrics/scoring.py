@@ -257,8 +257,11 @@ def make_reference(
             if keep and dest.suffix != ".npz":
                 raise ErkGuidError(f"--keep-features needs a .npz, not {dest}")
             tell_ignored(data)
-            count = len(range(len(open_images(data)))[first:last])
+            total = len(open_images(data))
+            count = len(range(total)[first:last])
             _check_count(count, f"{data}, from image {first} on,")
+            if last is not None and last > total:
+                raise ErkGuidError(f"--last {last}: there are {total} images")
 
         group.agree(look)
         source = open_images(data)
@@ -305,13 +308,15 @@ def choose(source: ImageSource, num: int, seed: int) -> list[int]:
     Raises:
         ErkGuidError: there are fewer than `num`, or fewer than 2.
     """
+    _check_count(num, "--num")
+    if len(source) < 2:
+        raise ErkGuidError(f"{source.path} has 1 image; scores need at least 2")
     if len(source) < num:
         raise ErkGuidError(
             f"{source.path} has {len(source)} images, --num asks for {num}; generate the rest, or "
             f"give --num {len(source)} (a distance of fewer images is larger, and comparable only "
             "among equal numbers)"
         )
-    _check_count(num, "--num")
     return subset(len(source), num, seed)
 
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +18,14 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import DATA, golden
+from conftest import DATA, ROOT, golden
 from PIL import Image
 
 from erk_guid.cli import main
+from erk_guid.cli.common import reporting_errors
 from erk_guid.cli.generate import generate_command
+from erk_guid.common.errors import ErkGuidError
+from erk_guid.generation.config import GenerationConfig
 from erk_guid.generation.trace import read_trace
 
 COND, GUIDE = str(DATA / "edm2_cond.pkl"), str(DATA / "edm2_guide.pkl")
@@ -552,3 +560,46 @@ def test_a_guidance_interval_that_makes_no_sense_is_refused(
     done = generate(*options, "--outdir", tmp_path)
     assert done.exit_code == 2
     assert message in done.output
+
+
+def test_without_docstrings(tmp_path: Path) -> None:
+    # Catches: a KeyError under python -OO, where help texts from docstrings are missing.
+    command = [sys.executable, "-OO", "-m", "erk_guid", "generate", "--preset=digits",
+               f"--outdir={tmp_path}", "--seeds=0", "--steps=1", "--device=cpu"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_stop_that_other_code_swallows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Catches: "damaged, or not a safetensors file" where Ctrl-C came while tensors were read: C++
+    # code turned the exception into one of its own.
+    def read(*args: Any, **options: Any) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        except KeyboardInterrupt:
+            raise ErkGuidError("damaged, or not a safetensors file") from None
+
+    @click.command()
+    @reporting_errors
+    def another() -> None:
+        read()
+
+    monkeypatch.setattr(GenerationConfig, "open", read)
+    for done in (
+        generate("--preset", "digits", "--outdir", tmp_path / "o"),
+        CliRunner().invoke(another, []),
+    ):
+        assert done.exit_code == 143
+        assert "stopped by SIGTERM" in done.output.replace("Stopped", "stopped")
+        assert "damaged" not in done.output
+
+
+def test_a_pipe_with_the_name_of_an_image(tmp_path: Path) -> None:
+    # Catches: --resume that waits for a pipe's other end.
+    args = ("--preset", "digits", "--outdir", tmp_path, "--seeds", "0-1", "--steps", 1, "--resume")
+    assert generate(*args).exit_code == 0
+    (tmp_path / "000001.png").unlink()
+    os.mkfifo(tmp_path / "000001.png")
+    assert generate(*args).exit_code == 0
+    assert (tmp_path / "000001.png").is_file()

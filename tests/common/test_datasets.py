@@ -54,3 +54,18 @@ def test_labels_of_an_npz(tmp_path: Path) -> None:
         np.savez(tmp_path / "bad.npz", images=images, labels=labels)
         with pytest.raises(DatasetError, match="labels must be one whole number"):
             load_image_set(tmp_path / "bad.npz")
+
+
+def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
+    # Catches: the classes of a data set that are links passed over without a word; a loop of links
+    # without an end; a folder with two names counted twice.
+    for folder, count in (("data/real", 2), ("elsewhere", 3)):
+        (tmp_path / folder).mkdir(parents=True)
+        for k in range(count):
+            Image.new("L", (4, 4)).save(tmp_path / folder / f"{k}.png")
+    data = tmp_path / "data"
+    (data / "extra").symlink_to(tmp_path / "elsewhere")
+    (data / "twice").symlink_to(tmp_path / "elsewhere")
+    (data / "loop").symlink_to(data)
+    assert open_images(data).names == ["extra/0.png", "extra/1.png", "extra/2.png",
+                                       "real/0.png", "real/1.png"]  # fmt: skip

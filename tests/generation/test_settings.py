@@ -67,3 +67,12 @@ def test_files_that_are_none(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ErkGuidError, match=message) as caught:
         read_settings(tmp_path / "s.json")
     assert "s.json" in str(caught.value)
+
+
+def test_a_count_that_contradicts_the_levels(tmp_path: Path) -> None:
+    # Catches: "steps 7" said, and 3 used.
+    path = tmp_path / "s.json"
+    made_for = {"solver": "modal", "num_steps": 7, "schedule": [5, 1, 0.1]}
+    Settings(ERKGuidance(), made_for).write(path)
+    with pytest.raises(ErkGuidError, match="says num_steps 7 and lists 3 noise levels"):
+        read_settings(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +234,60 @@ def test_a_trace_of_no_steps() -> None:
     found: list[np.ndarray] = []
     Trace(found.append).end_batch([1, 2])
     assert len(found[0]) == 0
+
+
+def damaged(tmp_path: Path, damage: Callable[[bytearray], None]) -> tuple[list[int], str]:
+    """Make 12 images with a trace, damage its part file, resume; return the seeds in the trace."""
+    args = ("--outdir", tmp_path / "o", "--seeds=0-11", "--trace", tmp_path / "t.csv", "--resume")
+    assert generate(*args).exit_code == 0
+    before = (tmp_path / "t.csv").read_text().splitlines()
+    part = tmp_path / "o" / ".trace.0.part"
+    data = bytearray(part.read_bytes())
+    damage(data)
+    part.write_bytes(data)
+    done = generate(*args)
+    assert done.exit_code == 0
+    after = (tmp_path / "t.csv").read_text().splitlines()
+    assert set(after) <= set(before)  # nothing invented
+    return sorted({int(line.split(",")[0]) for line in after[1:]}), done.stderr
+
+
+def test_a_block_of_zeros_in_the_part_file(tmp_path: Path) -> None:
+    # Catches: rows of zeros in the trace, over the true first row of seed 0; seeds that have lost
+    # a step and are taken for complete.
+    def zero(data: bytearray) -> None:
+        data[2 * ROW.itemsize : 7 * ROW.itemsize] = bytes(5 * ROW.itemsize)
+
+    seeds, said = damaged(tmp_path, zero)
+    # The rows of one step of all seeds of the batch stand together.
+    assert seeds == [0, 1, 7, 8, 9, 10, 11]
+    assert "has no rows of 5 of the 12 seeds" in said
+
+
+def test_a_part_file_that_ends_within_a_batch(tmp_path: Path) -> None:
+    # Catches: seeds with one step of two in the trace, uncounted.
+    seeds, said = damaged(tmp_path, lambda data: data.__delitem__(slice(10 * ROW.itemsize, None)))
+    assert len(seeds) < 12
+    assert f"has no rows of {12 - len(seeds)} of the 12 seeds" in said
+
+
+def test_text_in_place_of_the_part_file(tmp_path: Path) -> None:
+    # Catches: letters read as seeds and steps.
+    def text(data: bytearray) -> None:
+        data[:] = b'{"scores": {"fd_digits": 3.14159}}' * 40
+
+    seeds, said = damaged(tmp_path, text)
+    assert seeds == []
+    assert "has no rows of 12 of the 12 seeds" in said
+
+
+def test_a_row_at_another_noise_level(tmp_path: Path) -> None:
+    # Catches: rows of another run, or with a flipped bit, among this run's.
+    def flip(data: bytearray) -> None:
+        rows = np.frombuffer(data, ROW).copy()
+        rows["sigma"][5] *= 2
+        data[:] = rows.tobytes()
+
+    seeds, said = damaged(tmp_path, flip)
+    assert len(seeds) == 11
+    assert "has no rows of 1 of the 12 seeds" in said

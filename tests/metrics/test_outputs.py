@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from conftest import ROOT
 from PIL import Image
 
+from erk_guid.cli.generate import generate_command
 from erk_guid.cli.metrics import metrics_command
 from erk_guid.metrics.statistics.references import locate_reference
 
@@ -93,3 +95,49 @@ def test_scores_beside_the_images_are_written(images: Path) -> None:
     assert done.exit_code == 0, done.output
     again = run("calc", "--images", images, *COMMON, "--json", images / "scores.json")
     assert again.exit_code == 0, again.output
+
+
+@pytest.mark.parametrize("named", ["schedule", "settings", "plugin"])
+def test_files_that_options_read_are_inputs(
+    named: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Catches: a fit's settings, noise levels or the user's own program replaced by scores.
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / {"schedule": "levels.csv", "settings": "s.json", "plugin": "p.py"}[named]
+    fits = ROOT / "erk_guid" / "data" / "fits" / "digits-6.json"
+    path.write_text({"schedule": "80,5,1", "plugin": ""}.get(named, fits.read_text()))
+    before = path.read_bytes()
+    if named == "plugin":
+        tried = run("calc", "--images", images, *COMMON, "--plugin", path, "--json", path)
+    else:
+        tried = run("gen", "--preset=digits", *COMMON, f"--{named}", path, "--json", path)
+        made = CliRunner().invoke(
+            generate_command,
+            ["--preset=digits", "--outdir=o", "--device=cpu", f"--{named}={path}",
+             f"--trace={path.with_suffix('.csv')}", "--grid=levels.png"],
+        )  # fmt: skip
+        assert made.exit_code == (1 if named == "schedule" else 0), made.output
+    assert tried.exit_code == 1, tried.output
+    assert "is an input; write to another file" in " ".join(tried.output.split())
+    assert path.read_bytes() == before
+
+
+def test_rows_of_a_trace_are_not_replaced(images: Path) -> None:
+    # Catches: scores over the part file of a trace.
+    part = images / ".trace.0.part"
+    part.write_bytes(bytes(80))
+    done = run("calc", "--images", images, *COMMON, "--json", part)
+    assert done.exit_code == 1
+    assert part.read_bytes() == bytes(80)
+
+
+def test_more_than_there_is(images: Path, tmp_path: Path) -> None:
+    # Catches: --last cut down without a word; the advice to give --num 1.
+    dest = ("--dest", tmp_path / "r.npz", "--metrics", "fd_digits", "--device", "cpu")
+    done = run("ref", "--data", images, *dest, "--last", 9)
+    assert done.exit_code == 1
+    assert "--last 9: there are 3 images" in done.output
+    for name in ("1.png", "2.png"):
+        (images / name).unlink()
+    done = run("calc", "--images", images, *COMMON)
+    assert "has 1 image; scores need at least 2" in done.output

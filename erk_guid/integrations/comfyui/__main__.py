@@ -11,13 +11,15 @@ from erk_guid.integrations.comfyui.pack import write_pack
 
 
 @click.command()
-@click.argument("custom_nodes", type=click.Path(path_type=Path))
+@click.argument("custom_nodes")
 @click.option("--publisher", default="", help="PublisherId, for ComfyUI's registry.")
 @click.option("--repository", default="", help="Address of the repository, for the registry.")
-def main(custom_nodes: Path, publisher: str, repository: str) -> None:
+def main(custom_nodes: str, publisher: str, repository: str) -> None:
     """Write the node pack into CUSTOM_NODES, ComfyUI's folder of that name."""
+    if not custom_nodes:  # as a path it would be the current folder
+        raise click.BadParameter("it is empty; name ComfyUI's custom_nodes")
     try:
-        folder = write_pack(custom_nodes, publisher, repository)
+        folder = write_pack(Path(custom_nodes), publisher, repository)
     except ErkGuidError as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"Wrote {folder}; restart ComfyUI.")

@@ -50,7 +50,10 @@ def save_network(
     # Clones, because safetensors refuses tensors that share memory.
     state = {k: v.detach().cpu().contiguous().clone() for k, v in net.state_dict().items()}
     with replacing(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode  # the user's own, which safetensors does not ask for
         save_file(state, partial, metadata=header)
+        partial.chmod(mode)
 
 
 def has_header(path: Path) -> bool:

@@ -19,7 +19,7 @@ from PIL import Image
 from erk_guid.common.errors import ErkGuidError, printable
 from erk_guid.common.files import check_folder, write_bytes
 from erk_guid.common.pictures import save_picture, tile
-from erk_guid.common.signals import handled_by, interrupt, number_of
+from erk_guid.common.signals import Interrupting, handled_by, number_of
 from erk_guid.generation.devices import choose_device
 from erk_guid.generation.folders import image_path
 from erk_guid.generation.locks import locked
@@ -234,7 +234,7 @@ def run(job: Reproduction) -> None:
     _check_real(job, [one for one in plans if not result_of(job, before_now, one)])
     try:
         # So that SIGTERM to this process also ends the command that it waits for.
-        with handled_by(interrupt), locked(job.outdir):
+        with handled_by(Interrupting()), locked(job.outdir):
             _mend(job.outdir)
             for number, one in enumerate(plans, 1):
                 heading = f"[{number}/{len(plans)}] {one.row.id}"

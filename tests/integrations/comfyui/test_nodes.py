@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import oracle
 from support.comfyui_program import (
     CONST,
@@ -30,6 +31,7 @@ from support.comfyui_program import (
 import erk_guid
 from erk_guid.common.errors import ErkGuidError
 from erk_guid.integrations.comfyui import comfy_entrypoint, nodes, sampling, tracing, v1, v3
+from erk_guid.integrations.comfyui.__main__ import main as pack_command
 from erk_guid.integrations.comfyui.kinds import kind_of, model_sampling_of
 from erk_guid.integrations.comfyui.pack import files, write_pack
 from erk_guid.integrations.comfyui.tracing import in_sigma
@@ -505,6 +507,15 @@ def test_a_folder_that_hides_the_package_is_named(tmp_path: Path) -> None:
     assert "hides the package of that name; rename that folder" in done.stderr
     with pytest.raises(ErkGuidError, match="hides the package"):
         write_pack(tmp_path)
+
+
+def test_an_empty_name_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Catches: the pack written into the current folder.
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(pack_command, [""])
+    assert done.exit_code == 2
+    assert "it is empty" in done.output
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_else_is_overwritten(tmp_path: Path) -> None:

@@ -186,3 +186,11 @@ def test_a_network_that_is_there_is_kept(tmp_path: Path) -> None:
     assert dest.read_bytes() == b"precious"
     assert CliRunner().invoke(main, ["convert", "digits", str(dest), "--overwrite"]).exit_code == 0
     assert dest.stat().st_size > 1000
+
+
+def test_a_converted_network_is_as_readable_as_other_files(tmp_path: Path) -> None:
+    # Catches: mode 0600, whatever the user's umask: nobody else of the group could read it.
+    (tmp_path / "other").write_text("")
+    convert("digits", tmp_path / "net.safetensors")
+    modes = {(tmp_path / name).stat().st_mode for name in ("other", "net.safetensors")}
+    assert len(modes) == 1

@@ -510,7 +510,8 @@ def test_a_fit_is_a_row(tmp_path: Path) -> None:
     [
         ({"net": "/somewhere/net.pkl"}, "is no preset: name a model with --model"),
         ({"net": ["digits"]}, "is no preset"),
-        ({"made_for": {"num_steps": -3}}, "does not say for how many steps"),
+        ({"made_for": {"num_steps": -3}}, "says num_steps -3 and lists"),
+        ({"made_for": {"num_steps": 0, "schedule": "logsnr"}}, "does not say for how many steps"),
         ({"made_for": {"solver": "rk4"}}, "unknown solver 'rk4'"),
         ({"made_for": {"eta": 2}}, "eta must be a number from 0"),
         ({"guidance": "strong"}, "the model guidance it was measured with is none"),
