@@ -1,4 +1,7 @@
-"""What the documentation's site needs beyond mkdocs.yml: pages that lie outside of docs/."""
+"""What the documentation's site needs beyond mkdocs.yml.
+
+Pages that lie outside of docs/, and the notebooks as pages.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parents[1]
 ELSEWHERE = {
@@ -15,13 +20,28 @@ ELSEWHERE = {
     "dataset-refs/README.md": "dataset-refs.md",
 }
 """Files of the repository, with their names on the site."""
+NOTEBOOKS = "notebooks"
+"""Their folder in docs/."""
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages that lie elsewhere."""
+    """Add the pages that lie elsewhere, and one for each notebook."""
     for path, name in ELSEWHERE.items():
         text = (ROOT / path).read_text(encoding="utf-8")
         files.append(File.generated(config, name, content=_from(Path(path).parent, text)))
+    for notebook in sorted((ROOT / "docs" / NOTEBOOKS).glob("*.ipynb")):
+        text, resources = MarkdownExporter().from_filename(str(notebook))
+        for picture, data in resources["outputs"].items():
+            shown = f"{notebook.stem}-{picture}"
+            text = text.replace(f"]({picture})", f"]({shown})")
+            files.append(File.generated(config, f"{NOTEBOOKS}/{shown}", content=data))
+        note = f"*This page is a notebook: [download it]({notebook.name}).*\n"
+        title, _, rest = text.lstrip().partition("\n")
+        files.append(
+            File.generated(
+                config, f"{NOTEBOOKS}/{notebook.stem}.md", content=f"{title}\n\n{note}{rest}"
+            )
+        )
     return files
 
 
@@ -36,9 +56,10 @@ def _from(folder: Path, text: str) -> str:
     return _linked(re.sub(r"\]\((?!https?:|#)([^)\s]+)\)", moved, text))
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Point links that leave docs/ to the pages on the site."""
-    return _linked(markdown)
+    inside = page.file.src_uri.startswith(NOTEBOOKS)
+    return markdown if inside else _linked(markdown)
 
 
 def _linked(text: str) -> str:

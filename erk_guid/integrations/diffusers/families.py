@@ -47,6 +47,8 @@ class Family(Samples, ABC):
     sigmas: Tensor
     timesteps: Tensor
     _step_index: int | None
+    _before: tuple[int, Any] | None = None
+    """Index of the last call, and what was remembered before it."""
 
     @classmethod
     def from_config(
@@ -118,8 +120,17 @@ class Family(Samples, ABC):
     def _note(self, returned: Tensor) -> None:
         """Remember what the pipeline gets, to tell later whether it was edited."""
 
+    @abstractmethod
+    def _remembered(self) -> Any:
+        """Return what the solver remembers, as it will not be changed by later calls."""
+
+    @abstractmethod
+    def _recall(self, remembered: Any) -> None:
+        """Go back to what was remembered."""
+
     def _forget(self) -> None:
         """Forget the run."""
+        self._before = None
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Set where in the schedule a run begins, as in diffusers."""
@@ -144,6 +155,7 @@ class Family(Samples, ABC):
         x, output = self._unscaled(sample, timestep), in_float32(model_output)
         index = self._step_index
         assert index is not None
+        self._undo(index)
         if denoised is None:
             denoised = self._denoised(output, x, index)
         moved = self._move(x, in_float32(denoised), index, sample, generator)
@@ -151,6 +163,15 @@ class Family(Samples, ABC):
         result = self._scaled(moved).to(dtype)
         self._note(result)
         return result, denoised.to(dtype)
+
+    def _undo(self, index: int) -> None:
+        """Undo the last call if the pipeline has put the index back.
+
+        Cosmos 1 calls `step` to learn the clean data, sets the index back and calls `step` again.
+        """
+        if self._before is not None and self._before[0] == index:
+            self._recall(self._before[1])
+        self._before = (index, self._remembered())
 
 
 def no_churn(s_churn: float) -> None:
@@ -178,6 +199,8 @@ class Discrete(UnitVariance, Family):
         s_noise: float = 1.0,
         generator: Generators = None,
         return_dict: bool = True,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
     ) -> Any:
         """Return the sample to call the network with next.
 
@@ -185,11 +208,19 @@ class Discrete(UnitVariance, Family):
             model_output, timestep, sample, return_dict: as in diffusers.
             s_churn, s_tmin, s_tmax, s_noise: diffusers' noise in each step; s_churn must be 0.
             generator: draws the noise of `eta`; None is torch's own.
+            eta: the noise of diffusers' DDIM, which `DDIMPipeline` passes; it must be 0.
+            use_clipped_model_output: `DDIMPipeline` passes it. It changes nothing: where clean data
+                are clipped, all else is computed from them as they then are.
 
         Raises:
-            ValueError: s_churn is not 0, or the timestep is an index.
+            ValueError: s_churn or eta is not 0, or the timestep is an index.
         """
         no_churn(s_churn)
+        if eta:
+            raise ValueError(
+                f"eta of the call must be 0, got {eta}: noise is a setting of the scheduler; take "
+                f"for_pipeline(pipe, eta={eta})"
+            )
         dtype = torch.promote_types(sample.dtype, model_output.dtype)
         found = self._advance(model_output, timestep, sample, generator, dtype)
         return EulerDiscreteSchedulerOutput(*found) if return_dict else found

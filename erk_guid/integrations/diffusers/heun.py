@@ -100,7 +100,14 @@ class _Heun(Family):
         return self._step is None
 
     def _forget(self) -> None:
+        super()._forget()
         self._step = self._left = None
+
+    def _remembered(self) -> tuple[_Step | None, _Left | None]:
+        return self._step, self._left
+
+    def _recall(self, remembered: tuple[_Step | None, _Left | None]) -> None:
+        self._step, self._left = remembered
 
     def _lay_out(self, levels: Tensor, times: Tensor, listed: bool) -> None:
         """Begin a run over N + 1 noise levels.

@@ -11,7 +11,7 @@ precision.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ from erk_guid.integrations.diffusers.families import (
 from erk_guid.integrations.diffusers.levels import check_fitted, chosen_levels
 from erk_guid.processes import Level, levels_of
 from erk_guid.solvers import Memory, Modal
-from erk_guid.solvers.multistep import PredictorCorrectorStep
+from erk_guid.solvers.multistep import PredictorCorrectorStep, trust_in_past
 
 __all__ = ["EDMModalScheduler", "FlowMatchModalScheduler", "ModalScheduler"]
 
@@ -54,6 +54,8 @@ class _Run:
     """At the start of the step that led to the sample returned last."""
     given: Given | None = None
     """That sample, as the pipeline got it."""
+    predicted: Tensor | None = None
+    """The same without noise, in sigma, before it is rounded to the pipeline's precision."""
     added: Tensor | None = None
     """Noise in that sample."""
 
@@ -64,7 +66,14 @@ class _Modal(Family):
     _run: _Run | None = None
 
     def _forget(self) -> None:
+        super()._forget()
         self._run = None
+
+    def _remembered(self) -> _Run | None:
+        return None if self._run is None else replace(self._run)
+
+    def _recall(self, remembered: _Run | None) -> None:
+        self._run = remembered
 
     def _move(
         self, x: Tensor, denoised: Tensor, index: int, sample: Tensor, generator: Generators
@@ -72,11 +81,11 @@ class _Modal(Family):
         sigma_next = self.time(index + 1)
         run = self._reached(x / self._level(index).alpha, denoised, index, sample)
         k = index - run.begin
-        run.added = None
+        run.predicted = run.added = None
         if k >= len(run.steps):
             # A step to 0 gives the denoised x; some schedules end with one of length 0.
             return x if sigma_next > 0 else denoised
-        point = run.steps[k].predict(run.memory)
+        point = run.predicted = run.steps[k].predict(run.memory)
         if run.steps[k].spread > 0:
             run.added = run.steps[k].spread * _noise_like(point, generator)
             point = point + run.added
@@ -89,11 +98,14 @@ class _Modal(Family):
             self._run = run = _Run(index, self._plan(index), Memory(x, (denoised,)))
             return run
         last = run.steps[index - run.begin - 1]
-        if last.corrector is None:
+        if last.corrector is None or run.predicted is None:
             return run
         edited = run.given.edited(sample)
+        found = last.correct(run.memory, run.predicted, denoised)
+        if edited is not None and found.trust is not None:
+            trust = _trust_where_left(edited, last, run.memory, run.predicted, found.x)
+            found = found._replace(trust=trust)
         added = 0.0 if run.added is None else run.added
-        found = last.correct(run.memory, x - added, denoised)
         # Where the sample was edited there is no prediction to correct; the value is kept as it is.
         run.memory = found._replace(
             x=unless(edited, found.x + added, x),
@@ -125,6 +137,21 @@ class _Modal(Family):
         first = max(index - 1, 0)
         times = [self.time(k) for k in range(first, min(first + 2, len(self.sigmas)))]
         return levels_of(self.process, times)[index - first]
+
+
+def _trust_where_left(
+    edited: Tensor, step: PredictorCorrectorStep, memory: Memory, predicted: Tensor,
+    corrected: Tensor,
+) -> Tensor:  # fmt: skip
+    """Return the trust of a corrected step, measured where the sample was not edited.
+
+    Args:
+        edited: where it was.
+        step, memory: what was predicted with.
+        predicted, corrected: the end of the step.
+    """
+    low = step.predict(memory._replace(trust=predicted.new_zeros(len(predicted))))
+    return trust_in_past(low, unless(edited, predicted, low), unless(edited, corrected, low))
 
 
 def _modal(order: int, response: Sequence[float] | None, eta: float) -> Modal:

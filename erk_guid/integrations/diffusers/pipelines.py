@@ -27,6 +27,8 @@ SOLVERS = ("modal", "heun")
 DEFAULT_SOLVER = "modal"
 UNIT_VARIANCE = ("DDPMPipeline", "DDIMPipeline", "DiTPipeline")
 """Pipelines that keep their samples at unit variance."""
+TWICE = ("CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline")
+"""Pipelines that call `step` twice for each point, to learn the clean data first."""
 SAMPLES = 64
 BATCH = 4
 
@@ -186,10 +188,15 @@ def fit(
         must beat) and after, and the calls and seconds that it took.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value out of range, or a pipeline that cannot be asked point by point.
     """
     if prompts is not None and len(prompts) == 0:
         raise ValueError("prompts: give at least one, or None for a pipeline without")
+    if type(pipe).__name__ in TWICE:
+        raise ValueError(
+            f"{type(pipe).__name__} calls its scheduler twice for each point, which fit cannot "
+            "follow; fit its network as a denoiser with erk_guid.fit"
+        )
     chosen = _candidates(solver)
     config = _config(pipe)
     family = family_of(config)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,26 +11,30 @@ import pytest
 import torch
 import transformers
 from diffusers import (
-    AutoencoderKL,
     AutoencoderTiny,
     DDPMPipeline,
     DiffusionPipeline,
     DiTPipeline,
-    DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     FluxImg2ImgPipeline,
     FluxPipeline,
-    FluxTransformer2DModel,
     HeunDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
-    UNet2DConditionModel,
-    UNet2DModel,
+)
+from integrations.diffusers.tiny import (
+    SD,
+    counting,
+    tiny_conditional_unet,
+    tiny_dit,
+    tiny_flux,
+    tiny_unet,
+    tiny_vae,
 )
 
 import erk_guid
@@ -44,12 +46,6 @@ from erk_guid.integrations.diffusers import (
 from erk_guid.solvers import DPMpp, Modal
 from erk_guid.studies.fitting.fit_files import to_paste
 from erk_guid.studies.fitting.levels import Cost, Fitted, Interval
-
-SD: dict[str, Any] = {
-    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-    "timestep_spacing": "leading", "steps_offset": 1,
-}  # fmt: skip
-"""Stable Diffusion's config, with nothing left to defaults."""
 
 
 def tiny_tokenizer(folder: Path) -> Any:
@@ -74,29 +70,13 @@ def tiny_text_encoder() -> Any:
 def stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     torch.manual_seed(0)
     return {
-        "vae": AutoencoderKL(
-            block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        ),
+        "vae": tiny_vae(),
         "text_encoder": tiny_text_encoder(),
         "tokenizer": tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")),
-        "unet": UNet2DConditionModel(
-            sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-            cross_attention_dim=16, attention_head_dim=4,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        ),
+        "unet": tiny_conditional_unet(),
         "safety_checker": None,
         "feature_extractor": None,
-    }  # fmt: skip
-
-
-@contextmanager
-def counting(network: torch.nn.Module) -> Iterator[list[int]]:
-    calls: list[int] = []
-    hook = network.register_forward_hook(lambda *args: calls.append(1))
-    yield calls
-    hook.remove()
+    }
 
 
 def latents(pipe: Any, network: torch.nn.Module, **options: Any) -> tuple[torch.Tensor, int]:
@@ -231,11 +211,8 @@ def test_pipelines_hand_on_noise_levels(
 
 
 def test_a_saved_pipeline_comes_back(tmp_path: Path) -> None:
-    unet = UNet2DModel(
-        sample_size=8, layers_per_block=1, norm_num_groups=4, block_out_channels=(8,),
-        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
-    )  # fmt: skip
-    DDPMPipeline(unet, ERKGuidHeunScheduler(w_stiff=0.3, gate="step")).save_pretrained(tmp_path)
+    scheduler = ERKGuidHeunScheduler(w_stiff=0.3, gate="step")
+    DDPMPipeline(tiny_unet(), scheduler).save_pretrained(tmp_path)
     again = DiffusionPipeline.from_pretrained(tmp_path)
     assert type(again.scheduler) is ERKGuidHeunScheduler
     assert again.scheduler.guidance == erk_guid.ERKGuidance(0.3, gate="step")
@@ -294,10 +271,7 @@ def test_in_painting(stable_diffusion: dict[str, Any]) -> None:
 
 def test_a_diffusion_transformer(stable_diffusion: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1,
-        sample_size=8, num_embeds_ada_norm=1000, patch_size=2, norm_num_groups=4,
-    )  # fmt: skip
+    transformer = tiny_dit()
     images, sizes = [], []
     for settings in (
         {"w_stiff": 0, "unit_variance": True},
@@ -329,11 +303,7 @@ def test_a_diffusion_transformer(stable_diffusion: dict[str, Any]) -> None:
 def flux_pipeline(scheduler: Any, dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, Any]]:
     """A tiny FLUX without text encoders, and what stands for a prompt."""
     torch.manual_seed(0)
-    transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=16,
-        axes_dims_rope=[4, 4, 8],
-    ).to(dtype)  # fmt: skip
+    transformer = tiny_flux().to(dtype)
     pipe: Any = FluxPipeline(
         scheduler=scheduler, vae=AutoencoderTiny(latent_channels=1), text_encoder=None,
         tokenizer=None, text_encoder_2=None, tokenizer_2=None, transformer=transformer,
