@@ -158,6 +158,7 @@ def accuracy_command(
     from erk_guid.studies.accuracy.methods import choose_methods, fitted_row
     from erk_guid.studies.accuracy.network import network_problem
     from erk_guid.studies.accuracy.writing import (
+        BEGINS,
         NEARNESS_FILES,
         TABLE_FILES,
         write_nearness,
@@ -222,7 +223,7 @@ def accuracy_command(
         }  # fmt: skip
         fields = preset_fields(preset, given)
     for name in (*TABLE_FILES, *(NEARNESS_FILES if as_near_as else ())):
-        check_writable(outdir / name)
+        check_writable(outdir / name, BEGINS.get(name, ()))
     if fields is None:
         assert problem_name is not None  # checked above
         count = num or 200

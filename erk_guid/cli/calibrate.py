@@ -11,7 +11,7 @@ from typing import Any
 import click
 import torch
 
-from erk_guid.cli.common import PathType, SeedList, compact, reporting_errors
+from erk_guid.cli.common import PathType, SeedList, compact, refuse_inputs, reporting_errors
 from erk_guid.cli.options import chosen_options
 from erk_guid.cli.sampler import config_fields
 from erk_guid.common.errors import ErkGuidError, MissingExtraError
@@ -97,7 +97,7 @@ def calibrate_command(
     from erk_guid.generation.settings import Settings
     from erk_guid.schedules import make_sigmas
     from erk_guid.studies.fitting import calibrate
-    from erk_guid.studies.fitting.calibration_files import FILES, trials_csv, write_trials
+    from erk_guid.studies.fitting.calibration_files import BEGINS, FILES, trials_csv, write_trials
 
     if find_spec("matplotlib") is None:
         raise MissingExtraError("matplotlib", "plots", "the plot")
@@ -110,7 +110,8 @@ def calibrate_command(
     # Any strength will do: the checks of the options are the same.
     config = GenerationConfig(**config_fields(w_stiff=1.0, w_con=None, **options))
     for name in FILES:
-        check_writable(outdir / name)
+        check_writable(outdir / name, BEGINS.get(name, ()))
+        refuse_inputs(outdir=outdir / name)
     models = config.open(config.choose_device(), ProcessGroup(), decoding=False)
     noise, labels = draw(models.loaded.net, SeededNoise(seeds, models.device), config.class_idx)
     if isinstance(config.schedule, str):

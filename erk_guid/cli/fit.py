@@ -20,6 +20,7 @@ from erk_guid.common.files import check_writable
 from erk_guid.generation.config import GenerationConfig
 from erk_guid.generation.process_groups import ProcessGroup
 from erk_guid.generation.seeds import SeededNoise
+from erk_guid.generation.settings import SETTINGS_START
 from erk_guid.solvers import SOLVERS
 
 BEST = "best"
@@ -119,6 +120,7 @@ def fit_command(
     from erk_guid.generation.images import draw
     from erk_guid.studies.fitting import fit_each
     from erk_guid.studies.fitting.fit_files import (
+        BEGINS,
         FILES,
         SAMPLES_FILE,
         draw_samples,
@@ -149,13 +151,17 @@ def fit_command(
             denoise_to_zero=denoise_to_zero, **options,
         )
     )  # fmt: skip
+    if len(seeds) < FEWEST:
+        raise click.UsageError(f"--seeds lists {len(seeds)}; a fit needs at least {FEWEST}")
     if samples > len(seeds) // 2 >= FEWEST // 2:
         raise click.UsageError(
             f"--samples {samples}: the images of the report are drawn, half of {len(seeds)}"
         )
     files = (*FILES, *([SAMPLES_FILE] if samples else []))
-    for name in (*(settings_name(count) for count in evaluations), *files):
-        check_writable(outdir / name)
+    for name in files:
+        check_writable(outdir / name, BEGINS.get(name, ()))
+    for count in evaluations:
+        check_writable(outdir / settings_name(count), SETTINGS_START)
     models = config.open(config.choose_device(), ProcessGroup(), decoding=samples > 0)
     noise, labels = draw(models.loaded.net, SeededNoise(seeds, models.device), config.class_idx)
     network = guided_denoiser(

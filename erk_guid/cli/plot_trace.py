@@ -10,7 +10,7 @@ import click
 
 from erk_guid.cli.common import PathType, reporting_errors
 from erk_guid.common.errors import ErkGuidError
-from erk_guid.common.files import PICTURE_START, check_writable, write_bytes
+from erk_guid.common.files import check_writable, write_bytes
 
 
 @click.command()
@@ -44,7 +44,7 @@ def plot_trace_command(trace: Path, dest: Path | None, title: str | None) -> Non
     if trace.resolve() in (picture.resolve(), table.resolve()):
         raise ErkGuidError(f"{table} would overwrite the trace; give another --dest")
     summary = summarize(read_trace(trace))
-    check_writable(picture, PICTURE_START)
+    check_writable(picture)
     check_writable(table, [",".join(SUMMARY).encode()])
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

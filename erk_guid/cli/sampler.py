@@ -71,7 +71,8 @@ def config_fields(
         except ValueError as error:
             raise ValueError(f"--solver {name}: {error}") from error
         plan = solver.plan(levels)  # raises where options do not fit the levels
-        if isinstance(erk, ERKGuidance) and erk.active and _given("w_stiff"):
+        # Of commands that choose the number of steps themselves nothing is known here.
+        if isinstance(erk, ERKGuidance) and erk.active and _given("w_stiff") and _has("num_steps"):
             _refuse_unguided(plan, erk, name)
         churn = _churn(options, solver, erk, levels)
     except ValueError as error:
@@ -277,6 +278,11 @@ def _from_file(
             f"{options['num_steps']}"
         )
     return found.guidance, options
+
+
+def _has(name: str) -> bool:
+    """Return whether the command has this option."""
+    return click.get_current_context().get_parameter_source(name) is not None
 
 
 def _given(name: str) -> bool:

@@ -26,7 +26,7 @@ from erk_guid.guidance import ERKGuidance
     help="For toy.png and toy.npz.",
 )
 @click.option(
-    "--steps", metavar="INT", type=click.IntRange(min=3), default=8, show_default=True,
+    "--steps", metavar="INT", type=click.IntRange(min=3, max=1000), default=8, show_default=True,
     help="Noise levels of the trajectories.",
 )  # fmt: skip
 @click.option(

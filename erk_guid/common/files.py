@@ -18,7 +18,11 @@ from erk_guid.common.errors import ErkGuidError, printable
 JSON_START = (b"{",)
 NPZ_START = (b"PK",)
 PICTURE_START = (b"\x89PNG", b"\xff\xd8")
-"""How files of these kinds begin, see `check_writable`."""
+STARTS = {
+    ".png": PICTURE_START, ".jpg": PICTURE_START, ".jpeg": PICTURE_START,
+    ".svg": (b"<?xml", b"<svg"), ".html": (b"<!",), ".json": JSON_START, ".npz": NPZ_START,
+}  # fmt: skip
+"""How files begin, by the end of their names, see `check_writable`."""
 
 PARTIAL = ".partial"
 """Part of the name of every file that is being written (never of a finished one)."""
@@ -67,8 +71,9 @@ def check_writable(path: str | Path, begins: Sequence[bytes] = ()) -> None:
 
     Args:
         path: the file.
-        begins: how files of the kind begin. What is there under that name and begins otherwise
-            belongs to somebody else, and is not replaced. Empty: anything is replaced.
+        begins: how files of the kind begin; by default what is known by the end of the name. What
+            is there under that name and begins otherwise belongs to somebody else, and is not
+            replaced. Where nothing is known (Markdown), anything is.
 
     Raises:
         ErkGuidError: `path` is a folder, its folder cannot be made or written to, or there is
@@ -88,6 +93,7 @@ def check_writable(path: str | Path, begins: Sequence[bytes] = ()) -> None:
         raise ErkGuidError(
             f"cannot write to {_shown(where)}: {error.strerror}; write elsewhere"
         ) from error
+    begins = begins or STARTS.get(path.suffix.lower(), ())
     if begins and path.is_file():
         with contextlib.suppress(OSError), open(path, "rb") as file:
             start = file.read(max(map(len, begins)))

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from erk_guid._version import __version__
 from erk_guid.common.datasets import refuse_in_folder, refuse_overwriting
 from erk_guid.common.errors import ErkGuidError
-from erk_guid.common.files import PICTURE_START, check_folder, check_writable, remove_partials
+from erk_guid.common.files import check_folder, check_writable, remove_partials
 from erk_guid.common.pictures import save_picture, tile
 from erk_guid.common.signals import number_of
 from erk_guid.generation.config import GenerationConfig, Models
@@ -129,7 +129,7 @@ def _check_outputs(job: GenerationJob) -> None:
     for option, path in outputs.items():
         if path is not None:
             refuse_in_folder(option, path, job.outdir)
-            check_writable(path, BEGINS if option == "--trace" else PICTURE_START)
+            check_writable(path, BEGINS if option == "--trace" else ())
 
 
 def _prepare(job: GenerationJob, models: Models) -> list[int]:

@@ -14,6 +14,8 @@ from erk_guid.solvers import Solver, make_solver, names_of_options
 
 FORMAT = "erk_guid_settings"
 VERSION = 1
+SETTINGS_START = (f'{{\n "{FORMAT}"'.encode(),)
+"""How such a file begins, see `check_writable`."""
 PROCESS = "process"
 """Entry of `Settings.measured` that names the process whose times the levels are."""
 LARGEST_NUMBER = 10**15

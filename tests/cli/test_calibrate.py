@@ -149,3 +149,43 @@ def test_the_line_that_uses_it_names_the_same_denoiser() -> None:
     assert network_options(recipe, alone) == "--preset=digits"
     recipe.guidance_interval = (0.2, 5.0)
     assert network_options(recipe, alone) == "--preset=digits --guidance-interval=0.2,5"
+
+
+@pytest.mark.parametrize("name", ["settings.json", "trials.csv", "calibration.svg"])
+def test_files_of_others_in_its_folder_are_kept(name: str, tmp_path: Path) -> None:
+    # Catches: somebody's settings.json and trials.csv replaced, since the names are common ones.
+    (tmp_path / name).write_text('{"other": 1}')
+    done = run("calibrate", "--net=digits", f"--outdir={tmp_path}")
+    assert done.exit_code == 1
+    assert "is no earlier output of this kind" in " ".join(done.output.split())
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == '{"other": 1}'
+
+
+def test_noise_levels_in_its_folder_are_an_input(tmp_path: Path) -> None:
+    # Catches: the levels of --schedule replaced by the table of trials.
+    levels = tmp_path / "calibration.md"
+    levels.write_text("80,10,1,0.1")
+    done = run("calibrate", "--net=digits", f"--schedule={levels}", f"--outdir={tmp_path}")
+    assert done.exit_code == 1
+    assert "is an input; write to another file" in " ".join(done.output.split())
+    assert levels.read_text() == "80,10,1,0.1"
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [("fit", "fit.csv"), ("fit", "fit-6.json"), ("accuracy", "accuracy.csv"), ("toy", "toy.npz")],
+)
+def test_so_are_those_of_other_studies(command: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("{mine}")
+    options = {"fit": ["--net=digits", "--evaluations=6"], "accuracy": ["--problem=gauss"]}
+    done = run(command, *options.get(command, []), f"--outdir={tmp_path}")
+    assert done.exit_code == 1
+    assert "is no earlier output of this kind" in " ".join(done.output.split())
+    assert (tmp_path / name).read_text() == "{mine}"
+
+
+def test_guided_fits_are_not_refused_for_their_steps() -> None:
+    # Catches: a check of --steps in a command that has none.
+    done = run("fit", "--net=digits", "--solver=heun", "--w_stiff=0.5", "--seeds=0-3")
+    assert "a fit needs at least" in done.output

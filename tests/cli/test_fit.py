@@ -72,7 +72,7 @@ def test_a_fit_from_the_command_line_to_images(
         (["--evaluations", "1"], "not a number of 2 to"),
         (["--evaluations", "8,x"], "x"),
         (["--solver", "heun", "--evaluations", 3], "no noise level to choose"),
-        (["--seeds", "0-3"], "at least 16 samples"),
+        (["--seeds", "0-3"], "lists 4; a fit needs at least 16"),
         (["--solver", "modal", "--w_stiff", 0.5], "--solver modal"),
         (["--sigma_min", 90], "sigma_min"),
         (["--seeds", "0-19", "--samples", 11], "--samples 11: the images of the report"),

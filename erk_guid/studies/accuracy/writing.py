@@ -14,6 +14,8 @@ from erk_guid.studies.accuracy.nearness import Nearness
 
 TABLE_FILES = ("accuracy.csv", "accuracy.md", "accuracy.json", "accuracy.svg")
 NEARNESS_FILES = ("as-near.csv", "as-near.md", "as-near.svg")
+BEGINS = dict.fromkeys(("accuracy.csv", "as-near.csv"), (b"problem,method,evaluations,",))
+"""How those begin that others could have made, too."""
 
 PLOTTED = (
     "heun", "heun + ERK 0.5/0.5", "heun + ERK auto", "deis tab 4", "dpmpp 2 data", "unipc 3 data",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from erk_guid.common.files import write_bytes
 from erk_guid.common.plots import COLOURS, Curve, draw
+from erk_guid.generation.settings import SETTINGS_START
 from erk_guid.guidance import ERKGuidance, settings_of
 from erk_guid.studies.fitting.calibration import Calibration, Trial, is_published, written
 
@@ -19,6 +20,8 @@ FILES = ("settings.json", "trials.csv", "calibration.md", "calibration.svg")
 COLUMNS = (
     "w_stiff", "w_con", "bound", "gate", "error", "ratio", "ratio_error", "step_ratio", "samples",
 )  # fmt: skip
+BEGINS = {"settings.json": SETTINGS_START, "trials.csv": (",".join(COLUMNS).encode(),)}
+"""How those begin that others could have made, too."""
 WORST_DRAWN = 1.3
 """Ratio to plain beyond which a setting is left out of the plot."""
 FEWEST_DRAWN = 3

@@ -37,6 +37,8 @@ COLUMNS = (
     "after", "after_low", "after_high", "ratio", "ratio_low", "ratio_high", "reference_error",
     "search_evaluations", "reference_evaluations", "seconds", "levels",
 )  # fmt: skip
+BEGINS = {"fit.csv": (",".join(COLUMNS).encode(),)}
+"""How those begin that others could have made, too."""
 
 
 def settings_name(evaluations: int) -> str:
