@@ -49,7 +49,7 @@ RECORDED = (
 @click.option(
     "--num",
     metavar="INT",
-    type=click.IntRange(min=2),
+    type=click.IntRange(min=2, max=1_000_000),
     help="Number of points.  [default: 32, or 200 with --problem]",
 )
 @click.option(

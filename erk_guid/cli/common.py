@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib
 import runpy
@@ -176,6 +177,13 @@ def load_plugins(
     return values
 
 
+_OF_THE_SYSTEM = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG,
+    errno.EMFILE, errno.ENFILE, errno.ESTALE,
+)  # fmt: skip
+"""What a system refuses in the middle of any work: a full disk, a limit, a lost file system."""
+
+
 def _end(number: int) -> NoReturn:
     """End a command that a signal has stopped."""
     click.echo(said(number), err=True)
@@ -198,6 +206,12 @@ def reporting_errors(command: F) -> F:
                 _end(interrupting.number)
             click.ClickException(printable(error, 1000)).show()
             sys.exit(error.exit_code)
+        except OSError as error:
+            if error.errno not in _OF_THE_SYSTEM:
+                raise
+            where = f" ({printable(error.filename, 200)})" if error.filename else ""
+            click.ClickException(f"{error.strerror}{where}; mend that, then run it again").show()
+            sys.exit(1)
         except KeyboardInterrupt as error:
             _end(number_of(error))
 

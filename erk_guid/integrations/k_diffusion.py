@@ -101,7 +101,13 @@ def as_denoiser(model: Model, extra_args: Mapping[str, Any] | None) -> Denoiser:
 
 
 def distinct(sigmas: Tensor) -> Tensor:
-    """Return noise levels without those that repeat the one before, which no step lies between."""
+    """Return noise levels without those that repeat the one before, which no step lies between.
+
+    Raises:
+        ValueError: they are no list of levels.
+    """
+    if sigmas.ndim != 1:
+        raise ValueError(f"sigmas must be 1-D, [steps + 1], got {list(sigmas.shape)}")
     levels = sigmas.tolist()
     kept = [i for i, level in enumerate(levels) if i == 0 or level != levels[i - 1]]
     return sigmas if len(kept) == len(levels) else sigmas[kept]
@@ -147,8 +153,20 @@ def _upwards(
     return x
 
 
-def _flow(solver: Solver, guidance: Guidance | None, flow: bool) -> Process | None:
-    return flow_process(solver, guidance) if flow else None
+def _flow(solver: Solver, guidance: Guidance | None, flow: bool, sigmas: Tensor) -> Process | None:
+    """Return the process of a flow-matching model, None for others or in t itself.
+
+    Raises:
+        ValueError: `sigmas` are no times.
+    """
+    if not flow:
+        return None
+    if len(sigmas) and not 0 <= float(sigmas.min()) <= float(sigmas.max()) <= 1:
+        raise ValueError(
+            f"with flow=True sigmas are times from 1 to 0, got {float(sigmas.max()):g} to "
+            f"{float(sigmas.min()):g}"
+        )
+    return flow_process(solver, guidance)
 
 
 def _churn(
@@ -217,7 +235,7 @@ def sample_erk_heun(
     churn = _churn(s_churn, s_tmin, s_tmax, s_noise, flow)
     guidance = make_guidance(w_stiff, w_con=w_con, bound=bound, gate=gate)
     solver = Heun()
-    process = _flow(solver, guidance, flow)
+    process = _flow(solver, guidance, flow, sigmas)
     return run(
         solver, guidance, process, model, x, sigmas, extra_args, callback, disable, churn
     )  # fmt: skip
@@ -249,7 +267,7 @@ def sample_erk_dpm_2(
     churn = _churn(s_churn, s_tmin, s_tmax, s_noise, flow)
     guidance = make_guidance(w_stiff, w_con=w_con, bound=bound, gate=gate)
     solver = DPM2()
-    process = _flow(solver, guidance, flow)
+    process = _flow(solver, guidance, flow, sigmas)
     return run(
         solver, guidance, process, model, x, sigmas, extra_args, callback, disable, churn
     )  # fmt: skip
@@ -297,7 +315,7 @@ def sample_modal(
 
     noise = float(eta) if isinstance(eta, Tensor) else eta  # as noise levels are
     solver = Modal(order, None if response is None else tuple(response), noise)
-    process = _flow(solver, None, flow)
+    process = _flow(solver, None, flow, sigmas)
     return run(
         solver, None, process, model, x, sigmas, extra_args, callback, disable,
         randn_like=randn_like,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import erk_guid
 from erk_guid.cli import main
 from erk_guid.generation.settings import read_settings
 from erk_guid.integrations.comfyui import fitting
+from erk_guid.studies.fitting import fit_files
 
 COND, GUIDE = DATA / "edm2_cond.pkl", DATA / "edm2_guide.pkl"
 
@@ -84,6 +87,18 @@ def test_mistakes_are_named(options: list[Any], message: str, tmp_path: Path) ->
     assert done.exit_code in (1, 2)
     assert message in done.output
     assert "Traceback" not in done.output
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Catches: a traceback when the disk fills after hours of search.
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "fit.csv")
+
+    monkeypatch.setattr(fit_files, "write_bytes", full)
+    done = run("fit", "--net", COND, "--device", "cpu", "--outdir", tmp_path, "--seeds", "0-15",
+               "--evaluations", 3, "--solver", "euler", "--trials", 2, "--samples", 0)  # fmt: skip
+    assert done.exit_code == 1
+    assert "No space left on device (fit.csv); mend that" in " ".join(done.output.split())
 
 
 def test_shipped_fits_are_taken_by_name(tmp_path: Path) -> None:

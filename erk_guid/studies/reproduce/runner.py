@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -279,6 +280,16 @@ def _mend(outdir: Path) -> None:
             write_bytes(path, "".join(f"{line}\n" for line in whole).encode())
 
 
+def _append(path: Path, line: str) -> None:
+    """Add a line to a file, on a line of its own also where a killed run left half of one."""
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = f"\n{line}"
+        file.write(f"{line}\n".encode())
+
+
 def _run_row(job: Reproduction, one: Plan) -> None:
     whole = not one.images.exists()
     begun = time.monotonic()
@@ -318,13 +329,12 @@ def _run_row(job: Reproduction, one: Plan) -> None:
     }
     values = {**scored["scores"], **quality.get("scores", {})}
     text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-    with open(job.outdir / RESULTS, "a") as file:
-        file.write(json.dumps(result) + "\n")
-    with open(job.outdir / LINES, "a") as file:
-        file.write(
-            f"{result['finished']}  {one.row.id}: {' '.join(one.key['model'])}, steps "
-            f"{one.row.steps}, {one.row.title}, {scored['num']} images: {text}\n"
-        )
+    _append(job.outdir / RESULTS, json.dumps(result))
+    _append(
+        job.outdir / LINES,
+        f"{result['finished']}  {one.row.id}: {' '.join(one.key['model'])}, steps "
+        f"{one.row.steps}, {one.row.title}, {scored['num']} images: {text}",
+    )
     print(f"  {text}", flush=True)
     if failure is not None:
         raise failure

@@ -31,7 +31,7 @@ from erk_guid.common.errors import ErkGuidError
 from erk_guid.generation.config import GenerationConfig
 from erk_guid.studies.reproduce import TABLES, Reproduction, choose_rows, plan, write_report
 from erk_guid.studies.reproduce.report import Findings
-from erk_guid.studies.reproduce.runner import _mend, read_results, result_of
+from erk_guid.studies.reproduce.runner import _append, _mend, read_results, result_of
 from erk_guid.studies.reproduce.tables import settings_row
 
 SCRIPT = ROOT / "scripts" / "reproduce.sh"
@@ -554,3 +554,12 @@ def test_precision_and_compile_are_other_rows_and_precision_no_comparison() -> N
     assert command.count("--precision=bfloat16") == 1
     with pytest.raises(ErkGuidError, match="measured with --precision bfloat16; leave"):
         plan(Reproduction(rows=[fitted], precision="float16"), fitted)
+
+
+def test_half_a_line_is_not_continued(tmp_path: Path) -> None:
+    # Catches: the next row glued to what a killed run left of the one before.
+    path = tmp_path / "result.txt"
+    for before in ("", "whole\n", "half a li"):
+        path.write_text(before)
+        _append(path, "next")
+        assert path.read_text().splitlines() == [*before.splitlines(), "next"]
