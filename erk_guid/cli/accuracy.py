@@ -18,6 +18,7 @@ from erk_guid.cli.sampler import preset_fields
 from erk_guid.common.errors import MissingExtraError
 from erk_guid.common.files import check_writable, write_bytes
 from erk_guid.generation.config import GenerationConfig
+from erk_guid.generation.locks import locked
 from erk_guid.generation.process_groups import ProcessGroup
 
 if TYPE_CHECKING:
@@ -224,6 +225,7 @@ def accuracy_command(
         fields = preset_fields(preset, given)
     for name in (*TABLE_FILES, *(NEARNESS_FILES if as_near_as else ())):
         check_writable(outdir / name, BEGINS.get(name, ()))
+    click.get_current_context().with_resource(locked(outdir))
     if fields is None:
         assert problem_name is not None  # checked above
         count = num or 200

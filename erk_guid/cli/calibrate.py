@@ -17,6 +17,7 @@ from erk_guid.cli.sampler import config_fields
 from erk_guid.common.errors import ErkGuidError, MissingExtraError
 from erk_guid.common.files import check_writable, write_bytes
 from erk_guid.generation.config import GenerationConfig
+from erk_guid.generation.locks import locked
 from erk_guid.generation.process_groups import ProcessGroup
 from erk_guid.generation.seeds import SeededNoise
 from erk_guid.guidance import ERKGuidance
@@ -112,6 +113,7 @@ def calibrate_command(
     for name in FILES:
         check_writable(outdir / name, BEGINS.get(name, ()))
         refuse_inputs(outdir=outdir / name)
+    click.get_current_context().with_resource(locked(outdir))
     models = config.open(config.choose_device(), ProcessGroup(), decoding=False)
     noise, labels = draw(models.loaded.net, SeededNoise(seeds, models.device), config.class_idx)
     if isinstance(config.schedule, str):

@@ -18,6 +18,7 @@ from erk_guid.cli.sampler import config_fields
 from erk_guid.common.errors import ErkGuidError, MissingExtraError
 from erk_guid.common.files import check_writable
 from erk_guid.generation.config import GenerationConfig
+from erk_guid.generation.locks import locked
 from erk_guid.generation.process_groups import ProcessGroup
 from erk_guid.generation.seeds import SeededNoise
 from erk_guid.generation.settings import SETTINGS_START
@@ -162,6 +163,7 @@ def fit_command(
         check_writable(outdir / name, BEGINS.get(name, ()))
     for count in evaluations:
         check_writable(outdir / settings_name(count), SETTINGS_START)
+    click.get_current_context().with_resource(locked(outdir))
     models = config.open(config.choose_device(), ProcessGroup(), decoding=samples > 0)
     noise, labels = draw(models.loaded.net, SeededNoise(seeds, models.device), config.class_idx)
     network = guided_denoiser(

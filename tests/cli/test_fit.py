@@ -14,6 +14,7 @@ from conftest import DATA
 
 import erk_guid
 from erk_guid.cli import main
+from erk_guid.generation.locks import locked
 from erk_guid.generation.settings import read_settings
 from erk_guid.integrations.comfyui import fitting
 from erk_guid.studies.fitting import fit_files
@@ -87,6 +88,20 @@ def test_mistakes_are_named(options: list[Any], message: str, tmp_path: Path) ->
     assert done.exit_code in (1, 2)
     assert message in done.output
     assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["fit", "--net", COND, "--seeds", "0-15"], ["calibrate", "--net", COND],
+     ["accuracy", "--problem", "gauss"]],
+    ids=lambda command: command[0],
+)  # fmt: skip
+def test_one_search_a_folder(command: list[Any], tmp_path: Path) -> None:
+    # Catches: two searches that write one journal and each other's results.
+    with locked(tmp_path):
+        done = run(*command, "--outdir", tmp_path)
+    assert done.exit_code == 1
+    assert "is at work in" in " ".join(done.output.split()), done.output
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

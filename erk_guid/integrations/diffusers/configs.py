@@ -15,6 +15,10 @@ CLASSES = {
     "flow": {"heun": "FlowMatchERKGuidHeunScheduler", "modal": "FlowMatchModalScheduler"},
 }
 """Our classes, by family and solver."""
+SOLVERS_OWN = frozenset({
+    "bound", "eta", "gate", "modal_order", "modal_response", "w_con", "w_stiff",
+})  # fmt: skip
+"""Options of one of our solvers, which the config of another has no use for."""
 OWN = {name: family for family, names in CLASSES.items() for name in names.values()}
 
 REPLACED = frozenset(

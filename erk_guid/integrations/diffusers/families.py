@@ -25,7 +25,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 )
 from torch import Tensor
 
-from erk_guid.integrations.diffusers.configs import carried_over
+from erk_guid.integrations.diffusers.configs import SOLVERS_OWN, carried_over
 from erk_guid.integrations.diffusers.levels import as_tensor, chosen_levels
 from erk_guid.integrations.diffusers.samples import Samples, UnitVariance, in_float32
 from erk_guid.processes import VE, Process, RectifiedFlow
@@ -69,6 +69,9 @@ class Family(Samples, ABC):
         known = cls._get_init_keys(cls)  # type: ignore[attr-defined]
         if isinstance(config, Mapping):
             config = carried_over(config, cls.name, cls.__name__, known)
+            # diffusers would warn of them.
+            idle = SOLVERS_OWN - known
+            config = {key: value for key, value in config.items() if key not in idle}
         unknown = options.keys() - known - {"dtype"}
         if unknown and not return_unused_kwargs:
             raise TypeError(

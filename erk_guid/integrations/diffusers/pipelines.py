@@ -21,7 +21,7 @@ from erk_guid.solvers import Heun, Modal, Solver, name_of
 from erk_guid.studies.fitting import Fitted
 from erk_guid.studies.fitting import fit as fit_denoiser
 from erk_guid.studies.fitting.fit_files import settings_of_fit
-from erk_guid.studies.fitting.levels import Progress
+from erk_guid.studies.fitting.levels import FEWEST, Progress
 
 SOLVERS = ("modal", "heun")
 DEFAULT_SOLVER = "modal"
@@ -29,6 +29,8 @@ UNIT_VARIANCE = ("DDPMPipeline", "DDIMPipeline", "DiTPipeline")
 """Pipelines that keep their samples at unit variance."""
 TWICE = ("CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline")
 """Pipelines that call `step` twice for each point, to learn the clean data first."""
+RANGE = 1.01
+"""How far fitted levels may reach above a model's highest noise level."""
 SAMPLES = 64
 BATCH = 4
 
@@ -74,7 +76,27 @@ def for_pipeline(
     solver = DEFAULT_SOLVER if solver is None else solver
     if type(pipe).__name__ in UNIT_VARIANCE:
         options = {"unit_variance": True} | options
-    return _class(family, solver).from_config(config, **options)
+    scheduler = _class(family, solver).from_config(config, **options)
+    if options.get("levels"):
+        _check_range(scheduler, options["levels"])
+    return scheduler
+
+
+def _check_range(scheduler: Any, levels: Sequence[float]) -> None:
+    """Refuse levels that were fitted to a model with other noise levels.
+
+    Raises:
+        ValueError: they reach above what the model has been trained on.
+    """
+    kept = getattr(scheduler, "alphas_cumprod", None)
+    if kept is None:
+        return
+    highest = float(((1 - kept[-1]) / kept[-1]) ** 0.5)
+    if levels[0] > RANGE * highest:
+        raise ValueError(
+            f"the levels reach {levels[0]:g}, this model's noise only {highest:.3g}: they were "
+            "fitted to another model; fit for this pipeline"
+        )
 
 
 def _config(pipe: Any) -> Mapping[str, Any]:
@@ -192,6 +214,8 @@ def fit(
     """
     if prompts is not None and len(prompts) == 0:
         raise ValueError("prompts: give at least one, or None for a pipeline without")
+    if samples < FEWEST:
+        raise ValueError(f"samples must be at least {FEWEST}, got {samples}")
     if type(pipe).__name__ in TWICE:
         raise ValueError(
             f"{type(pipe).__name__} calls its scheduler twice for each point, which fit cannot "

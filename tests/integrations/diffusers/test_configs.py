@@ -9,6 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers import configuration_utils
 from integrations.diffusers.test_heun import Network, noise
 
 import erk_guid
@@ -321,3 +322,18 @@ def test_families() -> None:
         for_pipeline(object())
     with pytest.raises(ValueError, match="solver must be 'modal' or 'heun', got 'dpmpp'"):
         for_pipeline(diffusers.EulerDiscreteScheduler(), "dpmpp")
+
+
+@pytest.mark.parametrize("scheduler", ["DDIM", "FlowMatchEulerDiscrete", "EDMEuler"])
+def test_our_solvers_follow_each_other_without_warnings(
+    scheduler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Catches: "The config attributes {...} will be ignored. Please verify" for options that are of
+    # our other solver.
+    said: list[str] = []
+    monkeypatch.setattr(configuration_utils.logger, "warning", lambda text, *_: said.append(text))
+    first = for_pipeline(getattr(diffusers, f"{scheduler}Scheduler")())
+    second = for_pipeline(first, "heun", w_stiff=0.5)
+    third = for_pipeline(second, eta=0.5)
+    assert said == []
+    assert (second.config.w_stiff, third.config.eta) == (0.5, 0.5)

@@ -21,8 +21,9 @@ from integrations.diffusers.test_pipelines import (  # noqa: F401 (a fixture)
     stable_diffusion,
 )
 
+from erk_guid import ERKGuidance
 from erk_guid.common.errors import ErkGuidError
-from erk_guid.generation.settings import read_settings
+from erk_guid.generation.settings import Settings, read_settings
 from erk_guid.integrations.diffusers import ModalScheduler, fit, for_pipeline, probe
 from erk_guid.integrations.diffusers.probe import PipelineDenoiser, usual_times
 from erk_guid.solvers import Modal
@@ -171,3 +172,19 @@ def test_levels_make_way_for_nothing_that_a_user_asks_for() -> None:
         fit(unconditional(), [], steps=4)
     with pytest.raises(ValueError, match="solver must be 'modal' or 'heun'"):
         fit(unconditional(), None, steps=4, solver="deis")
+
+
+def test_levels_of_a_model_with_more_noise(tmp_path: Path) -> None:
+    # Catches: levels fitted to an EDM network (from 80) taken by one with betas, whose noise ends
+    # at 14.6, without a word.
+    scheduler = diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085,
+                                        beta_end=0.012)  # fmt: skip
+    for highest, fits in ((80.0, False), (14.6, True)):
+        settings = Settings(ERKGuidance(), {"solver": "modal", "schedule": [highest, 2.0, 0.1]})
+        if fits:
+            assert for_pipeline(scheduler, settings=settings).config.levels[0] == highest
+        else:
+            with pytest.raises(ValueError, match=r"reach 80, this model's noise only 14\.6"):
+                for_pipeline(scheduler, settings=settings)
+    with pytest.raises(ValueError, match="samples must be at least 16, got 8"):
+        fit(scheduler, None, samples=8)
