@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 import click
 import torch
 
-from erk_guid.cli.common import Names, PathType, SeedList, reporting_errors
+from erk_guid.cli.common import (
+    Names,
+    PathType,
+    SeedList,
+    note_input,
+    refuse_inputs,
+    reporting_errors,
+)
 from erk_guid.cli.options import chosen_options
 from erk_guid.cli.sampler import preset_fields
 from erk_guid.common.errors import MissingExtraError
@@ -176,6 +183,8 @@ def accuracy_command(
         outside = False
     try:
         chosen = choose_methods(methods or [], outside)
+        for path in settings:
+            note_input(path)
         if settings:
             row = fitted_row(settings, sigma_min, sigma_max)
             unused = sorted(set(row.fits) - set(evaluations))
@@ -225,6 +234,7 @@ def accuracy_command(
         fields = preset_fields(preset, given)
     for name in (*TABLE_FILES, *(NEARNESS_FILES if as_near_as else ())):
         check_writable(outdir / name, BEGINS.get(name, ()))
+        refuse_inputs(outdir=outdir / name)
     click.get_current_context().with_resource(locked(outdir))
     if fields is None:
         assert problem_name is not None  # checked above

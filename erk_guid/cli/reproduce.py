@@ -19,10 +19,11 @@ from erk_guid.cli.common import (
 )
 from erk_guid.cli.options import chosen_options
 from erk_guid.common.errors import ErkGuidError
+from erk_guid.common.files import check_writable
 from erk_guid.metrics.comparison import REAL
 from erk_guid.studies.reproduce.planning import Reproduction, commands
 from erk_guid.studies.reproduce.report import write_report
-from erk_guid.studies.reproduce.runner import RESULTS, check_inputs, check_plans, run
+from erk_guid.studies.reproduce.runner import LINES, RESULTS, check_inputs, check_plans, run
 from erk_guid.studies.reproduce.tables import (
     PAPER_NUM,
     PAPER_TABLES,
@@ -197,6 +198,8 @@ def reproduce_command(
         for row in open_rows:
             click.echo(f"{row.id} is left out: it needs --w_stiff and --w_con", err=True)
         job = replace(job, rows=[row for row in rows if row not in open_rows])
+    for name in ("report.html", "report.md", LINES):
+        check_writable(job.outdir / name)
     try:
         run(job)
     finally:

@@ -73,7 +73,7 @@ def check_writable(path: str | Path, begins: Sequence[bytes] = ()) -> None:
         path: the file.
         begins: how files of the kind begin; by default what is known by the end of the name. What
             is there under that name and begins otherwise belongs to somebody else, and is not
-            replaced. Where nothing is known (Markdown), anything is.
+            replaced. Of other texts (Markdown) all that is no text is kept.
 
     Raises:
         ErkGuidError: `path` is a folder, its folder cannot be made or written to, or there is
@@ -94,10 +94,12 @@ def check_writable(path: str | Path, begins: Sequence[bytes] = ()) -> None:
             f"cannot write to {_shown(where)}: {error.strerror}; write elsewhere"
         ) from error
     begins = begins or STARTS.get(path.suffix.lower(), ())
-    if begins and path.is_file():
+    text = path.suffix.lower() in (".md", ".csv", ".txt")
+    if (begins or text) and path.is_file():
         with contextlib.suppress(OSError), open(path, "rb") as file:
-            start = file.read(max(map(len, begins)))
-            if start and not start.startswith(tuple(begins)):
+            start = file.read(1024)
+            foreign = not start.startswith(tuple(begins)) if begins else b"\0" in start
+            if start and foreign:
                 raise ErkGuidError(
                     f"{_shown(path)} is there, and is no earlier output of this kind; write to "
                     "another file, or delete it"

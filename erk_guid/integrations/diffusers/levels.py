@@ -45,6 +45,20 @@ def chosen_levels(
     return [float(level) for level in levels]
 
 
+def check_falling(sigmas: Any) -> None:
+    """Refuse noise levels that rise, or are none; a level may repeat the one before.
+
+    Raises:
+        ValueError: naming the first at fault.
+    """
+    given = np.asarray(sigmas, dtype=np.float64)
+    for k, level in enumerate(given):
+        if not (np.isfinite(level) and level >= 0):
+            raise ValueError(f"sigmas[{k}] is {level}; noise levels are finite and not negative")
+        if k and level > given[k - 1]:
+            raise ValueError(f"sigmas must fall, but sigmas[{k}] = {level} follows {given[k - 1]}")
+
+
 def check_fitted(levels: Sequence[float] | None) -> None:
     """Raise ValueError unless levels fall strictly."""
     if levels is not None:

@@ -31,6 +31,7 @@ class Journal:
 
     Attributes:
         folder: where they are kept; None keeps them in memory.
+        of: digest of what the search depends on.
         known: numbers by key.
         spent: evaluations of the network, those of remembered numbers included.
         measured: evaluations that this process made itself.
@@ -38,6 +39,7 @@ class Journal:
     """
 
     folder: Path | None = None
+    of: str = ""
     known: dict[str, tuple[list[float], int]] = field(default_factory=dict)
     spent: int = 0
     measured: int = 0
@@ -58,24 +60,25 @@ class Journal:
             return cls()
         folder = Path(folder)
         path = folder / "trials.jsonl"
-        head = json.dumps({FORMAT: 1, "of": _digest(of)})
+        digest = _digest(of)
+        head = json.dumps({FORMAT: 1, "of": digest})
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 write_bytes(path, (head + "\n").encode())
-                return cls(folder)
+                return cls(folder, digest)
             lines = path.read_text(errors="replace").splitlines()
         except OSError as error:
             raise ErkGuidError(f"cannot use {folder}: {error.strerror}") from error
         if not lines or lines[0] != head:
             raise ErkGuidError(
-                f"{path} belongs to another search; name another folder, or delete that one"
+                f"{path} is of another search, or damaged; name another folder, or delete {folder}"
             )
         known = dict(entry for line in lines[1:] if (entry := _entry(line)) is not None)
         # A line that was cut off must not run into the next one.
-        write_bytes(path, ("\n".join([head, *(_line(k, *v) for k, v in known.items())]) + "\n")
-                    .encode())  # fmt: skip
-        return cls(folder, known)
+        whole = [head, *(_line(k, *v) for k, v in known.items())]
+        write_bytes(path, "".join(f"{line}\n" for line in whole).encode())
+        return cls(folder, digest, known)
 
     def counting(self, denoiser: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return the denoiser with its rows counted."""
@@ -110,8 +113,12 @@ class Journal:
         """Return a tensor shaped like another one; make it where no file holds it."""
         path = None if self.folder is None else self.folder / f"{name}.npz"
         if path is not None and path.exists():
-            found = read_npz(path, {"values": "f", "spent": "iu"}.get)
-            values, cost = found.get("values"), found.get("spent")
+            found = read_npz(path, {"values": "f", "spent": "iu", "of": "u"}.get)
+            values, cost, of = found.get("values"), found.get("spent"), found.get("of")
+            if of is None or of.tobytes() != bytes.fromhex(self.of):
+                raise ErkGuidError(
+                    f"{path} is of another search; name another folder, or delete {path.parent}"
+                )
             if (
                 values is None
                 or cost is None
@@ -126,7 +133,8 @@ class Journal:
         if path is not None:
             data = io.BytesIO()
             values = made.cpu().to(torch.promote_types(made.dtype, torch.float32)).numpy()
-            np.savez(data, values=values, spent=np.array(self.spent - before))
+            of = np.array(list(bytes.fromhex(self.of)), np.uint8)
+            np.savez(data, values=values, spent=np.array(self.spent - before), of=of)
             write_bytes(path, data.getvalue())
         return made
 

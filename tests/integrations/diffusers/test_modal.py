@@ -320,3 +320,14 @@ def test_two_times_next_to_pure_noise() -> None:
         denoised, noise(), scheduler.sigmas, process=erk_guid.RectifiedFlow()
     )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "message"),
+    [([1.0, 2.0, 0.0], "must fall"), ([float("nan"), 0.0], "finite"), ([-1.0, 0.0], "negative")],
+)
+def test_levels_that_rise_are_refused(sigmas: list[float], message: str) -> None:
+    # Catches: finite nonsense for a list in the wrong order.
+    with pytest.raises(ValueError, match=message):
+        ModalScheduler().set_timesteps(sigmas=sigmas)
+    ModalScheduler().set_timesteps(sigmas=[2.0, 1.0, 1.0, 0.0])  # one may repeat

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from erk_guid.studies.fitting.journal import Journal
 SEARCH = ("a search",)
 
 
-def refuse() -> list[float]:
+def refuse() -> Any:
     raise AssertionError("measured again")
 
 
@@ -47,6 +48,24 @@ def test_lines_that_are_no_entries_are_measured_again(line: str, tmp_path: Path)
 @pytest.mark.parametrize("spent", [np.array([1, 2]), np.array([], np.int64), np.array([[1]])])
 def test_an_array_with_several_counts_is_damaged(spent: np.ndarray, tmp_path: Path) -> None:
     # Catches: int() of an array, which is a TypeError.
-    np.savez(tmp_path / "ends.npz", values=np.ones((2, 3), np.float32), spent=spent)
+    values, of = np.ones((2, 3), np.float32), np.array([], np.uint8)
+    np.savez(tmp_path / "ends.npz", values=values, spent=spent, of=of)
     with pytest.raises(ErkGuidError, match=r"ends\.npz is damaged; delete it"):
         Journal(tmp_path).tensor("ends", torch.zeros(2, 3), lambda: torch.zeros(2, 3))
+
+
+def test_the_fine_solution_of_another_search_is_refused(tmp_path: Path) -> None:
+    # Catches: a search that goes on with the fine solution of another one, after its trials.jsonl
+    # was deleted, as the message once said; levels and errors were then of nothing.
+    def make() -> torch.Tensor:
+        return torch.ones(2, 3)
+
+    like = torch.zeros(2, 3)
+    Journal.open(tmp_path, SEARCH).tensor("fine", like, make)
+    assert torch.equal(Journal.open(tmp_path, SEARCH).tensor("fine", like, refuse), make())
+    with pytest.raises(ErkGuidError, match=f"another search.* delete {tmp_path}"):
+        Journal.open(tmp_path, ("another",))
+    (tmp_path / "trials.jsonl").unlink()
+    other = Journal.open(tmp_path, ("another",))
+    with pytest.raises(ErkGuidError, match=r"fine\.npz is of another search"):
+        other.tensor("fine", like, make)
