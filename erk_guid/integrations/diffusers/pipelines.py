@@ -13,7 +13,7 @@ import torch
 from erk_guid.generation.settings import PROCESS, Settings, read_settings
 from erk_guid.guidance import Guidance, settings_of
 from erk_guid.integrations.diffusers import heun, modal
-from erk_guid.integrations.diffusers.configs import CLASSES, family_of
+from erk_guid.integrations.diffusers.configs import CLASSES, OWN, SOLVERS_OWN, family_of
 from erk_guid.integrations.diffusers.families import Family
 from erk_guid.integrations.diffusers.probe import PipelineDenoiser, usual_times
 from erk_guid.processes import RectifiedFlow
@@ -54,7 +54,8 @@ def for_pipeline(
             takes that of the settings, or "modal".
         settings: what `fit` found, or the file that ``erk-guid fit`` wrote: noise levels with
             their solver.
-        options: arguments of the scheduler's class, in place of the config's.
+        options: arguments of the scheduler's class, in place of the config's. Strength, noise and
+            levels that an earlier call was told are not kept.
 
     Returns:
         A scheduler of the family of the pipeline's: for betas, EDM's or flow matching.
@@ -66,6 +67,9 @@ def for_pipeline(
         ErkGuidError: the settings cannot be read.
     """
     config = _config(pipe)
+    if config["_class_name"] in OWN:
+        # What an earlier call was told makes way for what is asked for now.
+        config = {k: v for k, v in config.items() if k not in (*SOLVERS_OWN, "levels")}
     family = family_of(config)
     found = settings.settings if isinstance(settings, PipelineFit) else settings
     if isinstance(found, (str, Path)):

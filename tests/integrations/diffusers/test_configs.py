@@ -334,6 +334,10 @@ def test_our_solvers_follow_each_other_without_warnings(
     monkeypatch.setattr(configuration_utils.logger, "warning", lambda text, *_: said.append(text))
     first = for_pipeline(getattr(diffusers, f"{scheduler}Scheduler")())
     second = for_pipeline(first, "heun", w_stiff=0.5)
-    third = for_pipeline(second, eta=0.5)
+    third = for_pipeline(second, eta=0.5, levels=[0.9, 0.5, 0.0])
+    fourth = for_pipeline(third)
     assert said == []
     assert (second.config.w_stiff, third.config.eta) == (0.5, 0.5)
+    # Each call says all of it; there is a way back from fitted levels and from noise.
+    assert (fourth.config.eta, fourth.config.levels) == (0, None)
+    assert for_pipeline(second, "heun").config.w_stiff == "auto"
