@@ -17,11 +17,13 @@ from erk_guid.cli.options import SOLVER_OPTIONS, chosen_options
 from erk_guid.cli.sampler import config_fields
 from erk_guid.common.errors import ErkGuidError, MissingExtraError
 from erk_guid.common.files import check_writable
+from erk_guid.common.signals import number_of
 from erk_guid.generation.config import GenerationConfig
 from erk_guid.generation.locks import locked
 from erk_guid.generation.process_groups import ProcessGroup
 from erk_guid.generation.seeds import SeededNoise
 from erk_guid.generation.settings import SETTINGS_START
+from erk_guid.generation.stopping import StoppedError
 from erk_guid.solvers import SOLVERS
 
 BEST = "best"
@@ -130,6 +132,7 @@ def fit_command(
         table,
         write_fits,
     )
+    from erk_guid.studies.fitting.journal import TRIALS
     from erk_guid.studies.fitting.levels import FEWEST
 
     if find_spec("matplotlib") is None:
@@ -178,6 +181,8 @@ def fit_command(
         "precision": models.used.precision, "seeds": compact(seeds),
     }  # fmt: skip
     journal = outdir / "journal"
+    if (journal / TRIALS).exists():
+        click.echo(f"Going on from {journal}, whose trials are taken as they are", err=True)
     with tqdm(desc="Network evaluations", unit="image", file=sys.stderr, smoothing=0.05) as bar:
 
         def show(done: int, expected: int) -> None:
@@ -198,6 +203,9 @@ def fit_command(
             )  # fmt: skip
         except ValueError as error:
             raise ErkGuidError(str(error)) from error
+        except KeyboardInterrupt as error:
+            number = number_of(error)
+            raise StoppedError(number, f"the same command goes on from {journal}") from None
     for fitted, count in zip(fits, evaluations, strict=True):
         settings_of_fit(fitted, {**record, "torch": torch.__version__}).write(
             outdir / settings_name(count)

@@ -274,8 +274,8 @@ def _from_file(
             chosen = f"{chosen:g}, w_con {g['w_con']:g}"
         noise = f" with eta {options['eta']:g}" if options.get("eta") else ""
         click.echo(
-            f"--settings {path}: w_stiff {chosen}, solver {options['solver']}{noise}, steps "
-            f"{options['num_steps']}"
+            f"--settings {path}: w_stiff {chosen}, solver {options['solver']}{noise}, "
+            f"{options['num_steps']} noise levels"
         )
     return found.guidance, options
 

@@ -38,7 +38,7 @@ def test_settings_stand_for_the_options(tmp_path: Path) -> None:
     common = ("generate", "--net=digits", "--seeds=0-1")
     done = run(*common, f"--outdir={tmp_path / 'a'}", f"--settings={tmp_path / 's.json'}")
     assert done.exit_code == 0, done.output
-    assert "w_stiff 0.6, w_con 0.3, solver heun, steps 5" in done.output
+    assert "w_stiff 0.6, w_con 0.3, solver heun, 5 noise levels" in done.output
     assert "measured with the network elsewhere, this is digits" in done.output
     record = json.loads((tmp_path / "a" / "run.json").read_text())
     assert "0.6" in json.dumps(record)

@@ -169,7 +169,9 @@ def _diffusers(solver: Solver, levels: Sequence[float]) -> list[str]:
     given = ", ".join(f"{level:g}" for level in above)
     lines = [
         *_scheduler(solver, "ModalScheduler"),
-        "# diffusers: schedulers that take sigmas, as EulerDiscreteScheduler",
+        "# diffusers: the levels, for it and for others that take sigmas, as EulerDiscreteScheduler"
+        if isinstance(solver, Modal)
+        else "# diffusers: schedulers that take sigmas, as EulerDiscreteScheduler",
         f"pipe(..., num_inference_steps={len(above)}, sigmas=[{inner}])",
     ]
     if isinstance(solver, Modal):  # our scheduler takes sigmas
@@ -211,7 +213,7 @@ def _scheduler(solver: Solver, name: str, to_zero: bool = False) -> list[str]:
         response = solver.response[:-1] if to_zero else solver.response
         options += f", modal_response={list(response)}"
     return [
-        "# diffusers: our scheduler",
+        "# diffusers: our scheduler, whose levels follow below",
         f"from erk_guid.integrations.diffusers import {name}",
         f"pipe.scheduler = {name}.from_config(pipe.scheduler.config, {options})",
     ]

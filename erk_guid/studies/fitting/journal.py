@@ -22,6 +22,8 @@ from erk_guid.common.errors import ErkGuidError
 from erk_guid.common.files import write_bytes
 from erk_guid.common.npz import read_npz
 
+TRIALS = "trials.jsonl"
+"""File of the numbers."""
 FORMAT = "erk_guid_fit"
 
 
@@ -59,7 +61,7 @@ class Journal:
         if folder is None:
             return cls()
         folder = Path(folder)
-        path = folder / "trials.jsonl"
+        path = folder / TRIALS
         digest = _digest(of)
         head = json.dumps({FORMAT: 1, "of": digest})
         try:
@@ -103,7 +105,7 @@ class Journal:
         self.known[name] = (found, self.spent - before)
         if self.folder is not None:
             try:
-                with open(self.folder / "trials.jsonl", "a") as file:
+                with open(self.folder / TRIALS, "a") as file:
                     file.write(_line(name, *self.known[name]) + "\n")
             except OSError as error:
                 raise ErkGuidError(f"cannot write to {self.folder}: {error.strerror}") from error
