@@ -21,10 +21,9 @@ def curves() -> list[Curve]:
         plain, muted = name == "no ERK guidance", name.startswith("ERK") and name not in FRONT
         shown = FRONT.get(name, name.removeprefix("ERK-Guid "))
         curve = found.setdefault(name, Curve(shown, [], [], [], plain=plain, muted=muted))
-        for values, value in zip(
-            (curve.x, curve.y, curve.error), (evaluations, score, error), strict=True
-        ):
-            values.append(float(value))
+        curve.x.append(evaluations)
+        curve.y.append(float(score))
+        curve.error.append(float(error))
 
     row = r"^\| (\d+) \| (no ERK guidance|ERK-Guid [^|]+?) \| ([\d.]+) ± ([\d.]+) "
     for steps, name, score, error in re.findall(row, text, re.M):
