@@ -218,7 +218,7 @@ def _table(findings: Findings, table: str) -> Table:
     quality = [
         m for m in metrics if not scored and any(findings.precision_recall(r, m) for r in rows)
     ]
-    columns = ["Steps", "Evaluations", "Run"]
+    columns = ["Steps", "Run", "Evaluations"]
     for metric in [m for m in paper_metrics if m not in shared]:
         columns.append(f"Paper's {name_of_metric(metric)}")
     for metric in metrics:
@@ -235,7 +235,7 @@ def _table(findings: Findings, table: str) -> Table:
     body = []
     for row in rows:
         title = row.title + (f" ({row.note})" if row.note else "")
-        cells = [Cell(str(row.steps)), Cell(str(row.evaluations)), Cell(title)]
+        cells = [Cell(str(row.steps)), Cell(title), Cell(str(row.evaluations))]
         for metric in [m for m in paper_metrics if m not in shared]:
             cells.append(Cell(stated(row.paper.get(metric)), "paper"))
         for metric in metrics:
