@@ -222,6 +222,10 @@ def _controls(gr: Any, session: Session, start: Choice) -> dict[str, Any]:
         "count": gr.Slider(1, MOST_IMAGES, start.count, step=1, label="Number of images"),
     }  # fmt: skip
     quiet = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
+    for control in controls.values():
+        if isinstance(control, (gr.Slider, gr.Number)):
+            # gradio ends in a traceback where a box was emptied; `Choice` says what is wrong.
+            control.preprocess = _as_it_is
     form, schedule = controls["form"], controls["schedule"]
 
     def settled(schedule: str, form: str) -> list[Any]:
@@ -234,6 +238,10 @@ def _controls(gr: Any, session: Session, start: Choice) -> dict[str, Any]:
             settled, [schedule, form], [*(controls[n] for n in SET_BY_FIT), published], **quiet
         )
     return controls
+
+
+def _as_it_is(payload: Any) -> Any:
+    return payload
 
 
 SET_BY_FIT = ("solver", "form", "eta")

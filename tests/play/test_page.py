@@ -105,7 +105,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_controls_are_the_fields_of_a_choice() -> None:
     # Catches a control without a field, a field without a control, and a way to load files.
-    pytest.importorskip("gradio", reason="needs the package gradio (extra app)")
+    gradio = pytest.importorskip("gradio", reason="needs the package gradio (extra app)")
     net = ["--preset=digits", "--gnet=uncond:digits"]
     session = Session.open(net, config_of, True, fits_of("digits", None))
     blocks = play_page.make_page(session, first_choice("digits", 1.0))
@@ -113,6 +113,9 @@ def test_the_controls_are_the_fields_of_a_choice() -> None:
     (button,) = [c["id"] for c in made["components"] if c["props"].get("elem_id") == "make"]
     (click,) = [d for d in made["dependencies"] if (button, "click") in map(tuple, d["targets"])]
     assert len(click["inputs"]) == len(fields(Choice))
+    for component in blocks.blocks.values():
+        if isinstance(component, (gradio.Slider, gradio.Number)):
+            assert component.preprocess(None) is None  # an emptied box reaches `Choice`
     kinds = {c["type"] for c in made["components"]}
     assert not kinds & {"file", "uploadbutton", "image", "fileexplorer", "gallery"}
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"

@@ -202,6 +202,8 @@ def test_names_with_spaces_survive_the_shell(digits: Session) -> None:
         ({"strength": 1e39}, "guidance must be a number of at most"),
         ({"w_stiff": -1.0}, "w_stiff must not be negative"),
         ({"steps": 99}, "steps cannot be 99"),
+        ({"steps": None}, "steps cannot be None"),  # an emptied box
+        ({"w_stiff": None}, "w_stiff cannot be None"),
         ({"strength": 3e38}, "NaN or infinity"),
     ],
 )
