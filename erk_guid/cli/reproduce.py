@@ -21,7 +21,7 @@ from erk_guid.cli.options import chosen_options
 from erk_guid.common.errors import ErkGuidError
 from erk_guid.common.files import check_writable
 from erk_guid.metrics.comparison import REAL
-from erk_guid.studies.reproduce.planning import Reproduction, commands
+from erk_guid.studies.reproduce.planning import Reproduction, commands, settled
 from erk_guid.studies.reproduce.report import write_report
 from erk_guid.studies.reproduce.runner import LINES, RESULTS, check_inputs, check_plans, run
 from erk_guid.studies.reproduce.tables import (
@@ -218,5 +218,7 @@ def _print_plans(job: Reproduction) -> None:
         )
         if row.note:
             click.echo(f"#   {row.note}")
+        # A row whose settings are still to be chosen is there to be read, not to be pasted.
+        mark = "" if settled(job, row).settled else "# "
         for line in commands(job, row):
-            click.echo(line)
+            click.echo(mark + line)

@@ -115,7 +115,13 @@ def test_levels_of_one_model_are_not_those_of_another(tmp_path: Path) -> None:
 def test_a_dry_run_prints_commands_that_parse(tmp_path: Path) -> None:
     done = run("--dry-run", "--gpus", 8)
     assert done.exit_code == 0, done.output
-    commands = [shlex.split(line) for line in done.stdout.splitlines() if line[0] != "#"]
+    lines = done.stdout.splitlines()
+    commands = [
+        shlex.split(line.removeprefix("# ")) for line in lines if re.match("(# )?[a-z]+ -", line)
+    ]
+    # Those of a row without settings cannot be pasted by mistake.
+    assert [line[:2] == "# " for line in lines if "=?" in line] == [True] * 3
+    assert not any("?" in line for line in lines if line[0] != "#")
     generate = [c for c in commands if "generate" in c]
     assert len(generate) == 10 + 8 + 6
     name = plan(Reproduction(rows=[], gpus=8), TABLES["2"][0]).name
@@ -345,7 +351,7 @@ def test_paper_measured_and_difference_stand_side_by_side(tmp_path: Path) -> Non
     assert "2 of 10 rows measured" in markdown
     rows = [re.split(r" *\| *", li)[1:-1] for li in markdown.splitlines() if li[:2] == "| "]
     header = rows[0]
-    guided = next(r for r in rows if r[:3] == ["8", "15", "ERK-Guid 0.5 / 0.1"])
+    guided = next(r for r in rows if r[:3] == ["8", "ERK-Guid 0.5 / 0.1", "15"])
     found = dict(zip(header, guided, strict=True))
     assert found["FID, paper"] == "4.91"
     assert found["FID, measured"] == "5.00"
