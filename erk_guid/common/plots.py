@@ -48,6 +48,7 @@ def draw(
     log_x: bool = False,
     wanted_by: str = "the report",
     x_ticks: Sequence[float] | None = None,
+    y_ticks: Sequence[float] | None = None,
 ) -> bytes:
     """Return an SVG of the curves; the vertical axis is logarithmic if they spread far.
 
@@ -56,7 +57,9 @@ def draw(
         curves: at least one.
         log_x: whether the horizontal axis is logarithmic.
         wanted_by: what needs the plot; the error names it.
-        x_ticks: ticks of a logarithmic axis, outside its range ignored; by default at the points.
+        x_ticks: ticks; on a logarithmic axis those outside its range are ignored, and by default
+            they are at the points.
+        y_ticks: ticks of the vertical axis.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -92,6 +95,10 @@ def draw(
             ticks = points if x_ticks is None else [x for x in x_ticks if low <= x <= high]
             axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
             axes.xaxis.set_minor_locator(NullLocator())
+        elif x_ticks is not None:
+            axes.set_xticks(x_ticks)
+        if y_ticks is not None:
+            axes.set_yticks(y_ticks)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.grid(alpha=0.25)

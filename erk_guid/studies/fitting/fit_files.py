@@ -300,7 +300,7 @@ def plot_levels(fits: Sequence[Fitted]) -> bytes:
     ticks = (0.002, 0.01, 0.05, 0.2, 1, 5, 20, 80)
     return draw(
         "Noise levels", curves, "sigma", "evaluations", log_x=True, wanted_by="the plot",
-        x_ticks=ticks,
+        x_ticks=ticks, y_ticks=[f.evaluations for f in fits],
     )  # fmt: skip
 
 
@@ -319,4 +319,5 @@ def plot_errors(fits: Sequence[Fitted]) -> bytes:
             Curve("fitted", counts, [a.mean for a in later], half(later)),
         ],
         "network evaluations", "mean distance", log_x=len(fits) > 1, wanted_by="the plot",
+        x_ticks=sorted(counts),
     )  # fmt: skip
