@@ -74,6 +74,8 @@ def config_fields(
         # Of commands that choose the number of steps themselves nothing is known here.
         if isinstance(erk, ERKGuidance) and erk.active and _given("w_stiff") and _has("num_steps"):
             _refuse_unguided(plan, erk, name)
+        if options.get("afs") and len(plan) == 1 and not (solver.two_stages and levels[-1] > 0):
+            raise ValueError("--afs with one step would never ask the network; take more --steps")
         churn = _churn(options, solver, erk, levels)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
@@ -97,6 +99,13 @@ def _refuse_idle(options: dict[str, Any]) -> None:
     for name in idle:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise ValueError(f"--{name} has nothing to act on {beside}; leave it out")
+    if isinstance(schedule, str) or not _given("num_steps"):
+        return
+    if options["num_steps"] != len(schedule):
+        raise ValueError(
+            f"--steps {options['num_steps']} and {len(schedule)} noise levels in --schedule "
+            "contradict each other; leave --steps out"
+        )
 
 
 def _refuse_unguided(plan: Sequence[Step], erk: ERKGuidance, solver: str) -> None:

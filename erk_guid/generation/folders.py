@@ -15,6 +15,7 @@ from erk_guid.common.errors import ErkGuidError
 from erk_guid.common.files import PARTIAL, write_bytes
 from erk_guid.common.pictures import is_whole_png
 from erk_guid.generation.locks import FolderLock
+from erk_guid.generation.seeds import unique
 from erk_guid.generation.trace import part_files, restart_parts
 from erk_guid.solvers import same_as_recorded
 
@@ -99,8 +100,13 @@ class ImageFolder:
         Raises:
             ErkGuidError: the folder holds images of other settings, or cannot be written.
         """
+        self._refuse_nested()
         before = self._resumed(settings) if resume else self._cleared(seeds, settings, overwrite)
         recorded: list[int] = before["seeds"] if before else []
+        try:
+            unique([*recorded, *seeds])
+        except ValueError as error:
+            raise ErkGuidError(f"{self.path} has images of earlier seeds: {error}") from error
         todo = list(seeds)
         _remove(list(self._files(f".*{PARTIAL}*")))  # of killed runs
         if resume:
@@ -123,6 +129,25 @@ class ImageFolder:
             }
         )
         return todo
+
+    def _refuse_nested(self) -> None:
+        """Refuse a folder within that of another run, or around one: their images would mix.
+
+        Raises:
+            ErkGuidError: the message names the other run's folder.
+        """
+        around = self.path.absolute().parent
+        if re.fullmatch(r"\d{6,}", self.path.name) and (around / RUN_FILE).exists():
+            raise ErkGuidError(
+                f"{self.path} is named like a folder of the run in {around}, which would take the "
+                "images for its own; choose another --outdir"
+            )
+        for record in self._files(RUN_FILE):
+            if record.parent != self.path:
+                raise ErkGuidError(
+                    f"{record.parent} holds another run, and is named like a folder of this one; "
+                    "choose another --outdir"
+                )
 
     def _has(self, seed: int) -> bool:
         """Return whether the image of a seed is there: whole, and of this seed by its own words."""

@@ -39,6 +39,7 @@ from erk_guid.generation.trace import (
     check_trace_path,
     complete,
     read_parts,
+    read_trace,
     recorded,
     write_trace,
 )
@@ -137,6 +138,8 @@ def _prepare(job: GenerationJob, models: Models) -> list[int]:
     for output in (job.trace, job.grid):
         if output is not None:
             remove_partials(output)
+    if job.resume and job.trace is not None:
+        _refuse_losing_rows(job, job.trace)
     settings = {**models.record(), "subdirs": job.subdirs}
     return job.folder.prepare(
         unique(job.seeds),
@@ -153,6 +156,28 @@ def _prepare(job: GenerationJob, models: Models) -> list[int]:
         resume=job.resume,
         overwrite=job.overwrite,
     )
+
+
+def _refuse_losing_rows(job: GenerationJob, trace: Path) -> None:
+    """Refuse to write a trace anew without rows that it has of images that stay.
+
+    Raises:
+        ErkGuidError: the message counts the images.
+    """
+    try:
+        old = set(read_trace(trace)["seed"].tolist())
+    except ErkGuidError:  # none is there, or it was cut off
+        return
+    recorded = job.folder.recorded()
+    there = recorded.difference(job.folder.missing(recorded))
+    rows = complete(read_parts(job.outdir), there)
+    lost = there.intersection(old).difference(rows["seed"].tolist())
+    if lost:
+        raise ErkGuidError(
+            f"{trace} has rows of {len(lost)} images, such as that of seed {min(lost)}, that are "
+            f"no longer in the part files in {job.outdir}: writing it anew would lose them; give "
+            "--trace another name"
+        )
 
 
 def _stopped(job: GenerationJob, group: Workers, number: int) -> StoppedError:

@@ -139,6 +139,8 @@ def read_parts(folder: Path) -> np.ndarray:
     parts = [NO_ROWS]
     for path in part_files(folder):
         try:
+            if not path.is_file():
+                raise ValueError("it is no file")  # a pipe would be waited for
             data = path.read_bytes()
             whole = len(data) - len(data) % ROW.itemsize
             rows = np.frombuffer(data[:whole], ROW)

@@ -603,3 +603,54 @@ def test_a_pipe_with_the_name_of_an_image(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "000001.png")
     assert generate(*args).exit_code == 0
     assert (tmp_path / "000001.png").is_file()
+
+
+def test_a_trace_whose_part_files_are_gone_is_kept(tmp_path: Path) -> None:
+    # Rows of images that stay, replaced by an empty trace: an attack found it.
+    trace = tmp_path / "t.csv"
+    args = ["--preset=digits", f"--outdir={tmp_path / 'o'}", "--steps=2", f"--trace={trace}"]
+    assert generate(*args, "--seeds=0-1").exit_code == 0
+    before = trace.read_bytes()
+    (tmp_path / "o" / ".trace.0.part").unlink()
+    done = generate(*args, "--seeds=0-2", "--resume")
+    assert done.exit_code == 1
+    assert "rows of 2 images, such as that of seed 0" in done.output
+    assert trace.read_bytes() == before
+
+
+def test_a_run_within_the_folder_of_another_is_refused(tmp_path: Path) -> None:
+    # Each would take the other's images for its own, and --overwrite would delete them.
+    args = ["--preset=digits", "--steps=2", "--seeds=0"]
+    inner = [*args, f"--outdir={tmp_path / 'a' / '000000'}"]
+    outer = [*args, f"--outdir={tmp_path / 'a'}", "--subdirs"]
+    assert generate(*inner).exit_code == 0
+    for more in ([], ["--resume"], ["--overwrite"]):
+        done = generate(*outer, *more)
+        assert done.exit_code == 1
+        assert "000000 holds another run" in done.output
+    assert (tmp_path / "a" / "000000" / "000000.png").exists()
+    (tmp_path / "a" / "000000" / "run.json").rename(tmp_path / "a" / "run.json")
+    done = generate(*inner, "--overwrite")
+    assert done.exit_code == 1
+    assert "is named like a folder of the run in" in done.output
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--schedule=80,10,1", "--steps=8"], "--steps 8 and 3 noise levels in --schedule"),
+        (["--afs", "--steps=1"], "would never ask the network"),
+    ],
+)
+def test_steps_that_nothing_follows(args: list[str], message: str, tmp_path: Path) -> None:
+    done = generate("--preset=digits", f"--outdir={tmp_path}", *args)
+    assert done.exit_code == 2
+    assert message in done.output
+
+
+def test_seeds_of_one_stream_in_two_runs(tmp_path: Path) -> None:
+    args = ["--preset=digits", f"--outdir={tmp_path}", "--steps=2"]
+    assert generate(*args, "--seeds=0").exit_code == 0
+    done = generate(*args, f"--seeds={2**32}")
+    assert done.exit_code == 1
+    assert f"seeds 0 and {2**32} give one image" in done.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,11 @@ def damaged(tmp_path: Path, damage: Callable[[bytearray], None]) -> tuple[list[i
     data = bytearray(part.read_bytes())
     damage(data)
     part.write_bytes(data)
+    refused = generate(*args)  # the trace has what the part file has lost
+    assert refused.exit_code == 1
+    assert "writing it anew would lose them" in refused.output
+    assert (tmp_path / "t.csv").read_text().splitlines() == before
+    (tmp_path / "t.csv").unlink()
     done = generate(*args)
     assert done.exit_code == 0
     after = (tmp_path / "t.csv").read_text().splitlines()
@@ -291,3 +297,9 @@ def test_a_row_at_another_noise_level(tmp_path: Path) -> None:
     seeds, said = damaged(tmp_path, flip)
     assert len(seeds) == 11
     assert "has no rows of 1 of the 12 seeds" in said
+
+
+def test_a_pipe_in_place_of_the_part_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".trace.0.part")
+    with pytest.raises(ErkGuidError, match="it is no file"):
+        read_parts(tmp_path)
