@@ -208,9 +208,16 @@ def united(rows: np.ndarray) -> np.ndarray:
 
 
 def check_trace_path(path: Path) -> None:
-    """Raise ErkGuidError unless `path` ends in a known suffix."""
+    """Raise ErkGuidError unless `path` ends in a known suffix, and is no archive of others."""
     if path.suffix not in SUFFIXES:
         raise ErkGuidError(f"cannot write a trace to {path}: end its name in .csv or .npz")
+    if path.suffix == ".npz" and path.is_file():
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            start = file.read(100)
+            if start and f"{COLUMNS[0]}.npy".encode() not in start:  # every archive begins alike
+                raise ErkGuidError(
+                    f"{path} is there, and is no trace; write to another file, or delete it"
+                )
 
 
 def read_trace(path: Path) -> np.ndarray:

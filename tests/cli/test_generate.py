@@ -654,3 +654,14 @@ def test_seeds_of_one_stream_in_two_runs(tmp_path: Path) -> None:
     done = generate(*args, f"--seeds={2**32}")
     assert done.exit_code == 1
     assert f"seeds 0 and {2**32} give one image" in done.output
+
+
+def test_arrays_of_others_are_no_trace(tmp_path: Path) -> None:
+    # Every .npz begins alike: a reference was replaced by a trace.
+    np.savez(tmp_path / "mine.npz", a=1)
+    before = (tmp_path / "mine.npz").read_bytes()
+    trace = f"--trace={tmp_path / 'mine.npz'}"
+    done = generate("--preset=digits", f"--outdir={tmp_path / 'o'}", "--steps=2", trace)
+    assert done.exit_code == 1
+    assert "is no trace" in done.output
+    assert (tmp_path / "mine.npz").read_bytes() == before

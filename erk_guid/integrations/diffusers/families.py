@@ -302,19 +302,32 @@ class EDM(Family):
         """Set sigmas and timesteps of a run with one call a step."""
         fitted = chosen_levels(self.config.levels, num_inference_steps, sigmas)
         given = None if sigmas is None else torch.as_tensor(sigmas, dtype=torch.float64)
-        if fitted is None and (given is None or bool((given.diff() > 0).all())):
+        if given is not None and not len(given):
+            raise ValueError("sigmas is empty; give noise levels that fall")
+        if fitted is None and (given is None or _are_shares(given)):
             steps = num_inference_steps if given is None else len(given)
             EDMEulerScheduler.set_timesteps(self, steps, device, given)
             return
         if fitted is None:
             assert given is not None
-            ends_at_zero = self.config.final_sigmas_type == "zero"
-            fitted = [*given.tolist(), 0.0 if ends_at_zero else float(given[-1])]
-        check_levels(torch.tensor(list(dict.fromkeys(fitted)), dtype=torch.float64))
+            levels = given.tolist()
+            if len(levels) > 1 and levels[-1] == 0:
+                levels = levels[:-1]  # the end is implied
+                end = 0.0
+            else:
+                end = 0.0 if self.config.final_sigmas_type == "zero" else levels[-1]
+            check_levels(torch.tensor([*levels, 0.0], dtype=torch.float64))
+            fitted = [*levels, end]
         self.sigmas = as_tensor(fitted)
         self.timesteps = self.precondition_noise(self.sigmas[:-1]).to(device)  # type: ignore[attr-defined]
         self.num_inference_steps = len(self.timesteps)
         self._step_index = self._begin_index = None
+
+
+def _are_shares(given: Tensor) -> bool:
+    """Return whether a list holds shares of the range, which rise within 0 and 1."""
+    within = bool(((given >= 0) & (given <= 1)).all())
+    return len(given) > 1 and within and bool((given.diff() > 0).all())
 
 
 class Flow(Family):
@@ -399,6 +412,11 @@ class Flow(Family):
         self.sigmas = self.sigmas.cpu()
         self.num_inference_steps = len(self.timesteps)
         times = [self.time(index) for index in range(len(self.sigmas))]
+        if sigmas is not None and times[0] > 1 and not (self.config.sigma_max or 1) > 1:
+            raise ValueError(
+                f"times of a flow are at most 1, got {times[0]:g}: these are noise levels of "
+                "another family of models"
+            )
         check_levels(torch.tensor(list(dict.fromkeys(times)), dtype=torch.float64))
 
     def _spaced(

@@ -38,7 +38,12 @@ from erk_guid.integrations.diffusers.families import (
     Generators,
     check_prediction,
 )
-from erk_guid.integrations.diffusers.levels import as_tensor, check_fitted, chosen_levels
+from erk_guid.integrations.diffusers.levels import (
+    as_tensor,
+    check_fitted,
+    check_times,
+    chosen_levels,
+)
 from erk_guid.integrations.flow import flow_process
 from erk_guid.processes import VE, Process, RectifiedFlow, evaluation_in_sigma
 from erk_guid.solvers import Heun, Pair, StepResult, check_levels
@@ -286,7 +291,8 @@ class ERKGuidHeunScheduler(Discrete, _Heun, HeunDiscreteScheduler):  # type: ign
             num_train_timesteps: in place of the config's.
             timesteps: N of them.
             sigmas: N + 1 noise levels, noise over signal, falling strictly; the last is usually
-                0. `EulerDiscreteScheduler` takes the same; diffusers' Heun takes none.
+                0. The last step is Euler's, also to a level above 0. `EulerDiscreteScheduler`
+                takes the same; diffusers' Heun takes none.
 
         Raises:
             ValueError: none or several are given, the sigmas do not fall, or the config has
@@ -295,6 +301,7 @@ class ERKGuidHeunScheduler(Discrete, _Heun, HeunDiscreteScheduler):  # type: ign
         fitted = None
         if num_train_timesteps is None:  # diffusers' own __init__ passes it
             fitted = chosen_levels(self.config.levels, num_inference_steps, sigmas, timesteps)
+        check_times(timesteps)
         if fitted is None and sigmas is None:
             HeunDiscreteScheduler.set_timesteps(
                 self, num_inference_steps, device, num_train_timesteps,

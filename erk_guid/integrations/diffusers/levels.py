@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,20 @@ def check_falling(sigmas: Any) -> None:
             raise ValueError(f"sigmas[{k}] is {level}; noise levels are finite and not negative")
         if k and level > given[k - 1]:
             raise ValueError(f"sigmas must fall, but sigmas[{k}] = {level} follows {given[k - 1]}")
+
+
+def check_times(timesteps: Any) -> None:
+    """Refuse timesteps that do not fall strictly.
+
+    Raises:
+        ValueError: naming the first at fault.
+    """
+    given = [] if timesteps is None else [float(t) for t in timesteps]
+    for k, (before, after) in enumerate(pairwise(given)):
+        if not after < before:
+            raise ValueError(
+                f"timesteps must fall, but timesteps[{k + 1}] = {after:g} follows {before:g}"
+            )
 
 
 def check_fitted(levels: Sequence[float] | None) -> None:

@@ -35,7 +35,12 @@ from erk_guid.integrations.diffusers.families import (
     Generators,
     check_prediction,
 )
-from erk_guid.integrations.diffusers.levels import check_falling, check_fitted, chosen_levels
+from erk_guid.integrations.diffusers.levels import (
+    check_falling,
+    check_fitted,
+    check_times,
+    chosen_levels,
+)
 from erk_guid.processes import Level, levels_of
 from erk_guid.solvers import Memory, Modal
 from erk_guid.solvers.multistep import PredictorCorrectorStep, trust_in_past
@@ -238,6 +243,7 @@ class ModalScheduler(Discrete, _Modal, EulerDiscreteScheduler):  # type: ignore[
             num_inference_steps, sigmas = None, fitted
         if sigmas is not None:
             check_falling(sigmas)
+        check_times(timesteps)
         EulerDiscreteScheduler.set_timesteps(self, num_inference_steps, device, timesteps, sigmas)
         self._forget()
 

@@ -1,0 +1,65 @@
+"""Lists of noise levels, times and timesteps that a user gives to our schedulers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="needs the package diffusers (extra diffusers)")
+
+from erk_guid.integrations.diffusers import (
+    EDMERKGuidHeunScheduler,
+    EDMModalScheduler,
+    ERKGuidHeunScheduler,
+    FlowMatchERKGuidHeunScheduler,
+    FlowMatchModalScheduler,
+    ModalScheduler,
+)
+
+
+def made(kind: Any, **lists: Any) -> Any:
+    scheduler = kind()
+    scheduler.set_timesteps(**lists)
+    return scheduler
+
+
+@pytest.mark.parametrize("kind", [EDMERKGuidHeunScheduler, EDMModalScheduler])
+def test_the_end_of_a_list_may_be_named(kind: Any) -> None:
+    # A second 0 gave a timestep of -inf and NaN, or an IndexError.
+    with_end, without = (made(kind, sigmas=[10, 1, 0.1, *end]) for end in ([0.0], []))
+    assert torch.equal(with_end.sigmas, without.sigmas)
+    assert torch.equal(with_end.timesteps, without.timesteps)
+    assert torch.isfinite(with_end.timesteps).all()
+    assert made(kind, sigmas=[5.0]).sigmas.tolist() == [5.0, 0.0]
+
+
+@pytest.mark.parametrize("kind", [EDMERKGuidHeunScheduler, EDMModalScheduler])
+@pytest.mark.parametrize("sigmas", [[0.1, 1, 10], [10, 10, 1], [1, 2], []])
+def test_levels_that_do_not_fall(kind: Any, sigmas: list[float]) -> None:
+    # Rising levels were taken for shares of the range: one was -5e7.
+    with pytest.raises(ValueError, match=r"sigmas|levels"):
+        made(kind, sigmas=sigmas)
+
+
+@pytest.mark.parametrize("kind", [EDMERKGuidHeunScheduler, EDMModalScheduler])
+def test_shares_of_the_range(kind: Any) -> None:
+    # As in diffusers' EDMEulerScheduler, rho 7: a share of 0 is sigma_max, of 1 sigma_min.
+    sigmas = made(kind, sigmas=[0.0, 0.5, 1.0]).sigmas
+    assert float(sigmas[0]) == pytest.approx(80, rel=1e-5)
+    assert float(sigmas[-2]) == pytest.approx(0.002, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [FlowMatchERKGuidHeunScheduler, FlowMatchModalScheduler])
+def test_levels_of_another_family(kind: Any) -> None:
+    # Levels of Stable Diffusion gave finite nonsense, at a timestep of 14600.
+    with pytest.raises(ValueError, match=r"times of a flow are at most 1, got 14\.6"):
+        made(kind, sigmas=[14.6, 3.0, 0.5, 0.0])
+
+
+@pytest.mark.parametrize("kind", [ERKGuidHeunScheduler, ModalScheduler])
+@pytest.mark.parametrize("timesteps", [[1, 500, 999], [500, 500, 1]])
+def test_timesteps_that_do_not_fall(kind: Any, timesteps: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"timesteps must fall, but timesteps\[1\] = 500"):
+        made(kind, timesteps=timesteps)
