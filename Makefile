@@ -7,7 +7,8 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 # A process for each core, each with one thread: two that want both cores wait for each other.
 WORKERS ?= 2
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+# -rs: a test that was left out, for want of a browser or a GPU, is named.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -rs
 
 .PHONY: demo test test-slow lint bench gpu report fuzz soak docs clean
 

@@ -138,7 +138,7 @@ def _prepare(job: GenerationJob, models: Models) -> list[int]:
     for output in (job.trace, job.grid):
         if output is not None:
             remove_partials(output)
-    if job.resume and job.trace is not None:
+    if job.trace is not None and not job.overwrite:
         _refuse_losing_rows(job, job.trace)
     settings = {**models.record(), "subdirs": job.subdirs}
     return job.folder.prepare(
@@ -170,6 +170,8 @@ def _refuse_losing_rows(job: GenerationJob, trace: Path) -> None:
         return
     recorded = job.folder.recorded()
     there = recorded.difference(job.folder.missing(recorded))
+    if not job.resume:
+        there.difference_update(job.seeds)  # these are made again, with their rows
     rows = complete(read_parts(job.outdir), there)
     lost = there.intersection(old).difference(rows["seed"].tolist())
     if lost:

@@ -615,6 +615,9 @@ def test_a_trace_whose_part_files_are_gone_is_kept(tmp_path: Path) -> None:
     done = generate(*args, "--seeds=0-2", "--resume")
     assert done.exit_code == 1
     assert "rows of 2 images, such as that of seed 0" in done.output
+    done = generate(*args, "--seeds=1-2")  # seed 0 stays, as its settings are the same
+    assert done.exit_code == 1
+    assert "rows of 1 images, such as that of seed 0" in done.output
     assert trace.read_bytes() == before
 
 
