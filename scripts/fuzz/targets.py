@@ -338,7 +338,8 @@ def _read_schedule(path: Path) -> None:
 
 def _read_schedule_text(path: Path) -> None:
     text = path.read_bytes().decode(errors="surrogateescape")
-    _planned(["--steps", "8", "--schedule", text])
+    steps = ["--steps", "8"] if text == "fitted" else []  # a count beside a list is refused
+    _planned([*steps, "--schedule", text])
 
 
 _mutate_levels = mutator_of_text(
