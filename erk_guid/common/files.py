@@ -9,7 +9,6 @@ import hashlib
 import os
 import secrets
 import stat
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,6 +22,9 @@ STARTS = {
     ".svg": (b"<?xml", b"<svg"), ".html": (b"<!",), ".json": JSON_START, ".npz": NPZ_START,
 }  # fmt: skip
 """How files begin, by the end of their names, see `check_writable`."""
+OWN = "erk_guid"
+"""What every picture and page that we write has in its beginning."""
+MARKED = (".png", ".jpg", ".jpeg", ".svg", ".html")
 
 PARTIAL = ".partial"
 """Part of the name of every file that is being written (never of a finished one)."""
@@ -43,14 +45,19 @@ def replacing(path: str | Path, make_folder: bool = True) -> Iterator[Path]:
         return
     if make_folder:
         path.parent.mkdir(parents=True, exist_ok=True)
-    # Processes on two nodes may have one number, and write the same file.
-    mark = f"{os.getpid()}-{secrets.token_hex(3)}"
-    partial = path.with_name(f".{path.name}.{mark}{PARTIAL}{path.suffix}")
+    partial = _partial(path)
     try:
         yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    """Return a new temporary name beside `path`."""
+    # Processes on two nodes may have one number, and write the same file.
+    mark = f"{os.getpid()}-{secrets.token_hex(3)}"
+    return path.with_name(f".{path.name}.{mark}{PARTIAL}{path.suffix}")
 
 
 def remove_partials(path: str | Path) -> None:
@@ -73,7 +80,8 @@ def check_writable(path: str | Path, begins: Sequence[bytes] = ()) -> None:
         path: the file.
         begins: how files of the kind begin; by default what is known by the end of the name. What
             is there under that name and begins otherwise belongs to somebody else, and is not
-            replaced. Of other texts (Markdown) all that is no text is kept.
+            replaced. Nor are pictures and pages that do not say that they are ours. Of other
+            texts (Markdown) all that is no text is kept.
 
     Raises:
         ErkGuidError: `path` is a folder, its folder cannot be made or written to, or there is
@@ -86,8 +94,10 @@ def check_writable(path: str | Path, begins: Sequence[bytes] = ()) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.stat(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        if not path.exists() or path.is_file():
+            partial = _partial(Path(os.path.realpath(path)))  # its name is longer, too
+            partial.touch()
+            partial.unlink()
     except OSError as error:
         where = path if error.errno == errno.ENAMETOOLONG else path.parent
         raise ErkGuidError(
@@ -99,6 +109,7 @@ def check_writable(path: str | Path, begins: Sequence[bytes] = ()) -> None:
         with contextlib.suppress(OSError), open(path, "rb") as file:
             start = file.read(1024)
             foreign = not start.startswith(tuple(begins)) if begins else b"\0" in start
+            foreign |= path.suffix.lower() in MARKED and OWN.encode() not in start
             if start and foreign:
                 raise ErkGuidError(
                     f"{_shown(path)} is there, and is no earlier output of this kind; write to "

@@ -12,9 +12,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from erk_guid.common.files import replacing, write_bytes
+from erk_guid.common.files import OWN, replacing, write_bytes
 
+RUN_TEXT = "erk_guid run"
+"""Name of the text in an image that says which run's it is."""
 MARGIN = 12
+PNG_START = b"\x89PNG\r\n\x1a\n"
 INK, PAPER, GREY = (24, 24, 27), (255, 255, 255), (113, 113, 122)
 
 
@@ -25,12 +28,16 @@ def to_pil(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels[:3].transpose(1, 2, 0)), "RGB")
 
 
-def save_png(path: Path, pixels: np.ndarray, text: str = "", make_folder: bool = True) -> None:
+def save_png(
+    path: Path, pixels: np.ndarray, text: str = "", make_folder: bool = True, run: str = ""
+) -> None:
     """Write uint8 [C, H, W] as PNG, whole or not at all, with `text` in its metadata.
 
-    `make_folder` makes a missing folder.
+    `make_folder` makes a missing folder; `run` is which run's image it is.
     """
     info = PngImagePlugin.PngInfo()
+    if run:
+        info.add_text(RUN_TEXT, run)
     if text:
         info.add_text("parameters", text)
     buffer = io.BytesIO()
@@ -38,25 +45,42 @@ def save_png(path: Path, pixels: np.ndarray, text: str = "", make_folder: bool =
     write_bytes(path, buffer.getvalue(), make_folder)
 
 
-def is_whole_png(path: Path, text: str = "") -> bool:
+def is_whole_png(path: Path, text: str = "", run: str = "") -> bool:
     """Return whether `path` begins and ends like a PNG; finds truncated and empty files cheaply.
 
     Args:
         path: the file.
         text: what the text in it must begin with, see `save_png`.
+        run: which run's it must be, where it says so; earlier versions did not.
     """
-    mark = f"parameters\0{text}".encode("latin-1") if text else b""
+    head, tail = _ends(path)
+    if not head.startswith(PNG_START) or tail[4:8] != b"IEND":
+        return False
+    if text and f"parameters\0{text}".encode("latin-1") not in head:
+        return False
+    said = f"{RUN_TEXT}\0".encode()
+    return not run or said not in head or said + run.encode() in head
+
+
+def is_somebodys(path: Path) -> bool:
+    """Return whether `path` is a whole PNG, or a file that never was one: no image cut off."""
+    head, tail = _ends(path)
+    if head.startswith(PNG_START):
+        return tail[4:8] == b"IEND"
+    return bool(head.strip(b"\0")) and not PNG_START.startswith(head)
+
+
+def _ends(path: Path) -> tuple[bytes, bytes]:
+    """Return the first KiB and the last 12 bytes of a file; nothing of what cannot be read."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            return False  # a named pipe would be waited for
+            return b"", b""  # a named pipe would be waited for
         with open(path, "rb") as file:
             head = file.read(1024)
-            file.seek(-12, 2)
-            tail = file.read()
+            file.seek(-min(12, len(head)), 2)
+            return head, file.read()
     except OSError:
-        return False
-    whole = head.startswith(b"\x89PNG\r\n\x1a\n") and tail[4:8] == b"IEND"
-    return whole and mark in head
+        return b"", b""
 
 
 def tile(images: Sequence[Image.Image], columns: int, scale: int = 1, gap: int = 2) -> Image.Image:
@@ -111,6 +135,11 @@ def figure(panels: Sequence[Panel], footer: Sequence[str] = ()) -> Image.Image:
 
 
 def save_picture(path: Path, picture: Image.Image) -> None:
-    """Write a figure as PNG (or the format of its suffix), whole or not at all."""
+    """Write a figure as PNG or JPEG, by its suffix, whole or not at all.
+
+    It says that it is ours, see `check_writable`.
+    """
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Software", OWN)
     with replacing(path) as partial:
-        picture.save(partial)
+        picture.save(partial, pnginfo=info, comment=OWN)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from erk_guid.common.errors import MissingExtraError
+from erk_guid.common.files import OWN
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#65a30d", "#dc2626")
 """In greyscale, the markers tell the curves apart."""
@@ -177,4 +178,4 @@ def _drawing(title: str, height: float, wanted_by: str) -> Iterator[tuple[Any, A
         axes = figure.add_subplot()
         axes.set_title(title, fontsize=12, loc="left")
         yield figure, axes, svg
-        figure.savefig(svg, format="svg", metadata={"Date": None})
+        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": OWN})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import stat
@@ -13,7 +14,7 @@ from typing import Any
 
 from erk_guid.common.errors import ErkGuidError
 from erk_guid.common.files import PARTIAL, write_bytes
-from erk_guid.common.pictures import is_whole_png
+from erk_guid.common.pictures import is_somebodys, is_whole_png
 from erk_guid.generation.locks import FolderLock
 from erk_guid.generation.seeds import unique
 from erk_guid.generation.trace import part_files, restart_parts
@@ -101,6 +102,7 @@ class ImageFolder:
             ErkGuidError: the folder holds images of other settings, or cannot be written.
         """
         self._refuse_nested()
+        run = fingerprint(settings)
         before = self._resumed(settings) if resume else self._cleared(seeds, settings, overwrite)
         recorded: list[int] = before["seeds"] if before else []
         try:
@@ -112,13 +114,14 @@ class ImageFolder:
         if resume:
             # Keep only images of recorded seeds: those of other seeds may be from an older run.
             claimed = set(recorded)
-            todo = [s for s in seeds if s not in claimed or not self._has(s)]
-            self._tell_foreign(todo)
-            _remove(self.image(s) for s in todo)
+            todo = [s for s in seeds if s not in claimed or not self._has(s, run)]
+        if not overwrite:
+            self._refuse_foreign(todo, run)
+        _remove(self.image(s) for s in todo)
         if before is None:
             _remove(part_files(self.path))
         else:
-            restart_parts(self.path, without=todo)
+            restart_parts(self.path, run, without=todo)
         skipped = set(before.get("nonfinite", []) if before else []) - set(todo)
         self._write(
             {
@@ -149,17 +152,23 @@ class ImageFolder:
                     "choose another --outdir"
                 )
 
-    def _has(self, seed: int) -> bool:
-        """Return whether the image of a seed is there: whole, and of this seed by its own words."""
-        return is_whole_png(self.image(seed), f"seed {seed},")
+    def _has(self, seed: int, run: str) -> bool:
+        """Return whether the image of a seed is there: whole, and this run's by its own words."""
+        return is_whole_png(self.image(seed), f"seed {seed},", run)
 
-    def _tell_foreign(self, todo: Sequence[int]) -> None:
-        foreign = [seed for seed in todo if is_whole_png(self.image(seed))]
+    def _refuse_foreign(self, seeds: Sequence[int], run: str) -> None:
+        """Refuse to put images in the place of files that are none of this run's.
+
+        Raises:
+            ErkGuidError: the message counts them.
+        """
+        there = (seed for seed in seeds if is_somebodys(self.image(seed)))
+        foreign = [seed for seed in there if not self._has(seed, run)]
         if foreign:
-            print(
-                f"Note: {len(foreign)} pictures in {self.path} are not what their names say, such "
-                f"as that of seed {foreign[0]}; they are made again",
-                file=sys.stderr,
+            files = "file has the name" if len(foreign) == 1 else "files have names"
+            raise ErkGuidError(
+                f"{len(foreign)} {files} of images of this run, and came from elsewhere, such as "
+                f"{self.image(foreign[0])}; move what you want to keep, and delete the others"
             )
 
     def record_skipped(self, skipped: Sequence[int]) -> None:
@@ -214,10 +223,10 @@ class ImageFolder:
     def _cleared(
         self, seeds: Sequence[int], settings: dict[str, Any], overwrite: bool
     ) -> dict[str, Any] | None:
-        """Delete old images of these seeds, and with `overwrite` those of other settings.
+        """Delete images of other settings, with `overwrite`.
 
         Returns:
-            The record of a run with the same settings, whose other images stay.
+            The record of a run with the same settings, whose images stay.
 
         Raises:
             ErkGuidError: there are images of other settings.
@@ -237,7 +246,6 @@ class ImageFolder:
             _remove(named)
             there -= named
         ours = {self.image(seed) for seed in [*seeds, *(before["seeds"] if before else [])]}
-        _remove(there & {self.image(seed) for seed in seeds})
         if there - ours:
             # A score over the folder would count them, too.
             count = len(there - ours)
@@ -266,6 +274,12 @@ def _remove(paths: Iterable[Path]) -> None:
             path.unlink(missing_ok=True)
         except OSError as error:
             raise ErkGuidError(f"cannot replace {path}: {error.strerror}") from error
+
+
+def fingerprint(settings: dict[str, Any]) -> str:
+    """Return which run's an image is: the same for settings that may be mixed."""
+    same = same_as_recorded(json.loads(json.dumps(settings)))
+    return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_run(path: Path) -> dict[str, Any] | None:

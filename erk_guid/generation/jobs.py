@@ -27,7 +27,7 @@ from erk_guid.common.files import check_folder, check_writable, remove_partials
 from erk_guid.common.pictures import save_picture, tile
 from erk_guid.common.signals import number_of
 from erk_guid.generation.config import GenerationConfig, Models
-from erk_guid.generation.folders import ImageFolder, image_path
+from erk_guid.generation.folders import ImageFolder, fingerprint, image_path
 from erk_guid.generation.images import divided, generate
 from erk_guid.generation.locks import FolderLock, locked
 from erk_guid.generation.nonfinite import NonFiniteImagesError
@@ -94,11 +94,11 @@ def run_job(job: GenerationJob) -> int:
         token = group.agree(lambda: held.enter_context(locked(job.outdir)).token)
         lock = FolderLock(job.outdir, token)
         models = job.open(device, group, refresh=job.refresh)
-        todo = group.agree(lambda: _prepare(job, models))
+        todo, run = group.agree(lambda: _prepare(job, models))
         try:
-            queue = _generate(job, models, group, todo, lock, stop)
+            queue = _generate(job, models, group, todo, run, lock, stop)
         except KeyboardInterrupt as error:
-            raise _stopped(job, group, number_of(error)) from None
+            raise _stopped(job, group, run, number_of(error)) from None
         if group.rank:
             return 0  # rank 0 counts them all
         skipped = sorted(seed for notes in queue.notes() for seed in notes)
@@ -106,7 +106,7 @@ def run_job(job: GenerationJob) -> int:
         job.folder.check(lock, made)
         job.folder.check_made(made)
         job.folder.record_skipped(skipped)
-        _write_trace(job, skipped)
+        _write_trace(job, run, skipped)
         if job.grid:
             _write_grid(job, skipped)
         return len(made)
@@ -133,15 +133,19 @@ def _check_outputs(job: GenerationJob) -> None:
             check_writable(path, BEGINS if option == "--trace" else ())
 
 
-def _prepare(job: GenerationJob, models: Models) -> list[int]:
-    """Prepare the folder, and return the seeds still to be made. Runs on rank 0."""
+def _prepare(job: GenerationJob, models: Models) -> tuple[list[int], str]:
+    """Prepare the folder, and return the seeds still to be made, and which run's they are.
+
+    Runs on rank 0.
+    """
     for output in (job.trace, job.grid):
         if output is not None:
             remove_partials(output)
-    if job.trace is not None and not job.overwrite:
-        _refuse_losing_rows(job, job.trace)
     settings = {**models.record(), "subdirs": job.subdirs}
-    return job.folder.prepare(
+    run = fingerprint(settings)
+    if job.trace is not None and not job.overwrite:
+        _refuse_losing_rows(job, run, job.trace)
+    todo = job.folder.prepare(
         unique(job.seeds),
         settings,
         {
@@ -156,9 +160,10 @@ def _prepare(job: GenerationJob, models: Models) -> list[int]:
         resume=job.resume,
         overwrite=job.overwrite,
     )
+    return todo, run
 
 
-def _refuse_losing_rows(job: GenerationJob, trace: Path) -> None:
+def _refuse_losing_rows(job: GenerationJob, run: str, trace: Path) -> None:
     """Refuse to write a trace anew without rows that it has of images that stay.
 
     Raises:
@@ -172,7 +177,7 @@ def _refuse_losing_rows(job: GenerationJob, trace: Path) -> None:
     there = recorded.difference(job.folder.missing(recorded))
     if not job.resume:
         there.difference_update(job.seeds)  # these are made again, with their rows
-    rows = complete(read_parts(job.outdir), there)
+    rows = complete(read_parts(job.outdir, run), there)
     lost = there.intersection(old).difference(rows["seed"].tolist())
     if lost:
         raise ErkGuidError(
@@ -182,12 +187,12 @@ def _refuse_losing_rows(job: GenerationJob, trace: Path) -> None:
         )
 
 
-def _stopped(job: GenerationJob, group: Workers, number: int) -> StoppedError:
+def _stopped(job: GenerationJob, group: Workers, run: str, number: int) -> StoppedError:
     """Write what there is of the trace, and return the error that says how to go on."""
     if group.rank:
         return StoppedError(number, f"rank {group.rank}; ranks that go on make its batches")
     missing = job.folder.missing(job.seeds)
-    _write_trace(job, missing, tell=False)
+    _write_trace(job, run, missing, tell=False)
     return StoppedError(
         number,
         f"{len(job.seeds) - len(missing)} of {len(job.seeds)} images are in {job.outdir}; the same "
@@ -195,11 +200,12 @@ def _stopped(job: GenerationJob, group: Workers, number: int) -> StoppedError:
     )
 
 
-def _write_trace(job: GenerationJob, left_out: Sequence[int], tell: bool = True) -> None:
+def _write_trace(job: GenerationJob, run: str, left_out: Sequence[int], tell: bool = True) -> None:
     """Write the trace from the rows that all ranks have appended in the folder, now and before.
 
     Args:
         job: names the file.
+        run: which run's rows, see `folders.fingerprint`.
         left_out: seeds that have no image.
         tell: tell of images without rows.
     """
@@ -207,7 +213,7 @@ def _write_trace(job: GenerationJob, left_out: Sequence[int], tell: bool = True)
         return
     try:
         seeds = job.folder.recorded().difference(left_out)
-        rows = complete(read_parts(job.outdir), seeds)
+        rows = complete(read_parts(job.outdir, run), seeds)
         write_trace(job.trace, rows)
     except OSError as error:
         raise ErkGuidError(f"cannot write the trace {job.trace}: {error}") from error
@@ -225,6 +231,7 @@ def _generate(
     models: Models,
     group: Workers,
     todo: list[int],
+    run: str,
     lock: FolderLock,
     stop: Stop,
 ) -> Queue:
@@ -237,8 +244,9 @@ def _generate(
             bar = opened.enter_context(
                 tqdm(total=len(todo), desc=label, unit="image", disable=group.rank != 0)
             )
-            trace = opened.enter_context(recorded(job.outdir, group.rank)) if job.trace else None
-            writer = opened.enter_context(_writer(job, models))
+            rows = recorded(job.outdir, group.rank, run)
+            trace = opened.enter_context(rows) if job.trace else None
+            writer = opened.enter_context(_writer(job, models, run))
             # A single process is left to whoever looks at it: nobody else makes its batches.
             limit = job.rank_timeout if group.world_size > 1 else 0
             progress = opened.enter_context(watched(group.rank, limit))
@@ -301,7 +309,7 @@ def _generate(
     return queue
 
 
-def _writer(job: GenerationJob, models: Models) -> ImageWriter:
+def _writer(job: GenerationJob, models: Models, run: str) -> ImageWriter:
     line = models.used.describe()
 
     def about(seed: int, number: int | None) -> str:
@@ -313,7 +321,7 @@ def _writer(job: GenerationJob, models: Models) -> ImageWriter:
             target.parent.mkdir(exist_ok=True)
         return target
 
-    return ImageWriter(models.encoder, models.device, path, about)
+    return ImageWriter(models.encoder, models.device, path, about, run)
 
 
 def _not_finite(failure: NonFiniteImagesError) -> ErkGuidError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import os
+import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,10 @@ ROW = np.dtype([(name, "<i8" if name in KEYS else "<f8") for name in COLUMNS])
 """A row of a trace: seeds beyond 2^53 are no floating-point numbers."""
 NO_ROWS = np.empty(0, ROW)
 
+PART_ROW = np.dtype([*ROW.descr, ("check", "<u4")])
+"""A row of a part file: with a checksum of it, and of which run's it is."""
 PART = ".trace.{rank}.part"
-"""Name of a rank's part file: rows as they are in memory, one after the other."""
+"""Name of a rank's part file: rows (`PART_ROW`) as they are in memory, one after the other."""
 
 MOST_STEPS = 10_000
 """Largest number of steps of a trace that is read."""
@@ -101,8 +104,8 @@ def part_files(folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def recorded(folder: Path, rank: int) -> Iterator[Trace]:
-    """Give a trace that appends its rows to the part file of a rank.
+def recorded(folder: Path, rank: int, run: str) -> Iterator[Trace]:
+    """Give a trace that appends its rows to the part file of a rank, for the run of that name.
 
     Raises:
         ErkGuidError: it cannot be written.
@@ -111,7 +114,7 @@ def recorded(folder: Path, rank: int) -> Iterator[Trace]:
 
     def append(rows: np.ndarray) -> None:
         try:
-            data = memoryview(rows.astype(ROW).tobytes())
+            data = memoryview(with_checks(rows, run).tobytes())
             while data:
                 data = data[os.write(file, data) :]
         except OSError as error:
@@ -127,11 +130,22 @@ def recorded(folder: Path, rank: int) -> Iterator[Trace]:
         os.close(file)
 
 
-def read_parts(folder: Path) -> np.ndarray:
+def with_checks(rows: np.ndarray, run: str) -> np.ndarray:
+    """Return rows (`ROW`) as `PART_ROW`, for the run of that name."""
+    rows = rows.astype(ROW)
+    data, size, start = memoryview(rows.tobytes()), ROW.itemsize, zlib.crc32(run.encode())
+    parts = np.empty(len(rows), PART_ROW)
+    for name in COLUMNS:
+        parts[name] = rows[name]
+    parts["check"] = [zlib.crc32(data[k : k + size], start) for k in range(0, len(data), size)]
+    return parts
+
+
+def read_parts(folder: Path, run: str) -> np.ndarray:
     """Read the rows of all part files.
 
-    Half a row at the end, from a kill, is left out, and so is what no step wrote: blocks of zeros,
-    which some file systems leave after a crash.
+    Half a row at the end, from a kill, is left out, and so are rows that were changed, rows of
+    another run, and blocks of zeros, which some file systems leave after a crash.
 
     Raises:
         ErkGuidError: one cannot be read, or is something else.
@@ -142,9 +156,10 @@ def read_parts(folder: Path) -> np.ndarray:
             if not path.is_file():
                 raise ValueError("it is no file")  # a pipe would be waited for
             data = path.read_bytes()
-            whole = len(data) - len(data) % ROW.itemsize
-            rows = np.frombuffer(data[:whole], ROW)
-            parts.append(_checked(rows[rows["sigma"] != 0]))
+            whole = len(data) - len(data) % PART_ROW.itemsize
+            found = np.frombuffer(data[:whole], PART_ROW)
+            rows = found[list(COLUMNS)].astype(ROW)
+            parts.append(_checked(rows[found["check"] == with_checks(rows, run)["check"]]))
         except (OSError, ValueError) as error:
             raise ErkGuidError(
                 f"cannot read {path}, which holds rows of a trace: {error}; delete it to go on "
@@ -153,8 +168,8 @@ def read_parts(folder: Path) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def restart_parts(folder: Path, without: Collection[int]) -> None:
-    """Put the rows of all part files into one, without those of some seeds.
+def restart_parts(folder: Path, run: str, without: Collection[int]) -> None:
+    """Put the rows of all part files of a run into one, without those of some seeds.
 
     Raises:
         ErkGuidError: a part file cannot be read or written.
@@ -162,11 +177,11 @@ def restart_parts(folder: Path, without: Collection[int]) -> None:
     before = part_files(folder)
     if not before:
         return
-    rows = rows_without(read_parts(folder), without)
+    rows = rows_without(read_parts(folder, run), without)
     first = folder / PART.format(rank=0)
     try:
         # The new file first: after a kill between the two, rows are there twice and not missing.
-        write_bytes(first, rows.tobytes())
+        write_bytes(first, with_checks(rows, run).tobytes())
         for path in before:
             if path != first:
                 path.unlink(missing_ok=True)

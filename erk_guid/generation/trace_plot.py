@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from erk_guid.common.errors import ErkGuidError, MissingExtraError
+from erk_guid.common.files import OWN
 from erk_guid.generation.trace import COLUMNS
 
 QUANTILES = (0.05, 0.5, 0.95)
@@ -106,5 +107,5 @@ def draw_trace(summary: np.ndarray, title: str) -> bytes:
             axes.grid(alpha=0.25)
         figure.supxlabel("noise level sigma the step begins at (median; band: 5 to 95 %)")
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110)
+        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": OWN})
     return buffer.getvalue()

@@ -31,6 +31,7 @@ class ImageWriter:
         device: where they are.
         path: gives the file of a seed.
         about: gives the text to store in an image, from seed and class.
+        run: which run's images they are, see `folders.fingerprint`.
     """
 
     def __init__(
@@ -39,8 +40,9 @@ class ImageWriter:
         device: torch.device,
         path: Callable[[int], Path],
         about: Callable[[int, int | None], str],
+        run: str = "",
     ) -> None:
-        self._encoder, self._path, self._about = encoder, path, about
+        self._encoder, self._path, self._about, self._run = encoder, path, about, run
         self._pool = ThreadPoolExecutor(THREADS.get(device.type, 1))
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -66,7 +68,8 @@ class ImageWriter:
             pixels: np.ndarray = images[k].numpy()
             # A folder that vanished is not made again: what it held would be missing.
             target = self._path(made.seeds[k])
-            save_png(target, pixels, self._about(made.seeds[k], number), make_folder=False)
+            text = self._about(made.seeds[k], number)
+            save_png(target, pixels, text, make_folder=False, run=self._run)
             return True
 
         return [self._pool.submit(save, k) for k in range(len(made.seeds))]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from erk_guid.common.errors import MissingExtraError
+from erk_guid.common.files import OWN
 from erk_guid.guidance import ERKGuidance, Guidance, ParameterFreeGuidance
 from erk_guid.mixtures import GaussianMixture, tree_mixture
 from erk_guid.sampling import sample
@@ -202,7 +203,7 @@ def draw_toy(toy: Toy) -> bytes:
         _draw_drift(places[1, 0], toy, data)
         _draw_errors(places[1, 1], toy, data)
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130)
+        figure.savefig(buffer, format="png", dpi=130, metadata={"Software": OWN})
     return buffer.getvalue()
 
 

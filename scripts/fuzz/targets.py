@@ -28,7 +28,16 @@ from erk_guid.common.npz import npz_names, read_npz
 from erk_guid.generation import folders
 from erk_guid.generation.seeds import seeds_in
 from erk_guid.generation.settings import Settings, read_settings
-from erk_guid.generation.trace import COLUMNS, KEYS, PART, ROW, read_parts, read_trace, united
+from erk_guid.generation.trace import (
+    COLUMNS,
+    KEYS,
+    PART,
+    ROW,
+    read_parts,
+    read_trace,
+    united,
+    with_checks,
+)
 from erk_guid.guidance import ERKGuidance
 from erk_guid.metrics.statistics.moments import Statistics
 from erk_guid.metrics.statistics.references import read_reference, write_reference
@@ -236,7 +245,13 @@ def _traces(suffix: str) -> Callable[[Path], list[bytes]]:
 
 
 def _read_parts(path: Path) -> None:
-    united(read_parts(path.parent))
+    data = path.read_bytes()
+    united(read_parts(path.parent, "fuzz"))
+    # Rows whose checksum is wrong are left out: the others are to be read, too.
+    size = ROW.itemsize
+    rows = np.frombuffer(data[: len(data) // size * size], ROW)
+    path.write_bytes(with_checks(rows, "fuzz").tobytes() + data[len(rows) * size :])
+    united(read_parts(path.parent, "fuzz"))
 
 
 def _settings(folder: Path) -> list[bytes]:
@@ -384,7 +399,8 @@ TARGETS = (
            mutator_of_text((",", "\n"), (*COLUMNS, "0", "1", '"', "\r")), read_trace),
     Target("trace-npz", "trace.npz", _traces(".npz"), archives.mutate_npz, read_trace,
            runs=800, allowance=160),
-    Target("trace-part", PART.format(rank=0), lambda _: [ROWS.tobytes()], scramble, _read_parts,
+    Target("trace-part", PART.format(rank=0),
+           lambda _: [ROWS.tobytes(), with_checks(ROWS, "fuzz").tobytes()], scramble, _read_parts,
            allowance=160),
     Target("schedule", "levels.txt", lambda _: [b"80, 5\n0.1 0", b"80\n1\n0.002"], _mutate_levels,
            _read_schedule, (click.UsageError,), runs=800),

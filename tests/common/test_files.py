@@ -17,6 +17,8 @@ from erk_guid.common.files import (
     check_writable,
     user_path,
 )
+from erk_guid.common.pictures import save_picture
+from erk_guid.common.plots import Curve, draw
 from erk_guid.generation.trace import BEGINS, ROW, write_trace
 from erk_guid.metrics.scoring import write_json
 
@@ -81,5 +83,31 @@ def test_outputs_may_be_written_again(tmp_path: Path) -> None:
     write_json(tmp_path / "s.json", {"fid": 1.0})
     check_writable(tmp_path / "s.json", JSON_START)
     for name in ("x.png", "x.jpg"):
-        Image.new("L", (4, 4)).save(tmp_path / name)
+        save_picture(tmp_path / name, Image.new("L", (4, 4)))
         check_writable(tmp_path / name, PICTURE_START)
+    plot = draw("a plot", [Curve("a", [1, 2], [1, 2], [0, 0])], "x", "y")
+    (tmp_path / "x.svg").write_bytes(plot)
+    check_writable(tmp_path / "x.svg")
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.svg", "x.html"])
+def test_a_picture_from_elsewhere_is_not_replaced(name: str, tmp_path: Path) -> None:
+    # Catches: --grid=photo.png, which replaced somebody's photo.
+    path = tmp_path / name
+    if path.suffix in (".png", ".jpg"):
+        Image.new("L", (4, 4)).save(path)
+    else:
+        path.write_text("<!DOCTYPE html>\n" if path.suffix == ".html" else "<svg></svg>")
+    before = path.read_bytes()
+    with pytest.raises(ErkGuidError, match="is no earlier output of this kind"):
+        check_writable(path)
+    assert path.read_bytes() == before
+
+
+def test_a_name_that_leaves_no_room_for_the_temporary_one(tmp_path: Path) -> None:
+    # It failed when the images were made, and not before.
+    path = tmp_path / ("n" * 245 + ".csv")
+    path.write_text("seed")
+    with pytest.raises(ErkGuidError, match="File name too long"):
+        check_writable(path, [b"seed"])
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]

@@ -11,14 +11,18 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import erk_guid
 from erk_guid.cli.generate import generate_command
 from erk_guid.common.errors import ErkGuidError
+from erk_guid.common.pictures import save_picture, save_png
 from erk_guid.generation import images
 from erk_guid.generation.trace import (
     COLUMNS,
+    PART_ROW,
     ROW,
     Trace,
     part_files,
@@ -27,8 +31,11 @@ from erk_guid.generation.trace import (
     recorded,
     restart_parts,
     united,
+    with_checks,
     write_trace,
 )
+
+RUN = "a run"
 
 
 def rows(*keys: tuple[int, int], value: float = 0.5) -> np.ndarray:
@@ -78,10 +85,10 @@ def test_rows_that_are_none(line: str, tmp_path: Path) -> None:
 def test_half_a_row_is_left_out(tmp_path: Path) -> None:
     # A kill in the middle of a write; and the next run's rows must not follow half a row.
     whole = rows((0, 0), (0, 1), (1, 0))
-    (tmp_path / ".trace.1.part").write_bytes(whole.tobytes()[:-7])
-    assert read_parts(tmp_path).tobytes() == whole[:2].tobytes()
-    restart_parts(tmp_path, without=[5])
-    with recorded(tmp_path, rank=1) as trace:
+    (tmp_path / ".trace.1.part").write_bytes(with_checks(whole, RUN).tobytes()[:-7])
+    assert read_parts(tmp_path, RUN).tobytes() == whole[:2].tobytes()
+    restart_parts(tmp_path, RUN, without=[5])
+    with recorded(tmp_path, rank=1, run=RUN) as trace:
         info = erk_guid.StepInfo(
             step=4, num_steps=5, sigma=2.0, sigma_next=1.0, sigma_hat=2.0,
             x_before=torch.zeros(2, 3), x=torch.ones(2, 3), denoised=torch.zeros(2, 3),
@@ -89,17 +96,17 @@ def test_half_a_row_is_left_out(tmp_path: Path) -> None:
         )  # fmt: skip
         trace.callback(info)
         trace.end_batch([7, 8])
-    found = read_parts(tmp_path)
+    found = read_parts(tmp_path, RUN)
     assert found[["seed", "step"]].tolist() == [(0, 0), (0, 1), (7, 4), (8, 4)]
     assert found["step_size"][2:].tolist() == pytest.approx([3**0.5] * 2)
 
 
 def test_parts_are_put_together_without_what_is_made_again(tmp_path: Path) -> None:
-    (tmp_path / ".trace.0.part").write_bytes(rows((0, 0), (1, 0)).tobytes())
-    (tmp_path / ".trace.3.part").write_bytes(rows((2, 0)).tobytes())
-    restart_parts(tmp_path, without=[1])
+    (tmp_path / ".trace.0.part").write_bytes(with_checks(rows((0, 0), (1, 0)), RUN).tobytes())
+    (tmp_path / ".trace.3.part").write_bytes(with_checks(rows((2, 0)), RUN).tobytes())
+    restart_parts(tmp_path, RUN, without=[1])
     assert [path.name for path in part_files(tmp_path)] == [".trace.0.part"]
-    assert read_parts(tmp_path)["seed"].tolist() == [0, 2]
+    assert read_parts(tmp_path, RUN)["seed"].tolist() == [0, 2]
 
 
 def test_the_last_of_equal_rows_counts(tmp_path: Path) -> None:
@@ -110,10 +117,25 @@ def test_the_last_of_equal_rows_counts(tmp_path: Path) -> None:
     assert read_trace(tmp_path / "t.csv")["stiffness"].tolist() == [2, 2, 1]
 
 
-def test_what_is_no_part_file(tmp_path: Path) -> None:
-    (tmp_path / ".trace.0.part").write_bytes(b"\xff" * ROW.itemsize)
-    with pytest.raises(ErkGuidError, match=r"\.trace\.0\.part.*delete it to go on"):
-        read_parts(tmp_path)
+@pytest.mark.parametrize("data", [
+    b"\xff" * PART_ROW.itemsize, b"\0" * PART_ROW.itemsize,
+    with_checks(rows((0, 0)), "x").tobytes(), rows(*[(0, k) for k in range(84)]).tobytes(),
+], ids=["noise", "zeros", "another run's", "as once, without checksums"])  # fmt: skip
+def test_rows_that_are_none_of_this_run(data: bytes, tmp_path: Path) -> None:
+    # Catches: rows of another run at the same noise levels, which once were taken.
+    mine = with_checks(rows((7, 0)), RUN).tobytes()
+    (tmp_path / ".trace.0.part").write_bytes(data + mine)
+    assert read_parts(tmp_path, RUN)["seed"].tolist() == [7]
+
+
+@settings(max_examples=50, deadline=None)
+@given(at=st.integers(0, 8 * PART_ROW.itemsize - 1))
+def test_a_flipped_bit_is_seen(at: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    tmp_path = tmp_path_factory.mktemp("bits")
+    data = bytearray(with_checks(rows((1, 0), (2, 0)), RUN).tobytes())
+    data[at // 8] ^= 1 << at % 8
+    (tmp_path / ".trace.0.part").write_bytes(data)
+    assert read_parts(tmp_path, RUN)["seed"].tolist() == [2]
 
 
 def test_a_killed_run_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +171,7 @@ def test_half_a_trace_is_removed(tmp_path: Path) -> None:
 def test_a_trace_and_a_sheet_may_be_there_before_the_folder(tmp_path: Path) -> None:
     # A check of outputs once looked into the folder of images, which a first run has yet to make.
     write_trace(tmp_path / "t.csv", np.zeros(3, ROW))
-    Image.new("L", (4, 4)).save(tmp_path / "g.png")
+    save_picture(tmp_path / "g.png", Image.new("L", (4, 4)))
     outputs = ("--trace", tmp_path / "t.csv", "--grid", tmp_path / "g.png")
     assert generate("--outdir", tmp_path / "o", *outputs).exit_code == 0
     assert len(read_trace(tmp_path / "t.csv")) == 12
@@ -199,14 +221,42 @@ def test_a_trace_that_was_cut_is_whole_again(tmp_path: Path) -> None:
 
 def test_foreign_pictures_are_not_taken_for_images(tmp_path: Path) -> None:
     # A copy of another seed's image, and a picture from elsewhere, were counted as made.
-    assert generate("--outdir", tmp_path, "--seeds=0-3").exit_code == 0
-    before = {seed: (tmp_path / f"00000{seed}.png").read_bytes() for seed in range(4)}
-    (tmp_path / "000002.png").write_bytes(before[3])
-    Image.new("L", (32, 32)).save(tmp_path / "000001.png")
-    result = generate("--outdir", tmp_path, "--seeds=0-3", "--resume")
-    assert "2 pictures" in result.output
-    assert "2 images made" in result.output
-    assert {s: (tmp_path / f"00000{s}.png").read_bytes() for s in range(4)} == before
+    # So was the image of the same seed with other settings. And somebody's own picture under such
+    # a name was replaced.
+    folder, other = tmp_path / "a", tmp_path / "b"
+    assert generate("--outdir", folder, "--seeds=0-3").exit_code == 0
+    assert generate("--outdir", other, "--seeds=0-3", "--w_stiff=0.5").exit_code == 0
+    names = [f"00000{seed}.png" for seed in range(4)]
+    before = [(folder / name).read_bytes() for name in names]
+    Image.new("L", (32, 32)).save(folder / names[1])
+    (folder / names[2]).write_bytes(before[3])
+    (folder / names[3]).write_bytes((other / names[3]).read_bytes())
+    (folder / names[0]).write_bytes(before[0][:-9])  # this one is only damaged
+    there = [(folder / name).read_bytes() for name in names]
+    for resume in ([], ["--resume"]):
+        result = generate("--outdir", folder, "--seeds=0-3", *resume)
+        assert result.exit_code == 1
+        assert "3 files have names of images of this run, and came from elsewhere" in result.output
+        assert names[1] in result.output
+        assert [(folder / name).read_bytes() for name in names] == there
+    for name in names[1:]:
+        (folder / name).unlink()
+    assert "4 images made" in generate("--outdir", folder, "--seeds=0-3", "--resume").output
+    assert [(folder / name).read_bytes() for name in names] == before
+    # --overwrite deletes what is there.
+    Image.new("L", (32, 32)).save(folder / names[1])
+    assert generate("--outdir", folder, "--seeds=0-3", "--overwrite").exit_code == 0
+    assert [(folder / name).read_bytes() for name in names] == before
+
+
+def test_images_of_an_earlier_version_are_kept(tmp_path: Path) -> None:
+    # They do not say which run's they are.
+    assert generate("--outdir", tmp_path, "--seeds=0-1").exit_code == 0
+    path = tmp_path / "000001.png"
+    with Image.open(path) as image:
+        text, pixels = image.info["parameters"], np.asarray(image)[None]
+    save_png(path, pixels, text)
+    assert "0 images made" in generate("--outdir", tmp_path, "--seeds=0-1", "--resume").output
 
 
 def test_a_run_file_without_end_is_not_read(tmp_path: Path) -> None:
@@ -226,7 +276,7 @@ def test_seeds_of_one_stream_are_refused(tmp_path: Path) -> None:
 def test_without_a_folder_nothing_is_appended(tmp_path: Path) -> None:
     with (
         pytest.raises(ErkGuidError, match="cannot write the trace's"),
-        recorded(tmp_path / "none", 0),
+        recorded(tmp_path / "none", 0, RUN),
     ):
         pass
 
@@ -262,7 +312,7 @@ def test_a_block_of_zeros_in_the_part_file(tmp_path: Path) -> None:
     # Catches: rows of zeros in the trace, over the true first row of seed 0; seeds that have lost
     # a step and are taken for complete.
     def zero(data: bytearray) -> None:
-        data[2 * ROW.itemsize : 7 * ROW.itemsize] = bytes(5 * ROW.itemsize)
+        data[2 * PART_ROW.itemsize : 7 * PART_ROW.itemsize] = bytes(5 * PART_ROW.itemsize)
 
     seeds, said = damaged(tmp_path, zero)
     # The rows of one step of all seeds of the batch stand together.
@@ -272,7 +322,8 @@ def test_a_block_of_zeros_in_the_part_file(tmp_path: Path) -> None:
 
 def test_a_part_file_that_ends_within_a_batch(tmp_path: Path) -> None:
     # Catches: seeds with one step of two in the trace, uncounted.
-    seeds, said = damaged(tmp_path, lambda data: data.__delitem__(slice(10 * ROW.itemsize, None)))
+    end = slice(10 * PART_ROW.itemsize, None)
+    seeds, said = damaged(tmp_path, lambda data: data.__delitem__(end))
     assert len(seeds) < 12
     assert f"has no rows of {12 - len(seeds)} of the 12 seeds" in said
 
@@ -288,9 +339,9 @@ def test_text_in_place_of_the_part_file(tmp_path: Path) -> None:
 
 
 def test_a_row_at_another_noise_level(tmp_path: Path) -> None:
-    # Catches: rows of another run, or with a flipped bit, among this run's.
+    # Catches: a part file in which rows were changed.
     def flip(data: bytearray) -> None:
-        rows = np.frombuffer(data, ROW).copy()
+        rows = np.frombuffer(data, PART_ROW).copy()
         rows["sigma"][5] *= 2
         data[:] = rows.tobytes()
 
@@ -302,4 +353,4 @@ def test_a_row_at_another_noise_level(tmp_path: Path) -> None:
 def test_a_pipe_in_place_of_the_part_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / ".trace.0.part")
     with pytest.raises(ErkGuidError, match="it is no file"):
-        read_parts(tmp_path)
+        read_parts(tmp_path, RUN)
