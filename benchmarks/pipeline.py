@@ -63,7 +63,7 @@ def ratios(net: str, count: int, batch: int, steps: int, rounds: int) -> list[fl
                 locked(job.outdir) as lock,
                 workers() as group,
             ):
-                jobs._generate(job, models, group, list(job.seeds), lock, Stop())
+                jobs._generate(job, models, group, list(job.seeds), "", lock, Stop())
 
         alone()
         whole()

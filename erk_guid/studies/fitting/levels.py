@@ -269,12 +269,13 @@ def fit_each(
     problem.more = dict(spacings or {})
     memory = Journal.open(
         journal, (x, evaluations, solver, guidance, sigma_min, sigma_max, process, denoise_to_zero,
-                  trials, journal_of),
+                  trials, journal_of, *([] if labels is None else [labels])),
     )  # fmt: skip
     quarter = min(SEARCHED, len(x) // 4)
     fits = len(evaluations)
     expected = sum(_expected(count, quarter, len(x), trials) for count in evaluations)
     expected += len(x) * REFERENCE_EVALUATIONS * 2
+    memory.check_same_answers(lambda: _answers(problem.task))
     problem.task = replace(problem.task, denoiser=memory.counting(problem.task.denoiser))
     memory.report = None if progress is None else lambda done: progress(done, max(done, expected))
     began = time.monotonic()
@@ -409,6 +410,22 @@ def _problem(
     problem = in_sigma(denoiser, x, ends, process)
     task = Task(Labelled(denoiser, problem), problem.x, labels, problem.sigmas, batch)
     return _Problem(task, float(problem.sigmas[0]), float(sigma_min), process, start)
+
+
+def _answers(task: Task) -> list[float]:
+    """Return a few numbers of what the model answers for the first sample at two noise levels."""
+    one = task.rows(slice(0, 1))
+    denoise, first = one.on(torch.zeros(1, dtype=torch.int64, device=one.x.device)), one.sigmas[0]
+    found: list[float] = []
+    for sigma in (float(first), float((first * one.sigmas[-1]).sqrt())):
+        with torch.no_grad():
+            value = denoise(
+                one.x * (sigma / float(first)), torch.tensor(sigma, dtype=torch.float64)
+            )
+        value = value.double().flatten().cpu()
+        some = value[:: max(1, len(value) // 8)]
+        found += [*some.tolist(), float(value.square().mean().sqrt())]
+    return found
 
 
 def _expected(count: int, searched: int, samples: int, trials: int) -> int:

@@ -219,7 +219,7 @@ def test_an_interrupted_fit_goes_on(tmp_path: Path) -> None:
     assert rest.calls < 0.7 * total.calls
     again = Counted()
     fit_each(again, x, **options, journal=tmp_path)
-    assert again.calls == 0
+    assert again.calls == 2  # to see that it is the same model
     for a, b in zip(whole, found, strict=True):
         assert torch.equal(a.sigmas, b.sigmas)
         assert a.after == b.after
@@ -233,6 +233,29 @@ def test_a_journal_of_another_network_is_refused(tmp_path: Path) -> None:
     fit_each(MIXTURE, start(16), **options, journal=tmp_path, journal_of="a")
     with pytest.raises(ErkGuidError, match="another search"):
         fit_each(MIXTURE, start(16), **options, journal=tmp_path, journal_of="b")
+
+
+def test_a_journal_of_another_denoiser_is_refused(tmp_path: Path) -> None:
+    """Catches: a fit in Python that answers for another model from the first one's journal."""
+    options: dict[str, Any] = {"evaluations": 4, "solver": "unipc", "trials": 1}
+    first = fit(MIXTURE, start(16), **options, journal=tmp_path)
+
+    def rounded(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return MIXTURE(x, sigma).bfloat16().to(x.dtype)  # another machine may round otherwise
+
+    assert torch.equal(fit(rounded, start(16), **options, journal=tmp_path).sigmas, first.sigmas)
+
+    def other(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return MIXTURE(x, sigma) * 0.9
+
+    for missing in (None, "trials.jsonl"):
+        if missing is not None:
+            (tmp_path / missing).unlink()  # the fine solution is still the first one's
+        with pytest.raises(ErkGuidError, match="measured with another model"):
+            fit(other, start(16), **options, journal=tmp_path)
+    labels = torch.zeros(16, 1)
+    with pytest.raises(ErkGuidError, match="another search"):
+        fit(lambda x, s, _: MIXTURE(x, s), start(16), **options, labels=labels, journal=tmp_path)
 
 
 @pytest.mark.parametrize(
