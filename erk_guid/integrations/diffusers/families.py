@@ -152,12 +152,22 @@ class Family(Samples, ABC):
         """Return the next sample, in `dtype`, and the denoised x of this call."""
         if isinstance(timestep, int):
             raise ValueError(f"timestep {timestep} is an index; pass one of scheduler.timesteps")
+        if model_output.shape != sample.shape:
+            raise ValueError(
+                f"model_output must have the sample's shape {list(sample.shape)}, got "
+                f"{list(model_output.shape)}; of a network that predicts variance too, pass the "
+                "first half of the channels"
+            )
         if self._step_index is None:
             self._init_step_index(timestep)  # type: ignore[attr-defined]
             self._forget()
         x, output = self._unscaled(sample, timestep), in_float32(model_output)
         index = self._step_index
         assert index is not None
+        if index >= len(self.timesteps):
+            raise ValueError(
+                f"all {len(self.timesteps)} calls of this run were made; call set_timesteps first"
+            )
         self._undo(index)
         if denoised is None:
             denoised = self._denoised(output, x, index)
@@ -216,7 +226,8 @@ class Discrete(UnitVariance, Family):
                 are clipped, all else is computed from them as they then are.
 
         Raises:
-            ValueError: s_churn or eta is not 0, or the timestep is an index.
+            ValueError: s_churn or eta is not 0, the timestep is an index, model_output is not
+                shaped like the sample, or the run is over.
         """
         no_churn(s_churn)
         if eta:
@@ -279,7 +290,8 @@ class EDM(Family):
             pred_original_sample: clean data, in place of what `model_output` stands for.
 
         Raises:
-            ValueError: s_churn is not 0, or the timestep is an index.
+            ValueError: s_churn is not 0, the timestep is an index, model_output is not shaped like
+                the sample, or the run is over.
         """
         no_churn(s_churn)
         found = self._advance(
@@ -360,7 +372,8 @@ class Flow(Family):
             per_token_timesteps: must be None.
 
         Raises:
-            ValueError: s_churn is not 0, the timestep is an index, or each token has its own.
+            ValueError: s_churn is not 0, the timestep is an index, each token has its own,
+                model_output is not shaped like the sample, or the run is over.
         """
         no_churn(s_churn)
         if per_token_timesteps is not None:

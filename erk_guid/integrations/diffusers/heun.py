@@ -312,7 +312,8 @@ class ERKGuidHeunScheduler(Discrete, _Heun, HeunDiscreteScheduler):  # type: ign
             return
         if fitted is None and (num_inference_steps is not None or timesteps is not None):
             raise ValueError("sigmas stand alone: leave num_inference_steps and timesteps out")
-        levels = check_levels(torch.tensor(fitted or list(sigmas or ()), dtype=torch.float64))
+        given = sigmas if fitted is None else fitted
+        levels = check_levels(torch.as_tensor(given, dtype=torch.float64, device="cpu"))
         kept: Tensor = self.alphas_cumprod.double()
         known = ((1 - kept) / kept).sqrt().log().numpy()
         time_at: Any = self._sigma_to_t  # type: ignore[attr-defined]
@@ -455,4 +456,7 @@ class FlowMatchERKGuidHeunScheduler(Flow, _Heun, FlowMatchEulerDiscreteScheduler
         """
         self._levels(num_inference_steps, device, sigmas, mu, timesteps)
         listed = sigmas is not None or timesteps is not None
+        if listed:  # a time that is there twice would take two calls for nothing
+            times = [self.time(index) for index in range(len(self.sigmas))]
+            check_levels(torch.tensor(times, dtype=torch.float64))
         self._lay_out(self.sigmas, self.timesteps, listed)

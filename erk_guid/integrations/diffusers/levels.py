@@ -27,9 +27,19 @@ def chosen_levels(
             evenly spaced sigmas where the user names none; those make way for the levels.
 
     Raises:
-        ValueError: the pipeline asks for another number of steps, or for other levels.
+        ValueError: the pipeline asks for nothing, for no whole number of steps, for another one
+            than that of the levels, or for other levels.
     """
+    if num_inference_steps is not None:
+        whole = isinstance(num_inference_steps, (int, np.integer))
+        if not whole or num_inference_steps < 1:
+            raise ValueError(
+                "num_inference_steps must be a whole number of at least 1, got "
+                f"{num_inference_steps!r}"
+            )
     if levels is None:
+        if num_inference_steps is None and sigmas is None and timesteps is None:
+            raise ValueError("say how many steps to take: num_inference_steps, or a list of levels")
         return None
     steps = len(levels) - 1
     if timesteps is not None or (sigmas is not None and not _evenly_spaced(sigmas)):
