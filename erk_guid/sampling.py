@@ -161,6 +161,8 @@ def sample(
         raise TypeError(f"process must be an object such as RectifiedFlow(), got {process!r}")
     if churn is not None and not isinstance(churn, Churn):
         raise TypeError(f"churn must be an object such as Churn(S_churn=40), got {churn!r}")
+    if not isinstance(afs, bool):
+        raise TypeError(f"afs must be True or False, got {afs!r}")
     transformed = process is not None and not isinstance(process, VE)
     if solver is None:
         bare = guidance is None and (churn is None or not churn.active)

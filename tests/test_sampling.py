@@ -296,6 +296,10 @@ def test_what_is_no_guidance_and_no_churn_is_named() -> None:
             erk_guid.sample(gaussian, x, sigmas, guidance=guidance)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="churn must be an object"):
         erk_guid.sample(gaussian, x, sigmas, churn=10)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="afs must be True or False, got 'no'"):
+        erk_guid.sample(gaussian, x, sigmas, afs="no")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"x must be a floating tensor .*, got ndarray"):
+        erk_guid.sample(gaussian, x.numpy(), sigmas)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"erk=ParameterFreeGuidance\(\)"):
         erk_guid.edm_sampler(gaussian, x, w_stiff="auto")  # type: ignore[arg-type]
 

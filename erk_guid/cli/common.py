@@ -15,6 +15,7 @@ import click
 
 from erk_guid.common.errors import ErkGuidError, printable
 from erk_guid.common.signals import Interrupting, handled_by, number_of, said
+from erk_guid.common.streams import from_writing
 from erk_guid.denoisers import check_interval
 from erk_guid.generation.peers import OtherRankError
 from erk_guid.generation.seeds import seeds_in, unique
@@ -207,7 +208,7 @@ def reporting_errors(command: F) -> F:
             click.ClickException(printable(error, 1000)).show()
             sys.exit(error.exit_code)
         except OSError as error:
-            if error.errno not in _OF_THE_SYSTEM:
+            if error.errno not in _OF_THE_SYSTEM or from_writing(error):
                 raise
             where = f" ({printable(error.filename, 200)})" if error.filename else ""
             click.ClickException(f"{error.strerror}{where}; mend that, then run it again").show()

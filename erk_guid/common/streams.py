@@ -34,7 +34,7 @@ def checked_output() -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except OSError as error:
-        if not _from_writing(error):
+        if not from_writing(error):
             raise
         # What is left in the buffer must go somewhere when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -43,7 +43,7 @@ def checked_output() -> Iterator[None]:
         raise SystemExit(1) from None
 
 
-def _from_writing(error: OSError) -> bool:
+def from_writing(error: OSError) -> bool:
     """Return whether an error came from writing output: from click's echo, or from here."""
     last = error.__traceback__
     while last is not None and last.tb_next is not None:

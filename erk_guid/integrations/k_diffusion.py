@@ -106,8 +106,9 @@ def distinct(sigmas: Tensor) -> Tensor:
     Raises:
         ValueError: they are no list of levels.
     """
-    if sigmas.ndim != 1:
-        raise ValueError(f"sigmas must be 1-D, [steps + 1], got {list(sigmas.shape)}")
+    if not isinstance(sigmas, Tensor) or sigmas.ndim != 1:
+        what = list(sigmas.shape) if isinstance(sigmas, Tensor) else type(sigmas).__name__
+        raise ValueError(f"sigmas must be a 1-D tensor, [steps + 1], got {what}")
     levels = sigmas.tolist()
     kept = [i for i, level in enumerate(levels) if i == 0 or level != levels[i - 1]]
     return sigmas if len(kept) == len(levels) else sigmas[kept]

@@ -298,6 +298,8 @@ def evaluate(denoiser: Denoiser, x: Tensor, sigma: float) -> Evaluation:
 
 def check_floating(x: Tensor) -> None:
     """Raise ValueError unless x has a floating dtype, in which noise levels can be told apart."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"x must be a floating tensor [N, ...], got {type(x).__name__}")
     if not x.is_floating_point():
         raise ValueError(
             f"x must be a floating tensor [N, ...], got {x.dtype} {list(x.shape)}; x.float() is one"

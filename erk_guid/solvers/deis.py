@@ -110,7 +110,9 @@ class IPNDMV(Solver):
     """iPNDM with variable steps, by the published weights.
 
     From order 3 on these are not the exact integrals of the interpolant (a bracket is misplaced
-    in the published formula). DEIS with deis_mode 'rhoab' has those.
+    in the published formula). DEIS with deis_mode 'rhoab' has those. So where the ratio of steps
+    that follow each other does not tend to 1, errors do not vanish with more steps: in flow
+    matching with evenly spaced times from t = 1, a linear problem kept an error of 2 %.
 
     Args:
         order: evaluations combined in a step, 1 to 4; the first steps have fewer.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Real
 
 from torch import Tensor
 
@@ -148,7 +149,7 @@ class DPM2(Solver):
     one_step = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.r, bool) or not 0 < self.r <= 1:
+        if isinstance(self.r, bool) or not isinstance(self.r, Real) or not 0 < self.r <= 1:
             raise ValueError(f"r must be above 0 and at most 1, got {self.r!r}")
 
     def steps(self, levels: Sequence[float]) -> list[DPM2Step]:

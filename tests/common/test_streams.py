@@ -12,7 +12,12 @@ from conftest import ROOT
 FULL = Path("/dev/full")
 
 
-@pytest.mark.skipif(not FULL.exists(), reason="this system has no device that is always full")
+needs_full = pytest.mark.skipif(
+    not FULL.exists(), reason="this system has no device that is always full"
+)
+
+
+@needs_full
 @pytest.mark.parametrize(
     "command",
     [["-m", "erk_guid", "--help"], ["-m", "erk_guid", "presets"], ["generate_images.py", "--help"]],
@@ -27,6 +32,20 @@ def test_a_full_disk_behind_standard_output_is_one_line(command: list[str]) -> N
         )  # fmt: skip
     assert done.stderr == "Error: cannot write to standard output: No space left on device\n"
     assert done.returncode == 1
+
+
+@needs_full
+def test_a_full_disk_behind_the_last_line_of_a_run(tmp_path: Path) -> None:
+    # Before: "No space left on device; mend that", which did not say of what.
+    command = ["--preset=digits", "--device=cpu", "--steps=2", "--seeds=0", f"--outdir={tmp_path}"]
+    with FULL.open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "generate_images.py", *command], cwd=ROOT, stdout=full,
+            stderr=subprocess.PIPE, text=True, check=False, timeout=120,
+        )  # fmt: skip
+    assert done.stderr.endswith("Error: cannot write to standard output: No space left on device\n")
+    assert done.returncode == 1
+    assert (tmp_path / "000000.png").exists()
 
 
 def test_a_reader_that_leaves_needs_no_word() -> None:

@@ -326,7 +326,8 @@ def test_levels_that_are_none(sampler: Any) -> None:
     # Catches: noise given back as the sample, for levels with a batch dimension; noise levels taken
     # for the times of a flow-matching model.
     x, levels = torch.ones(2, 3), torch.tensor([80.0, 5.0, 1.0, 0.0])
-    with pytest.raises(ValueError, match=r"sigmas must be 1-D, \[steps \+ 1\], got \[1, 4\]"):
-        sampler(lambda x, sigma: x, x, levels[None], disable=True)
+    for given, what in ((levels[None], r"\[1, 4\]"), (levels.tolist(), "list")):
+        with pytest.raises(ValueError, match=rf"must be a 1-D tensor, \[steps \+ 1\], got {what}"):
+            sampler(lambda x, sigma: x, x, given, disable=True)
     with pytest.raises(ValueError, match="times from 1 to 0, got 80 to 0"):
         sampler(lambda x, sigma: x, x, levels, disable=True, flow=True)

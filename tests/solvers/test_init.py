@@ -19,6 +19,7 @@ def test_options_that_do_not_belong_are_refused() -> None:
         ("deis", {"deis_mode": "exact"}, "'tab' or 'rhoab'"),
         ("unipc", {"variant": "bh3"}, "'bh1' or 'bh2'"),
         ("dpm2", {"r": 1.5}, "r must be above 0 and at most 1"),
+        ("dpm2", {"r": "0.5"}, "r must be above 0 and at most 1, got '0.5'"),
     ):
         with pytest.raises(ValueError, match=message):
             make_solver(name, **options)

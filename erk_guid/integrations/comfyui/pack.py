@@ -103,8 +103,8 @@ def _check(custom_nodes: Path, folder: Path) -> None:
     earlier = custom_nodes / EARLIER
     if earlier.exists() or earlier.is_symlink():
         raise ErkGuidError(
-            f"{printable(earlier, 200)} hides the package from some node packs: delete that link "
-            f"first, {FOLDER} takes its place"
+            f"{printable(earlier, 200)} hides the package from some node packs: if it is the link "
+            f"that earlier versions asked for, delete it, {FOLDER} takes its place; else rename it"
         )
 
 

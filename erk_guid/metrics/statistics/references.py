@@ -208,6 +208,8 @@ def _checked(
             f"{metric[:40]}: mu must be [d] and sigma [d, d] floating-point numbers, got "
             f"{mu.dtype} {list(mu.shape)} and {sigma.dtype} {list(sigma.shape)}"
         )
+    if count is not None and count < 0:
+        raise ReferenceFileError(f"{metric[:40]}: its count is {count}, not a number of images")
     return Statistics(mu, sigma, count)
 
 

@@ -344,8 +344,10 @@ def _check(
     if not evaluations:
         raise ValueError("evaluations: there is no number to fit for")
     for count in evaluations:
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise ValueError(f"evaluations must be whole numbers, got {count!r}")
         for method in methods:
-            if isinstance(count, bool) or method.intervals(count, to_zero) < 2:
+            if method.intervals(count, to_zero) < 2:
                 raise ValueError(
                     f"{count} evaluations leave {method} no noise level to choose between the "
                     "first and the last; take more"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.file_server import Server, serving
 
@@ -65,3 +66,14 @@ def test_an_unusable_download_is_named(server: Server, content: bytes, reason: s
         with pytest.raises(ReferenceFileError, match=reason) as error:
             read_reference(path)
         assert "--refresh" not in str(error.value)
+
+
+@pytest.mark.parametrize("count", [-1, -(2**40)])
+def test_a_count_below_0_is_refused(count: int, tmp_path: Path) -> None:
+    # Catches: a reference of -1 images, which was scored.
+    path = tmp_path / "r.npz"
+    np.savez(path, **{
+        "fid/mu": np.zeros(4), "fid/sigma": np.eye(4), "fid/count": np.array(count),
+    })  # fmt: skip
+    with pytest.raises(ReferenceFileError, match=f"its count is {count}, not a number of images"):
+        read_reference(path)

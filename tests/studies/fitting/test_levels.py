@@ -262,6 +262,8 @@ def test_a_journal_of_another_denoiser_is_refused(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"evaluations": 1}, "no noise level to choose"),
+        ({"evaluations": "8"}, "evaluations must be whole numbers, got '8'"),
+        ({"evaluations": 8.5}, "evaluations must be whole numbers, got 8.5"),
         ({"evaluations": 3, "solver": "heun"}, "no noise level to choose"),
         ({"evaluations": 8, "guidance": ERKGuidance(0.5)}, "name the solver"),
         ({"evaluations": 8, "solver": "nosuch"}, "unknown solver"),
