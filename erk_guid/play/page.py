@@ -64,7 +64,7 @@ def serve(session: Session, start: Choice, port: int, open_page: bool) -> None:
             theme=gradio.themes.Default(
                 font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
             ),
-            app_kwargs={"middleware": [_policy()]},
+            app_kwargs={"middleware": _middleware()},
         )  # fmt: skip
     except OSError as problem:
         raise ErkGuidError(
@@ -152,11 +152,17 @@ def choice_of(values: dict[str, Any]) -> Choice:
     return Choice(**said)
 
 
-def _policy() -> Any:
-    """Return what keeps the browser from asking other machines for anything."""
+def _middleware() -> list[Any]:
+    """Return what answers this machine's browser alone, and keeps it from asking others."""
     from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    return Middleware(_Header, policy=POLICY)
+    # A page from elsewhere whose name was made to point at this machine would be let in.
+    hosts = [HOST, "localhost"]
+    return [
+        Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
+        Middleware(_Header, policy=POLICY),
+    ]
 
 
 class _Header:

@@ -223,3 +223,16 @@ def test_a_visitor_gets_no_file(address: str) -> None:
         text = answer.read().decode()
     assert "default-src 'self'" in policy
     assert not re.findall(r'<(?:script|link)[^>]+(?:src|href)="https?:', text)
+
+
+@pytest.mark.slow
+def test_a_page_from_elsewhere_is_not_let_in(address: str) -> None:
+    # Catches: another site's page in the same browser, whose name was made to point at this machine.
+    for host, code in (("evil.com", 400), ("evil.com:7860", 400), ("localhost:7860", 200)):
+        request = urllib.request.Request(address, headers={"Host": host})
+        try:
+            with urllib.request.urlopen(request) as answer:
+                found = answer.status
+        except urllib.error.HTTPError as error:
+            found = error.code
+        assert found == code
