@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from erk_guid.solvers.ancestral import noise_of
+
 __all__ = ["Churn"]
 
 NUMBERS = ("S_churn", "S_min", "S_max", "S_noise")
@@ -78,4 +80,4 @@ class Churn:
         level = torch.tensor(sigma, dtype=x.dtype)
         raised = level + gamma * level
         spread = (raised**2 - level**2).sqrt() * self.S_noise
-        return x + spread.item() * self.randn_like(x), raised.item()
+        return x + noise_of(spread.item(), self.randn_like(x), x), raised.item()

@@ -151,8 +151,10 @@ def check_strength(guidance: float, dtype: torch.dtype) -> None:
     """Refuse a strength of model guidance that the loop cannot compute with.
 
     Raises:
-        ValueError: it is no number, or is larger than `dtype` holds.
+        ValueError: it is no number, or is larger than `dtype` holds; or that is no floating dtype.
     """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating one such as torch.float32, got {dtype!r}")
     largest = torch.finfo(dtype).max
     if not isinstance(guidance, Real) or not abs(guidance) <= largest:
         raise ValueError(

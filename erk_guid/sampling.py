@@ -161,6 +161,8 @@ def sample(
         raise TypeError(f"process must be an object such as RectifiedFlow(), got {process!r}")
     if churn is not None and not isinstance(churn, Churn):
         raise TypeError(f"churn must be an object such as Churn(S_churn=40), got {churn!r}")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be a function of a StepInfo, got {callback!r}")
     if not isinstance(afs, bool):
         raise TypeError(f"afs must be True or False, got {afs!r}")
     transformed = process is not None and not isinstance(process, VE)
@@ -190,7 +192,7 @@ def sample(
             randn_like=randn_like, check_finite=False,
         )  # fmt: skip
         restored = problem.restored(end, float(problem.sigmas[-1])).to(x.dtype)
-        return _checked(restored) if check_finite else restored
+        return checked(restored) if check_finite else restored
     # One look at the noise levels from the host; after this the loop never waits for the device.
     levels = check_levels(sigmas)
     steps = solver.plan(levels)
@@ -235,10 +237,10 @@ def sample(
             )
         # What the next step needs is in the memory; the rest should not live through it.
         del result, guided, x_before
-    return _checked(x) if check_finite else x
+    return checked(x) if check_finite else x
 
 
-def _checked(x: Tensor) -> Tensor:
+def checked(x: Tensor) -> Tensor:
     """Return x, or raise if a sample of it is not finite; a graph being traced is not looked at."""
     if x.is_meta or torch.compiler.is_compiling():
         return x

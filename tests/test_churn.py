@@ -154,6 +154,14 @@ def test_what_churn_goes_with() -> None:
     noise.manual_seed(0)
     named = erk_guid.sample(lambda x, s: x / 2, x, sigmas, solver=make_solver("heun"), churn=seeded)
     assert torch.equal(one, named)
+    for bad in (lambda x: torch.ones(1), lambda x: None):  # one number would be broadcast
+        with pytest.raises(ValueError, match="noise"):
+            erk_guid.sample(
+                lambda x, s: x / 2, x, sigmas, solver="heun", churn=Churn(10, randn_like=bad)
+            )
+    double = Churn(10, randn_like=lambda x: torch.randn(x.shape, dtype=torch.float64))
+    found = erk_guid.sample(lambda x, s: x / 2, x, sigmas, solver="heun", churn=double)
+    assert found.dtype == x.dtype
     off = Churn(0, randn_like=lambda x: pytest.fail("asked for noise"))
     erk_guid.sample(lambda x, s: x / 2, x, sigmas, solver="modal", churn=off)
 

@@ -296,6 +296,11 @@ def test_what_is_no_guidance_and_no_churn_is_named() -> None:
             erk_guid.sample(gaussian, x, sigmas, guidance=guidance)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="churn must be an object"):
         erk_guid.sample(gaussian, x, sigmas, churn=10)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="callback must be a function"):
+        erk_guid.sample(gaussian, x, sigmas, callback=3)  # type: ignore[arg-type]
+    for dtype in (torch.int32, "float32"):
+        with pytest.raises(ValueError, match="dtype must be a floating one"):
+            erk_guid.edm_sampler(gaussian, x, dtype=dtype)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="afs must be True or False, got 'no'"):
         erk_guid.sample(gaussian, x, sigmas, afs="no")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"x must be a floating tensor .*, got ndarray"):

@@ -281,10 +281,12 @@ def _from_file(
         chosen = g["w_stiff"]
         if not isinstance(chosen, str):
             chosen = f"{chosen:g}, w_con {g['w_con']:g}"
+        levels = options["schedule"]
+        count = options["num_steps"] if isinstance(levels, str) else len(levels)
         noise = f" with eta {options['eta']:g}" if options.get("eta") else ""
         click.echo(
             f"--settings {path}: w_stiff {chosen}, solver {options['solver']}{noise}, "
-            f"{options['num_steps']} noise levels"
+            f"{count} noise levels"
         )
     return found.guidance, options
 

@@ -218,6 +218,9 @@ def _listed(path: Path, names: Iterable[str], read: Callable[[str], bytes]) -> I
     images, ignored, labelled = [], [], False
     for name in sorted(names):
         pure = PurePosixPath(name)
+        if ".." in pure.parts:  # of a zip that wants to be unpacked elsewhere
+            ignored.append(name)
+            continue
         if any(map(_hidden, pure.parts)):
             continue
         if _is_image(pure.name):

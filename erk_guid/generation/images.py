@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from operator import index
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from erk_guid.edm2 import edm_sampler
 from erk_guid.generation.nonfinite import NonFiniteImagesError, Watch
-from erk_guid.generation.seeds import SeededNoise
+from erk_guid.generation.seeds import SeededNoise, unique
 from erk_guid.models.encoders import Encoder, StandardRGBEncoder, decode_checked
 from erk_guid.models.networks import Network
 
@@ -102,6 +103,11 @@ class _Generation:
             randn_like=random.randn_like,
             **self.sampler_options,
         )
+        if latents.shape != noise.shape:
+            raise ValueError(
+                f"sampler_fn must return samples shaped like the noise, {list(noise.shape)}, got "
+                f"{list(latents.shape)}"
+            )
         return Sampled(latents, noise, labels, seeds, list(indices))
 
     def failure(self, indices: list[int]) -> NonFiniteImagesError:
@@ -167,8 +173,9 @@ def generate(
         An iterable of `Batch`, with ``len()``; it is empty in a process without a share.
 
     Raises:
-        ValueError: a class the network does not have, a guiding network of another shape, or
-            a batch size below 1.
+        ValueError: a class the network does not have, a guiding network of another shape, a
+            batch size below 1, a rank out of range, or two seeds that give one image.
+        TypeError: a seed is no whole number.
         NonFiniteImagesError: while iterating: images came out as NaN or infinity; it names their
             seeds and indices, and the step.
     """
@@ -177,9 +184,12 @@ def generate(
     check_networks(net, gnet, class_idx)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be from 0 to {world_size - 1}, got {rank}")
     if device is None:
         device = next(net.parameters()).device
-    seeds = list(seeds)
+    seeds = [index(seed) for seed in seeds]
+    unique(seeds)  # of two that give one image, it names both
     shares = [
         part for part in divided(len(seeds), batch_size, world_size)[rank::world_size] if part
     ]
@@ -214,6 +224,8 @@ def check_networks(net: Network, gnet: Network | None = None, class_idx: int | N
         ValueError: the message names what is wrong.
     """
     if class_idx is not None:
+        if isinstance(class_idx, bool) or not isinstance(class_idx, int):
+            raise ValueError(f"class must be a whole number, got {class_idx!r}")
         if not net.label_dim:
             raise ValueError(f"class {class_idx} asked of an unconditional network; leave it out")
         if not 0 <= class_idx < net.label_dim:

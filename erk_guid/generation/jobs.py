@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -38,6 +38,7 @@ from erk_guid.generation.trace import (
     BEGINS,
     check_trace_path,
     complete,
+    differ,
     read_parts,
     read_trace,
     recorded,
@@ -170,20 +171,63 @@ def _refuse_losing_rows(job: GenerationJob, run: str, trace: Path) -> None:
         ErkGuidError: the message counts the images.
     """
     try:
-        old = set(read_trace(trace)["seed"].tolist())
+        old = read_trace(trace)
     except ErkGuidError:  # none is there, or it was cut off
         return
     recorded = job.folder.recorded()
     there = recorded.difference(job.folder.missing(recorded))
+    rows = complete(read_parts(job.outdir, run), there)
+    _refuse_other_rows(trace, old, rows, recorded)
     if not job.resume:
         there.difference_update(job.seeds)  # these are made again, with their rows
-    rows = complete(read_parts(job.outdir, run), there)
-    lost = there.intersection(old).difference(rows["seed"].tolist())
+    lost = there.intersection(old["seed"].tolist()).difference(rows["seed"].tolist())
     if lost:
         raise ErkGuidError(
             f"{trace} has rows of {len(lost)} images, such as that of seed {min(lost)}, that are "
             f"no longer in the part files in {job.outdir}: writing it anew would lose them; give "
             "--trace another name"
+        )
+
+
+def _refuse_replaced(trace: Path, rows: np.ndarray, recorded: Collection[int]) -> None:
+    """Refuse to replace the trace that another job has written since this one began.
+
+    Raises:
+        ErkGuidError: see `_refuse_other_rows`.
+    """
+    try:
+        old = read_trace(trace)
+    except ErkGuidError:
+        return
+    try:
+        _refuse_other_rows(trace, old, rows, recorded)
+    except ErkGuidError as error:
+        raise ErkGuidError(
+            f"{error}. The images are there, and the rows too: --resume with another --trace "
+            "writes them"
+        ) from error
+
+
+def _refuse_other_rows(
+    trace: Path, old: np.ndarray, rows: np.ndarray, recorded: Collection[int]
+) -> None:
+    """Refuse to replace the trace of another run.
+
+    Args:
+        trace: the file.
+        old: its rows.
+        rows: those of this run.
+        recorded: the seeds of this run.
+
+    Raises:
+        ErkGuidError: the file has rows of other seeds, or other rows of these.
+    """
+    others = np.setdiff1d(old["seed"], np.fromiter(recorded, np.int64, len(recorded)))
+    if len(others) or differ(old, rows):
+        which = f"rows of seed {others[0]}" if len(others) else "other rows of the same seeds"
+        raise ErkGuidError(
+            f"{trace} is the trace of another run: it has {which}; give --trace another name, or "
+            "delete it"
         )
 
 
@@ -214,6 +258,8 @@ def _write_trace(job: GenerationJob, run: str, left_out: Sequence[int], tell: bo
     try:
         seeds = job.folder.recorded().difference(left_out)
         rows = complete(read_parts(job.outdir, run), seeds)
+        if not job.overwrite:
+            _refuse_replaced(job.trace, rows, seeds)
         write_trace(job.trace, rows)
     except OSError as error:
         raise ErkGuidError(f"cannot write the trace {job.trace}: {error}") from error

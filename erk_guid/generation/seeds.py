@@ -49,7 +49,7 @@ def unique(seeds: Sequence[int]) -> list[int]:
     """
     rising = all(a < b for a, b in pairwise(seeds))
     once = list(seeds) if rising else list(dict.fromkeys(seeds))
-    if once and max(once) >= STREAMS:
+    if once and not 0 <= min(once) <= max(once) < STREAMS:
         streams: dict[int, int] = {}
         for seed in once:
             other = streams.setdefault(seed % STREAMS, seed)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from erk_guid.common.errors import ErkGuidError, reason_of
 from erk_guid.common.files import NPZ_START, replacing, write_bytes
-from erk_guid.common.npz import read_npz
+from erk_guid.common.npz import npz_names, read_npz
 from erk_guid.sampling import StepInfo
 
 COLUMNS = (
@@ -212,6 +212,24 @@ def complete(rows: np.ndarray, seeds: Collection[int]) -> np.ndarray:
     return rows[np.isin(rows["seed"], found[steps == len(usual)])]
 
 
+def differ(old: np.ndarray, new: np.ndarray) -> bool:
+    """Return whether two traces have a row of one seed and step that is not of one run.
+
+    Runs of one setting round otherwise in other batches, and `.csv` holds seven digits.
+    """
+    old, new = united(old), united(new)
+    kind, names = np.dtype([(name, ROW[name]) for name in KEYS]), list(KEYS)
+    keys = (old[names].astype(kind), new[names].astype(kind))
+    _, a, b = np.intersect1d(*keys, assume_unique=True, return_indices=True)
+    if not len(a):
+        return False
+    old, new = old[a], new[b]
+    return not all(
+        np.allclose(old[name], new[name], rtol=rtol, atol=0, equal_nan=True)
+        for name, rtol in (("sigma", 1e-5), ("sigma_next", 1e-5), ("step_size", 0.02))
+    )
+
+
 def united(rows: np.ndarray) -> np.ndarray:
     """Order rows by seed and step, and keep the last of several for one seed and step."""
     order = np.lexsort((np.arange(len(rows)), rows["step"], rows["seed"]))
@@ -226,13 +244,15 @@ def check_trace_path(path: Path) -> None:
     """Raise ErkGuidError unless `path` ends in a known suffix, and is no archive of others."""
     if path.suffix not in SUFFIXES:
         raise ErkGuidError(f"cannot write a trace to {path}: end its name in .csv or .npz")
-    if path.suffix == ".npz" and path.is_file():
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            start = file.read(100)
-            if start and f"{COLUMNS[0]}.npy".encode() not in start:  # every archive begins alike
-                raise ErkGuidError(
-                    f"{path} is there, and is no trace; write to another file, or delete it"
-                )
+    if path.suffix == ".npz" and path.is_file() and path.stat().st_size:
+        try:
+            known = set(COLUMNS) <= set(npz_names(path))  # every archive begins alike
+        except ErkGuidError:
+            known = False
+        if not known:
+            raise ErkGuidError(
+                f"{path} is there, and is no trace; write to another file, or delete it"
+            )
 
 
 def read_trace(path: Path) -> np.ndarray:

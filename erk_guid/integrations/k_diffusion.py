@@ -28,7 +28,7 @@ from erk_guid.denoisers import Denoiser
 from erk_guid.guidance import ERKGuidance, Gate, Guidance, make_guidance
 from erk_guid.integrations.flow import flow_process
 from erk_guid.processes import Process
-from erk_guid.sampling import Callback, StepInfo, sample
+from erk_guid.sampling import Callback, StepInfo, checked, sample
 from erk_guid.solvers import DPM2, Heun, Modal, Solver, name_of
 
 __all__ = ["sample_erk_dpm_2", "sample_erk_heun", "sample_modal"]
@@ -83,7 +83,7 @@ def run(
 
         if sigmas[-1] > sigmas[0]:
             _check_upwards(solver, guidance, churn, sigmas.tolist())
-            return _upwards(solver, denoiser, x, sigmas.tolist(), note)
+            return checked(_upwards(solver, denoiser, x, sigmas.tolist(), note))
         return sample(
             denoiser, x, sigmas, solver=solver, guidance=guidance, callback=note, churn=churn,
             process=process, randn_like=randn_like,

@@ -18,7 +18,7 @@ import torch
 from erk_guid._version import __version__
 from erk_guid.common.datasets import ImageSource, open_images, refuse_overwriting
 from erk_guid.common.errors import ErkGuidError, printable
-from erk_guid.common.files import JSON_START, NPZ_START, check_writable, write_bytes
+from erk_guid.common.files import JSON_START, check_writable, write_bytes
 from erk_guid.generation.config import GenerationConfig
 from erk_guid.generation.devices import choose_device
 from erk_guid.generation.images import generate
@@ -106,7 +106,7 @@ class Scoring:
                 raise ErkGuidError(
                     f"cannot write features to {self.features}: end its name in .npz"
                 )
-            check_writable(self.features, NPZ_START)
+            check_destination(self.features)
         if self.json is not None:
             check_writable(self.json, JSON_START)
 

@@ -119,7 +119,9 @@ def noise_of(spread: float, noise: Tensor | None, x: Tensor) -> Tensor:
         ValueError: the step was called without noise, or with noise of another shape.
     """
     if noise is None:
-        raise ValueError("this step adds noise (eta): pass standard normal noise shaped like x")
+        raise ValueError(
+            "this step adds noise (eta or churn): pass standard normal noise shaped like x"
+        )
     if noise.shape != x.shape:
         raise ValueError(f"noise must be shaped like x {list(x.shape)}, got {list(noise.shape)}")
     return spread * noise.to(x.dtype)

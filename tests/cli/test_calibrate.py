@@ -40,6 +40,10 @@ def test_settings_stand_for_the_options(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "w_stiff 0.6, w_con 0.3, solver heun, 5 noise levels" in done.output
     assert "measured with the network elsewhere, this is digits" in done.output
+    levels = {k: v for k, v in MADE_FOR.items() if k != "num_steps"} | {"schedule": [9.0, 1.0, 0.1]}
+    Settings(ERKGuidance(0.6, 0.3), levels).write(tmp_path / "l.json")
+    listed = run(*common, f"--outdir={tmp_path / 'l'}", f"--settings={tmp_path / 'l.json'}")
+    assert "solver heun, 3 noise levels" in listed.output  # it said 32
     record = json.loads((tmp_path / "a" / "run.json").read_text())
     assert "0.6" in json.dumps(record)
     run(*common, f"--outdir={tmp_path / 'b'}", "--steps=5", "--w_stiff=0.6", "--w_con=0.3")

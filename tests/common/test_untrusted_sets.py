@@ -93,6 +93,17 @@ def test_labels_of_many_files_take_linear_time() -> None:
 # --- zips of images -------------------------------------------------------------------------
 
 
+def test_names_that_lead_out_of_a_zip_are_told(tmp_path: Path) -> None:
+    # Catches: half of a set passed over in silence.
+    source = open_images(zipped(tmp_path / "a.zip", {"0.png": png(), "../1.png": png()}))
+    assert source.names == ["0.png"]
+    assert source.ignored == ["../1.png"]
+    with pytest.raises(
+        DatasetError, match=r"no images in .* among 1 files \(such as \.\./1\.png\)"
+    ):
+        open_images(zipped(tmp_path / "b.zip", {"../1.png": png()}))
+
+
 def encrypted(path: Path, name: str = "0.png") -> Path:
     return patched(zipped(path, {name: png()}), 8, b"\x01\x00", local=6)
 

@@ -56,14 +56,16 @@ def test_golden_generation(
 
 
 def test_seeds_wrap_around_at_2_to_the_32(main_net: Checkpoint) -> None:
-    seeds = [5, 2**32 + 5, 2**31 + 5]
-    (batch,) = erk_guid.generate(main_net.net, seeds, num_steps=1)
     # EDM2's rule; no stored numbers have such seeds.
-    for k, seed in enumerate((5, 5, 2**31 + 5)):
-        generator = torch.Generator().manual_seed(seed)
+    for seed, stream in ((2**32 + 5, 5), (2**31 + 5, 2**31 + 5), (-1, 2**32 - 1)):
+        (batch,) = erk_guid.generate(main_net.net, [seed], num_steps=1)
+        generator = torch.Generator().manual_seed(stream)
         shape = list(batch.noise.shape[1:])
-        assert torch.equal(batch.noise[k], torch.randn(shape, generator=generator))
-    assert not torch.equal(batch.noise[0], batch.noise[2])
+        assert torch.equal(batch.noise[0], torch.randn(shape, generator=generator))
+    # Catches: two equal images without a word.
+    for seeds in ([5, 2**32 + 5], [-1, 2**32 - 1]):
+        with pytest.raises(ValueError, match=f"seeds {seeds[0]} and {seeds[1]} give one image"):
+            erk_guid.generate(main_net.net, seeds)
 
 
 @pytest.mark.parametrize(("count", "world_size"), [(7, 1), (7, 2), (7, 3), (2, 5), (0, 2)])
@@ -125,6 +127,15 @@ def test_what_does_not_fit_is_named(main_net: Checkpoint, guiding_net: Checkpoin
         erk_guid.generate(main_net.net, [1], gnet=digits)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         erk_guid.generate(main_net.net, [1], batch_size=0)
+    with pytest.raises(ValueError, match=r"class must be a whole number, got 2\.5"):
+        erk_guid.generate(main_net.net, [1], class_idx=2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="rank must be from 0 to 1, got -1"):
+        erk_guid.generate(main_net.net, [1], rank=-1, world_size=2)
+    with pytest.raises(TypeError, match="float"):
+        erk_guid.generate(main_net.net, [1.5])  # type: ignore[list-item]
+    half = erk_guid.generate(main_net.net, [1, 2], sampler_fn=lambda net, noise, **more: noise[:1])
+    with pytest.raises(ValueError, match="sampler_fn must return samples shaped like the noise"):
+        list(half)
 
 
 def test_no_gradient_is_recorded(cond: Any) -> None:

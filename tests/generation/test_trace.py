@@ -197,16 +197,50 @@ def test_seeds_without_rows_are_told(tmp_path: Path) -> None:
 
 
 def test_two_folders_with_one_trace_do_not_mix(tmp_path: Path) -> None:
-    # The rows of a run are those in its folder, whatever the file of the trace holds.
+    # Catches: the trace of one run replaced by that of another one without a word.
     trace = ("--trace", tmp_path / "t.csv")
     first = ("--outdir", tmp_path / "a", *trace)
     assert generate(*first, "--seeds=0-1").exit_code == 0
-    other = ("--seeds=0-3", "--w_stiff=0.9", "--w_con=0", "--outdir", tmp_path / "b")
-    assert generate(*other, *trace).exit_code == 0
+    before = (tmp_path / "t.csv").read_bytes()
+    guided = ("--w_stiff=0.9", "--w_con=0")
+    for other in (("--seeds=7",), ("--seeds=0-1", *guided), ("--seeds=0-1",)):
+        for resume in ([], ["--resume"]):
+            result = generate("--outdir", tmp_path / "b", *other, *trace, *resume)
+            assert result.exit_code == 1
+            assert "is the trace of another run: it has rows of seed 0" in result.output
+    # With a folder that has images of these seeds.
+    other = ("--outdir", tmp_path / "b", "--seeds=0-1", *guided)
+    assert generate(*other, "--trace", tmp_path / "u.csv").exit_code == 0
+    result = generate(*other, *trace, "--resume")
+    assert result.exit_code == 1
+    assert "it has other rows of the same seeds" in result.output
+    assert (tmp_path / "t.csv").read_bytes() == before
     assert generate(*first, "--seeds=0-3", "--resume").exit_code == 0
     rows = read_trace(tmp_path / "t.csv")
     assert len(rows) == 12
     assert not rows["correction_size"][~np.isnan(rows["correction_size"])].any()
+    assert generate(*other, *trace, "--overwrite").exit_code == 0
+    assert len(read_trace(tmp_path / "t.csv")) == 6
+
+
+def test_a_trace_that_another_job_wrote_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace, sample = tmp_path / "t.csv", images._Generation.sample
+
+    def meanwhile(*given: Any) -> images.Sampled:
+        write_trace(trace, rows((7, 0)))
+        return sample(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images._Generation, "sample", meanwhile)
+        result = generate("--outdir", tmp_path / "o", "--seeds=0-1", "--trace", trace)
+    assert result.exit_code == 1
+    assert "--resume with another --trace writes them" in result.output
+    assert read_trace(trace)["seed"].tolist() == [7]
+    args = ("--outdir", tmp_path / "o", "--seeds=0-1", "--resume", "--trace", tmp_path / "u.csv")
+    assert "0 images made" in generate(*args).output
+    assert len(read_trace(tmp_path / "u.csv")) == 6
 
 
 def test_a_trace_that_was_cut_is_whole_again(tmp_path: Path) -> None:

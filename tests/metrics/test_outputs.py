@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,26 @@ def test_rows_of_a_trace_are_not_replaced(images: Path) -> None:
     done = run("calc", "--images", images, *COMMON, "--json", part)
     assert done.exit_code == 1
     assert part.read_bytes() == bytes(80)
+
+
+def test_files_of_other_kinds_are_not_replaced(images: Path, tmp_path: Path) -> None:
+    # Catches: --dest and --features over somebody's data set, weights or pickle.
+    data, pickled = tmp_path / "data.npz", tmp_path / "net.pkl"
+    np.savez(data, images=np.zeros((2, 4, 4), np.uint8), labels=np.arange(2))
+    pickled.write_bytes(pickle.dumps({"my": "net"}))
+    ref = ("ref", "--metrics=fd_digits", "--device=cpu", "--data", images)
+    for args in (
+        (*ref, "--dest", data), (*ref, "--dest", pickled),
+        ("calc", "--images", images, *COMMON, "--features", data),
+    ):  # fmt: skip
+        before = Path(str(args[-1])).read_bytes()
+        refused = run(*args)
+        assert refused.exit_code == 1
+        assert "holds no statistics or features" in " ".join(refused.output.split())
+        assert Path(str(args[-1])).read_bytes() == before
+    for name in ("r.npz", "r.pkl"):
+        for _ in range(2):  # its own output is
+            assert run(*ref, "--dest", tmp_path / name).exit_code == 0
 
 
 def test_more_than_there_is(images: Path, tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def test_a_visitor_gets_no_file(address: str) -> None:
 
 @pytest.mark.slow
 def test_a_page_from_elsewhere_is_not_let_in(address: str) -> None:
-    # Catches: another site's page in the same browser, whose name was made to point at this machine.
+    # Catches: another site's page in the same browser, whose name points at this machine.
     for host, code in (("evil.com", 400), ("evil.com:7860", 400), ("localhost:7860", 200)):
         request = urllib.request.Request(address, headers={"Host": host})
         try:

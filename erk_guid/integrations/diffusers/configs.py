@@ -84,10 +84,22 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 """Settings that say nothing in a family."""
 
-DISTILLED = ("LCM", "TCD", "SCM", "Consistency", "FlowMap", "PiFlow")
+UNDERSTOOD = frozenset({
+    "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "DDIMParallelScheduler", "DDIMScheduler",
+    "DDPMParallelScheduler", "DDPMScheduler", "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler", "DPMSolverSDEScheduler", "DPMSolverSinglestepScheduler",
+    "EDMDPMSolverMultistepScheduler", "EDMEulerScheduler", "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler",
+    "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler", "UniPCMultistepScheduler",
+})  # fmt: skip
+"""Schedulers whose samples, times and predictions are those of one of our families."""
+DISTILLED = ("LCM", "TCD", "SCM", "CMStochastic", "Consistency", "HeliosDMD", "FlowMap", "PiFlow")
 """Parts of the names of schedulers for distilled models."""
 ONLY_DISTILLED = "original_inference_steps"
 """Setting that only they have; a config need not name its class."""
+BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
+"""Values of beta_schedule that diffusers' Euler and Heun know."""
 
 
 def family_of(config: Mapping[str, Any]) -> str:
@@ -102,6 +114,27 @@ def family_of(config: Mapping[str, Any]) -> str:
     if name.startswith("EDM") or ("sigma_data" in config and "beta_start" not in config):
         return "edm"
     return "discrete"
+
+
+def check_understood(config: Mapping[str, Any]) -> None:
+    """Refuse the config of a scheduler that is not sampled by solving our families' ODEs.
+
+    Raises:
+        ValueError: the message says what it is.
+    """
+    name = str(config.get("_class_name", ""))
+    if any(part in name for part in DISTILLED) or ONLY_DISTILLED in config:
+        raise ValueError(
+            f"{name or 'this scheduler'} belongs to a distilled model, which is not sampled by "
+            "solving an ODE; keep it"
+        )
+    if name == "CosineDPMSolverMultistepScheduler":
+        raise ValueError(f"{name} tells its network another number than EDM's; keep it")
+    if name and name not in UNDERSTOOD and name not in OWN:
+        raise ValueError(
+            f"{name} is none of the schedulers whose samples and times are known here; keep it, "
+            "or, where they are those of one of diffusers' usual ones, give for_pipeline that one"
+        )
 
 
 def carried_over(
@@ -119,6 +152,7 @@ def carried_over(
         ValueError: the config belongs to another family, or holds what is refused.
     """
     name = str(config.get("_class_name", ""))
+    check_understood(config)
     theirs = family_of(config)
     if theirs != family:
         solver = next(s for names in CLASSES.values() for s, n in names.items() if n == taker)
@@ -126,13 +160,13 @@ def carried_over(
             f"{taker} cannot take the config of {name or 'this scheduler'}: its samples and "
             f"predictions are of another kind; take {CLASSES[theirs][solver]}"
         )
-    if any(part in name for part in DISTILLED) or ONLY_DISTILLED in config:
+    schedule = config.get("beta_schedule", BETAS[0])
+    known_betas = schedule in BETAS or ("Heun" in taker and schedule == "exp")
+    if family == "discrete" and config.get("trained_betas") is None and not known_betas:
         raise ValueError(
-            f"{name or 'this scheduler'} belongs to a distilled model, which is not sampled by "
-            "solving an ODE; keep it"
+            f"{taker} does not honour beta_schedule={schedule!r}: pass the betas themselves, "
+            "trained_betas=scheduler.betas.tolist()"
         )
-    if name == "CosineDPMSolverMultistepScheduler":
-        raise ValueError(f"{name} tells its network another number than EDM's; keep it")
     # The values of this scheduler, even those that it left at their defaults: ours differ.
     found = {key: value for key, value in config.items() if key != "_use_default_values"}
     if family == "flow" and name not in OWN:

@@ -68,7 +68,8 @@ class Family(Samples, ABC):
         """
         known = cls._get_init_keys(cls)  # type: ignore[attr-defined]
         if isinstance(config, Mapping):
-            config = carried_over(config, cls.name, cls.__name__, known)
+            wanted = {key: value for key, value in options.items() if key in known}
+            config = carried_over({**config, **wanted}, cls.name, cls.__name__, known)
             # diffusers would warn of them.
             idle = SOLVERS_OWN - known
             config = {key: value for key, value in config.items() if key not in idle}
@@ -425,12 +426,15 @@ class Flow(Family):
         self.sigmas = self.sigmas.cpu()
         self.num_inference_steps = len(self.timesteps)
         times = [self.time(index) for index in range(len(self.sigmas))]
-        if sigmas is not None and times[0] > 1 and not (self.config.sigma_max or 1) > 1:
+        given = sigmas is not None or fitted is not None
+        if given and times[0] > 1 and not (self.config.sigma_max or 1) > 1:
             raise ValueError(
                 f"times of a flow are at most 1, got {times[0]:g}: these are noise levels of "
                 "another family of models"
             )
-        check_levels(torch.tensor(list(dict.fromkeys(times)), dtype=torch.float64))
+        if sigmas is None and timesteps is None:
+            times = list(dict.fromkeys(times))  # diffusers' own spacings may round to one number
+        check_levels(torch.tensor(times, dtype=torch.float64))
 
     def _spaced(
         self,

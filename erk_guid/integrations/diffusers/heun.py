@@ -301,7 +301,7 @@ class ERKGuidHeunScheduler(Discrete, _Heun, HeunDiscreteScheduler):  # type: ign
         fitted = None
         if num_train_timesteps is None:  # diffusers' own __init__ passes it
             fitted = chosen_levels(self.config.levels, num_inference_steps, sigmas, timesteps)
-        check_times(timesteps)
+        check_times(timesteps, self.config.num_train_timesteps)
         if fitted is None and sigmas is None:
             HeunDiscreteScheduler.set_timesteps(
                 self, num_inference_steps, device, num_train_timesteps,
@@ -456,7 +456,4 @@ class FlowMatchERKGuidHeunScheduler(Flow, _Heun, FlowMatchEulerDiscreteScheduler
         """
         self._levels(num_inference_steps, device, sigmas, mu, timesteps)
         listed = sigmas is not None or timesteps is not None
-        if listed:  # a time that is there twice would take two calls for nothing
-            times = [self.time(index) for index in range(len(self.sigmas))]
-            check_levels(torch.tensor(times, dtype=torch.float64))
         self._lay_out(self.sigmas, self.timesteps, listed)

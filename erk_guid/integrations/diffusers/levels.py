@@ -57,26 +57,30 @@ def chosen_levels(
 
 
 def check_falling(sigmas: Any) -> None:
-    """Refuse noise levels that rise, or are none; a level may repeat the one before.
+    """Refuse noise levels that do not fall strictly, are none, or are too few for a step.
 
     Raises:
         ValueError: naming the first at fault.
     """
-    given = np.asarray(sigmas, dtype=np.float64)
-    for k, level in enumerate(given):
-        if not (np.isfinite(level) and level >= 0):
-            raise ValueError(f"sigmas[{k}] is {level}; noise levels are finite and not negative")
-        if k and level > given[k - 1]:
-            raise ValueError(f"sigmas must fall, but sigmas[{k}] = {level} follows {given[k - 1]}")
+    check_levels(torch.as_tensor(sigmas, dtype=torch.float64, device="cpu"))
 
 
-def check_times(timesteps: Any) -> None:
-    """Refuse timesteps that do not fall strictly.
+def check_times(timesteps: Any, train_steps: int | None = None) -> None:
+    """Refuse timesteps that do not fall strictly, or that no network was trained on.
+
+    Args:
+        timesteps: a list, or None.
+        train_steps: how many the network knows, from 0 on; None asks for nothing.
 
     Raises:
         ValueError: naming the first at fault.
     """
     given = [] if timesteps is None else [float(t) for t in timesteps]
+    for k, time in enumerate(given):
+        if train_steps is not None and not 0 <= time <= train_steps:
+            raise ValueError(
+                f"timesteps must be within 0 and {train_steps}, but timesteps[{k}] is {time:g}"
+            )
     for k, (before, after) in enumerate(pairwise(given)):
         if not after < before:
             raise ValueError(

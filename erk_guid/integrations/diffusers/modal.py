@@ -243,7 +243,8 @@ class ModalScheduler(Discrete, _Modal, EulerDiscreteScheduler):  # type: ignore[
             num_inference_steps, sigmas = None, fitted
         if sigmas is not None:
             check_falling(sigmas)
-        check_times(timesteps)
+        discrete = self.config.timestep_type == "discrete"
+        check_times(timesteps, self.config.num_train_timesteps if discrete else None)
         EulerDiscreteScheduler.set_timesteps(self, num_inference_steps, device, timesteps, sigmas)
         self._forget()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +12,19 @@ from typing import Any
 
 import torch
 
+from erk_guid.common.errors import printable
 from erk_guid.generation.settings import PROCESS, Settings, read_settings
 from erk_guid.guidance import Guidance, settings_of
 from erk_guid.integrations.diffusers import heun, modal
-from erk_guid.integrations.diffusers.configs import CLASSES, OWN, SOLVERS_OWN, family_of
-from erk_guid.integrations.diffusers.families import Family
+from erk_guid.integrations.diffusers.configs import (
+    CLASSES,
+    OWN,
+    SOLVERS_OWN,
+    UNDERSTOOD,
+    check_understood,
+    family_of,
+)
+from erk_guid.integrations.diffusers.families import EDM, Family
 from erk_guid.integrations.diffusers.probe import PipelineDenoiser, usual_times
 from erk_guid.processes import RectifiedFlow
 from erk_guid.solvers import Heun, Modal, Solver, name_of
@@ -26,9 +36,13 @@ from erk_guid.studies.fitting.levels import FEWEST, Progress
 SOLVERS = ("modal", "heun")
 DEFAULT_SOLVER = "modal"
 UNIT_VARIANCE = ("DDPMPipeline", "DDIMPipeline", "DiTPipeline")
-"""Pipelines that keep their samples at unit variance."""
+"""Pipelines that keep their samples at unit variance; for others see `scales_nothing`."""
 TWICE = ("CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline")
 """Pipelines that call `step` twice for each point, to learn the clean data first."""
+FAMILY = "family"
+"""Entry of `Settings.measured` that names the family of the pipeline that was fitted."""
+SPACING = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "timestep_spacing")
+"""Options that space levels, which say nothing beside fitted ones."""
 RANGE = 1.01
 """How far fitted levels may reach above a model's highest noise level."""
 SAMPLES = 64
@@ -53,7 +67,8 @@ def for_pipeline(
         solver: "modal" (one call of the network per step) or "heun" (two, with guidance). None
             takes that of the settings, or "modal".
         settings: what `fit` found, or the file that ``erk-guid fit`` wrote: noise levels with
-            their solver.
+            their solver. Of a file without a list of levels (``erk-guid calibrate``) solver and
+            guidance are taken; the levels stay the pipeline's.
         options: arguments of the scheduler's class, in place of the config's. Strength, noise and
             levels that an earlier call was told are not kept.
 
@@ -61,24 +76,33 @@ def for_pipeline(
         A scheduler of the family of the pipeline's: for betas, EDM's or flow matching.
 
     Raises:
-        ValueError: the pipeline's config asks for what the scheduler does not honour, or the
-            settings are for another solver or family.
-        TypeError: the scheduler has no such option.
+        ValueError: the pipeline's scheduler is of none of these families, its config asks for
+            what ours does not honour, or the settings are for another solver or family.
+        TypeError: the scheduler has no such option, or `pipe` or `settings` is something else.
         ErkGuidError: the settings cannot be read.
     """
     config = _config(pipe)
     if config["_class_name"] in OWN:
         # What an earlier call was told makes way for what is asked for now.
         config = {k: v for k, v in config.items() if k not in (*SOLVERS_OWN, "levels")}
+    check_understood(config)
     family = family_of(config)
+    if settings is not None and not isinstance(settings, (str, Path, Settings, PipelineFit)):
+        raise TypeError(
+            "settings must be the path of a file, or what fit returned, got "
+            f"{type(settings).__name__}"
+        )
     found = settings.settings if isinstance(settings, PipelineFit) else settings
     if isinstance(found, (str, Path)):
         found = read_settings(found, times=True)
     if found is not None:
         options = _options_of(found, solver, family) | options
+        idle = [name for name in SPACING if options.get(name) and options.get("levels")]
+        if idle:
+            raise ValueError(f"the settings hold the noise levels: leave {idle[0]} out")
         solver = name_of(found.solver())
     solver = DEFAULT_SOLVER if solver is None else solver
-    if type(pipe).__name__ in UNIT_VARIANCE:
+    if family == "discrete" and hasattr(pipe, "scheduler") and scales_nothing(type(pipe)):
         options = {"unit_variance": True} | options
     scheduler = _class(family, solver).from_config(config, **options)
     if options.get("levels"):
@@ -93,9 +117,12 @@ def _check_range(scheduler: Any, levels: Sequence[float]) -> None:
         ValueError: they reach above what the model has been trained on.
     """
     kept = getattr(scheduler, "alphas_cumprod", None)
-    if kept is None:
+    if kept is not None:
+        highest = float(((1 - kept[-1]) / kept[-1]) ** 0.5)
+    elif scheduler.name == EDM.name:
+        highest = float(scheduler.config.sigma_max)
+    else:
         return
-    highest = float(((1 - kept[-1]) / kept[-1]) ** 0.5)
     if levels[0] > RANGE * highest:
         raise ValueError(
             f"the levels reach {levels[0]:g}, this model's noise only {highest:.3g}: they were "
@@ -103,14 +130,32 @@ def _check_range(scheduler: Any, levels: Sequence[float]) -> None:
         )
 
 
+def scales_nothing(kind: type[Any]) -> bool:
+    """Return whether a class of pipelines calls its network with the samples as they are.
+
+    Such a pipeline (DDPM's, Kandinsky's, Marigold's) never calls `scale_model_input`, so its
+    samples must have unit variance. There is no flag: this looks into its program.
+    """
+    if kind.__name__ in UNIT_VARIANCE:
+        return True
+    call = inspect.unwrap(kind.__call__)
+    try:
+        program = inspect.getsource(sys.modules[call.__module__])
+    except (AttributeError, KeyError, OSError, TypeError):
+        return False  # made at a prompt
+    return "scale_model_input" not in program
+
+
 def _config(pipe: Any) -> Mapping[str, Any]:
     scheduler = getattr(pipe, "scheduler", pipe)
     config = getattr(scheduler, "config", None)
-    if not isinstance(config, Mapping):
+    if not isinstance(config, Mapping) or not hasattr(scheduler, "set_timesteps"):
         raise TypeError(
             f"{type(pipe).__name__} is no pipeline of diffusers: it has no scheduler with a config"
         )
-    return {**config, "_class_name": type(scheduler).__name__}
+    names = [kind.__name__ for kind in type(scheduler).__mro__]
+    known = (name for name in names if name in OWN or name in UNDERSTOOD)
+    return {**config, "_class_name": next(known, names[0])}
 
 
 def _class(family: str, solver: str) -> Any:
@@ -138,6 +183,12 @@ def _options_of(settings: Settings, solver: str | None, family: str) -> dict[str
     else:
         options = {k: v for k, v in settings_of(settings.guidance).items() if v is not None}
     levels = settings.made_for.get("schedule")
+    of = settings.measured.get(FAMILY)
+    if of is not None and of != family:
+        raise ValueError(
+            f"the settings were fitted to a pipeline of the family {printable(of, 20)!r}, this one "
+            f"is of {family!r}; fit for this pipeline"
+        )
     if isinstance(levels, (list, tuple)):
         if (settings.process is not None) != (family == "flow"):
             what = "sigmas" if settings.process is None else f"times of {settings.process}"
@@ -218,8 +269,12 @@ def fit(
     """
     if prompts is not None and len(prompts) == 0:
         raise ValueError("prompts: give at least one, or None for a pipeline without")
-    if samples < FEWEST:
-        raise ValueError(f"samples must be at least {FEWEST}, got {samples}")
+    for what, value, least in (("steps", steps, 2), ("samples", samples, FEWEST),
+                               ("batch", batch, 1)):  # fmt: skip
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{what} must be a whole number of at least {least}, got {value!r}")
+    if "num_inference_steps" in (call or {}):
+        raise ValueError("call: leave num_inference_steps out; steps says how many are fitted for")
     if type(pipe).__name__ in TWICE:
         raise ValueError(
             f"{type(pipe).__name__} calls its scheduler twice for each point, which fit cannot "
@@ -268,7 +323,12 @@ def fit(
     finally:
         denoiser.close()
     flow = None if family != "flow" else repr(RectifiedFlow())
-    measured = {PROCESS: flow, "pipeline": type(pipe).__name__, "seeds": [seed, samples]}
+    measured = {
+        PROCESS: flow,
+        FAMILY: family,
+        "pipeline": type(pipe).__name__,
+        "seeds": [seed, samples],
+    }
     return PipelineFit(fitted, settings_of_fit(fitted, measured))
 
 

@@ -30,10 +30,12 @@ def inception_score(
         (mean, deviation over splits).
 
     Raises:
-        ValueError: there are fewer images than splits.
+        ValueError: splits is no number of 1 or more, or there are fewer images.
         MissingExtraError: torch-fidelity is not installed.
     """
     rows = logits.detach() if isinstance(logits, Tensor) else torch.from_numpy(logits)
+    if isinstance(splits, bool) or not isinstance(splits, int) or splits < 1:
+        raise ValueError(f"splits must be a whole number of at least 1, got {splits!r}")
     if len(rows) < splits:
         raise ValueError(f"{splits} splits need at least as many images, got {len(rows)}")
     try:

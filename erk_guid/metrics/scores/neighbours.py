@@ -70,6 +70,8 @@ def _features(value: np.ndarray | Tensor, name: str, k: int) -> Tensor:
             f"{name} features must be floating-point [n, d], got {features.dtype} "
             f"{list(features.shape)}"
         )
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise ValueError(f"k must be a whole number, got {k!r}")
     if not 1 <= k < len(features):
         raise ValueError(
             f"the {k}-th nearest neighbour needs at least {max(k, 1) + 1} {name} images, got "

@@ -20,7 +20,7 @@ import numpy as np
 
 from erk_guid.common.errors import ErkGuidError, printable
 from erk_guid.common.files import NPZ_START, check_writable, replacing, sha256_of, user_path
-from erk_guid.common.npz import read_npz
+from erk_guid.common.npz import npz_names, read_npz
 from erk_guid.metrics.statistics.moments import Statistics
 from erk_guid.models.checkpoints.download import download, how_to_refetch, is_url
 from erk_guid.models.checkpoints.safe_pickle import UnsafePickleError, array_of, read_pickle
@@ -213,15 +213,32 @@ def _checked(
     return Statistics(mu, sigma, count)
 
 
+WRITTEN = ("mu", "sigma", "count", "features", "about")
+"""Last parts of the names of arrays that `write_reference` writes."""
+
+
 def check_destination(dest: Path) -> None:
     """Refuse a path that `write_reference` cannot write to, before the work is done.
 
     Raises:
-        ErkGuidError: the suffix is not .npz or .pkl, or the folder cannot be made.
+        ErkGuidError: the suffix is not .npz or .pkl, the folder cannot be made, or there is a
+            file that holds something else.
     """
     if dest.suffix not in SUFFIXES:
         raise ReferenceFileError(f"cannot write {dest}: end its name in {' or '.join(SUFFIXES)}")
     check_writable(dest, (*NPZ_START, b"\x80"))
+    try:
+        if not dest.is_file() or not dest.stat().st_size:
+            return
+        if dest.suffix == ".pkl":
+            read_reference(dest)  # every pickle begins alike
+        elif not all(name.rpartition("/")[2] in WRITTEN for name in npz_names(dest)):
+            raise ReferenceFileError("it holds other arrays")
+    except ErkGuidError as error:
+        raise ReferenceFileError(
+            f"{printable(dest, 200)} is there, and holds no statistics or features; write to "
+            "another file, or delete it"
+        ) from error
 
 
 def edm2_layout(statistics: Mapping[str, Statistics]) -> dict[str, Any]:

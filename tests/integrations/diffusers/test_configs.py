@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from erk_guid.integrations.diffusers.configs import (
     CLASSES,
     REFUSED,
     REPLACED,
+    UNDERSTOOD,
     WITHOUT_EFFECT,
     family_of,
 )
@@ -156,6 +158,61 @@ def test_every_setting_of_the_newest_schedulers_is_honoured_or_refused(
     for scheduler in NEWEST[family]:
         unknown = scheduler._get_init_keys(scheduler) - known - {"self"}
         assert not unknown, f"{scheduler.__name__}: {sorted(unknown)}"
+
+
+DECLINED = {
+    "AmusedScheduler", "BlockRefinementScheduler", "CMStochasticIterativeScheduler",
+    "CosineDPMSolverMultistepScheduler", "DDIMInverseScheduler", "DDPMWuerstchenScheduler",
+    "DPMSolverMultistepInverseScheduler", "DiscreteDDIMScheduler", "EntropyBoundScheduler",
+    "FlowMapEulerDiscreteScheduler", "FlowMatchLCMScheduler", "HeliosDMDScheduler",
+    "HeliosScheduler", "IPNDMScheduler", "KarrasVeScheduler", "LCMScheduler",
+    "LTXEulerAncestralRFScheduler", "MiniMaxH3Scheduler", "PiflowScheduler",
+    "RFD4ProteinaScheduler", "RePaintScheduler", "SCMScheduler", "ScoreSdeVeScheduler",
+    "TCDScheduler", "UnCLIPScheduler", "VQDiffusionScheduler",
+}  # fmt: skip
+"""Distilled, discrete, stochastic, inverted, or with other times than our families'."""
+
+
+def test_every_scheduler_of_the_newest_version_is_understood_or_declined() -> None:
+    # Catches: usual betas invented for a scheduler that has none (consistency models, UnCLIP, score
+    # SDEs). Fails when a new version brings a scheduler that nobody here has thought about.
+    names = {name for name in dir(diffusers) if name.endswith("Scheduler")}
+    assert names <= UNDERSTOOD | DECLINED
+    assert not UNDERSTOOD & DECLINED
+    for name in DECLINED:
+        kind = type(name, (), {"config": {}, "set_timesteps": None})
+        with pytest.raises(ValueError, match=f"^{name} "):
+            for_pipeline(kind())
+    for name in names & UNDERSTOOD:
+        if name == "DPMSolverSDEScheduler":
+            continue  # it needs a package that is not at hand
+        theirs = getattr(diffusers, name)
+        if name.startswith("CogVideoX"):  # its usual betas are shifted, which is refused
+            theirs = functools.partial(theirs, snr_shift_scale=1.0)
+        own = for_pipeline(theirs())
+        own.set_timesteps(5)
+        assert own.sigmas[0] > own.sigmas[1]
+
+
+def test_a_scheduler_of_somebodys_own() -> None:
+    class Own(diffusers.EulerDiscreteScheduler):  # type: ignore[misc]
+        pass
+
+    assert isinstance(for_pipeline(Own()), ours.ModalScheduler)
+    for scheduler in (diffusers.UNet2DModel, diffusers.AutoencoderTiny):
+        with pytest.raises(TypeError, match="no pipeline of diffusers"):
+            for_pipeline(scheduler.__new__(scheduler))
+    with pytest.raises(TypeError, match="settings must be the path of a file"):
+        for_pipeline(Own(), settings=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("solver", ["modal", "heun"])
+def test_betas_that_eulers_scheduler_does_not_know(solver: str) -> None:
+    theirs = diffusers.DDPMScheduler(beta_schedule="sigmoid")
+    with pytest.raises(ValueError, match=r"trained_betas=scheduler\.betas\.tolist\(\)"):
+        for_pipeline(theirs, solver)
+    own = for_pipeline(theirs, solver, trained_betas=theirs.betas.tolist())
+    torch.testing.assert_close(own.alphas_cumprod, theirs.alphas_cumprod)
 
 
 SET_TIMESTEPS: dict[str, Any] = {

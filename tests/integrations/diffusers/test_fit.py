@@ -150,6 +150,11 @@ def test_levels_are_fitted_and_used(solver: str, tmp_path: Path) -> None:
             scheduler.set_timesteps(5)
     with pytest.raises(ValueError, match="the settings are for the solver"):
         for_pipeline(pipe, "modal" if solver == "heun" else "heun", settings=found)
+    if not flow:  # a run would begin at this model's highest noise level in place of 80
+        with pytest.raises(ValueError, match="fitted to a pipeline of the family 'discrete'"):
+            for_pipeline(diffusers.EDMEulerScheduler(), settings=found)
+        with pytest.raises(ValueError, match="leave use_karras_sigmas out"):
+            for_pipeline(pipe, settings=found, use_karras_sigmas=True)
     other: Any = diffusers.EulerDiscreteScheduler() if flow else FlowMatchEulerDiscreteScheduler()
     with pytest.raises(ValueError, match=r"the settings hold (sigmas|times of RectifiedFlow)"):
         for_pipeline(other, settings=found)
@@ -186,5 +191,14 @@ def test_levels_of_a_model_with_more_noise(tmp_path: Path) -> None:
         else:
             with pytest.raises(ValueError, match=r"reach 80, this model's noise only 14\.6"):
                 for_pipeline(scheduler, settings=settings)
-    with pytest.raises(ValueError, match="samples must be at least 16, got 8"):
-        fit(scheduler, None, samples=8)
+    settings = Settings(ERKGuidance(), {"solver": "modal", "schedule": [200.0, 2.0, 0.1]})
+    with pytest.raises(ValueError, match="reach 200, this model's noise only 80"):
+        for_pipeline(diffusers.EDMEulerScheduler(), settings=settings)
+    for options, message in (
+        ({"samples": 8}, "samples must be a whole number of at least 16, got 8"),
+        ({"steps": "4"}, "steps must be a whole number of at least 2, got '4'"),
+        ({"batch": 0}, "batch must be a whole number of at least 1, got 0"),
+        ({"call": {"num_inference_steps": 9}}, "leave num_inference_steps out"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit(scheduler, None, **options)

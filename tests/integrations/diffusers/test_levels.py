@@ -56,6 +56,9 @@ def test_levels_of_another_family(kind: Any) -> None:
     # Levels of Stable Diffusion gave finite nonsense, at a timestep of 14600.
     with pytest.raises(ValueError, match=r"times of a flow are at most 1, got 14\.6"):
         made(kind, sigmas=[14.6, 3.0, 0.5, 0.0])
+    fitted = kind(levels=[5.0, 1.0, 0.1])
+    with pytest.raises(ValueError, match="times of a flow are at most 1, got 5"):
+        fitted.set_timesteps(2)
 
 
 @pytest.mark.parametrize("kind", [ERKGuidHeunScheduler, ModalScheduler])

@@ -324,10 +324,26 @@ def test_two_times_next_to_pure_noise() -> None:
 
 @pytest.mark.parametrize(
     ("sigmas", "message"),
-    [([1.0, 2.0, 0.0], "must fall"), ([float("nan"), 0.0], "finite"), ([-1.0, 0.0], "negative")],
+    [
+        ([1.0, 2.0, 0.0], "must fall"),
+        ([float("nan"), 0.0], "finite"),
+        ([-1.0, 0.0], "negative"),
+        ([2.0, 1.0, 1.0, 0.0], "must fall"),
+        ([2.0, 1.0, 0.0, 0.0], "must fall"),
+        ([1.0], "at least two"),
+        ([], "at least two"),
+    ],
 )
 def test_levels_that_rise_are_refused(sigmas: list[float], message: str) -> None:
-    # Catches: finite nonsense for a list in the wrong order.
+    # Catches: finite nonsense for a list in the wrong order; a level that is there twice, which
+    # diffusers' search for the step does not tell apart; noise given back where no step is asked.
     with pytest.raises(ValueError, match=message):
         ModalScheduler().set_timesteps(sigmas=sigmas)
-    ModalScheduler().set_timesteps(sigmas=[2.0, 1.0, 1.0, 0.0])  # one may repeat
+
+
+@pytest.mark.parametrize("times", [[5000.0, 100.0], [500.0, -5.0]])
+def test_timesteps_that_no_network_knows(times: list[float]) -> None:
+    # Catches: times beyond the network's, which diffusers takes for the nearest one in silence.
+    for kind in (ModalScheduler, ERKGuidHeunScheduler):
+        with pytest.raises(ValueError, match="timesteps must be within 0 and 1000"):
+            kind().set_timesteps(timesteps=times)

@@ -27,3 +27,6 @@ def test_inception_score_of_certain_and_uncertain_classifiers() -> None:
     assert inception_score(logits)[0] == pytest.approx(expected["inception_score_mean"])
     with pytest.raises(ValueError, match="10 splits need at least as many images, got 9"):
         inception_score(np.zeros((9, 10)))
+    for splits in (0, -1, 2.5):
+        with pytest.raises(ValueError, match="splits must be a whole number"):
+            inception_score(np.zeros((9, 10)), splits=splits)  # type: ignore[arg-type]

@@ -69,6 +69,8 @@ def test_precision_and_recall_refuse_what_they_cannot_use() -> None:
         precision_recall(real=np.zeros((9, 3)), generated=points, k=5)
     with pytest.raises(ValueError, match="k must be at least 1"):
         precision_recall(real=points, generated=points, k=0)
+    with pytest.raises(ValueError, match=r"k must be a whole number, got 2\.5"):
+        precision_recall(real=points, generated=points, k=2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="floating-point"):
         precision_recall(real=points.astype(int), generated=points)
     with pytest.raises(ValueError, match="real features have values that are not finite"):
