@@ -170,7 +170,7 @@ def test_half_a_trace_is_removed(tmp_path: Path) -> None:
 
 def test_a_trace_and_a_sheet_may_be_there_before_the_folder(tmp_path: Path) -> None:
     # A check of outputs once looked into the folder of images, which a first run has yet to make.
-    write_trace(tmp_path / "t.csv", np.zeros(3, ROW))
+    write_trace(tmp_path / "t.csv", np.zeros(0, ROW))
     save_picture(tmp_path / "g.png", Image.new("L", (4, 4)))
     outputs = ("--trace", tmp_path / "t.csv", "--grid", tmp_path / "g.png")
     assert generate("--outdir", tmp_path / "o", *outputs).exit_code == 0

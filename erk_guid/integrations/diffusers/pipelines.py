@@ -183,18 +183,18 @@ def _options_of(settings: Settings, solver: str | None, family: str) -> dict[str
     else:
         options = {k: v for k, v in settings_of(settings.guidance).items() if v is not None}
     levels = settings.made_for.get("schedule")
-    of = settings.measured.get(FAMILY)
-    if of is not None and of != family:
-        raise ValueError(
-            f"the settings were fitted to a pipeline of the family {printable(of, 20)!r}, this one "
-            f"is of {family!r}; fit for this pipeline"
-        )
     if isinstance(levels, (list, tuple)):
         if (settings.process is not None) != (family == "flow"):
             what = "sigmas" if settings.process is None else f"times of {settings.process}"
             raise ValueError(
                 f"the settings hold {what}, and the pipeline's family is {family!r}; fit for this "
                 "pipeline"
+            )
+        of = settings.measured.get(FAMILY)
+        if of is not None and of != family:
+            raise ValueError(
+                f"the settings were fitted to a pipeline of the family {printable(of, 20)!r}, this one "
+                f"is of {family!r}; fit for this pipeline"
             )
         end = [0.0] if settings.made_for.get("denoise_to_zero", True) else []
         options["levels"] = [*levels, *end]
