@@ -43,6 +43,9 @@ class DEIS(Solver):
             variance-preserving SDE (sigma from 0.002 to 80 and epsilon 1e-3, whatever the run's
             own range; for noise levels of 1e-7 and above). 'log': log sigma, as diffusers'
             DEISMultistepScheduler.
+
+    In bfloat16 'tab' with few steps enlarges rounding, by weights of both signs: for a Gaussian and
+    8 noise levels order 4 came out 33 % off, order 3 9 %, 'rhoab' and other solvers 1 to 4 %.
     """
 
     order: int = 4

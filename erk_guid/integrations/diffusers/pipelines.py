@@ -193,8 +193,8 @@ def _options_of(settings: Settings, solver: str | None, family: str) -> dict[str
         of = settings.measured.get(FAMILY)
         if of is not None and of != family:
             raise ValueError(
-                f"the settings were fitted to a pipeline of the family {printable(of, 20)!r}, this one "
-                f"is of {family!r}; fit for this pipeline"
+                f"the settings were fitted to a pipeline of the family {printable(of, 20)!r}, "
+                f"this one is of {family!r}; fit for this pipeline"
             )
         end = [0.0] if settings.made_for.get("denoise_to_zero", True) else []
         options["levels"] = [*levels, *end]
