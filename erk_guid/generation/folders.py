@@ -277,8 +277,12 @@ def _remove(paths: Iterable[Path]) -> None:
 
 
 def fingerprint(settings: dict[str, Any]) -> str:
-    """Return which run's an image is: the same for settings that may be mixed."""
+    """Return which run's an image is: the same for settings that may be mixed.
+
+    In which folder it lies changes nothing.
+    """
     same = same_as_recorded(json.loads(json.dumps(settings)))
+    same.pop("subdirs", None)
     return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
 
 
