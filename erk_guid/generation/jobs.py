@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import platform
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -38,10 +38,11 @@ from erk_guid.generation.trace import (
     BEGINS,
     check_trace_path,
     complete,
-    differ,
     read_parts,
     read_trace,
     recorded,
+    refuse_other_rows,
+    refuse_replaced,
     write_trace,
 )
 from erk_guid.generation.workers import Queue, Workers, workers
@@ -177,7 +178,7 @@ def _refuse_losing_rows(job: GenerationJob, run: str, trace: Path) -> None:
     recorded = job.folder.recorded()
     there = recorded.difference(job.folder.missing(recorded))
     rows = complete(read_parts(job.outdir, run), there)
-    _refuse_other_rows(trace, old, rows, recorded)
+    refuse_other_rows(trace, old, rows, recorded)
     if not job.resume:
         there.difference_update(job.seeds)  # these are made again, with their rows
     lost = there.intersection(old["seed"].tolist()).difference(rows["seed"].tolist())
@@ -186,48 +187,6 @@ def _refuse_losing_rows(job: GenerationJob, run: str, trace: Path) -> None:
             f"{trace} has rows of {len(lost)} images, such as that of seed {min(lost)}, that are "
             f"no longer in the part files in {job.outdir}: writing it anew would lose them; give "
             "--trace another name"
-        )
-
-
-def _refuse_replaced(trace: Path, rows: np.ndarray, recorded: Collection[int]) -> None:
-    """Refuse to replace the trace that another job has written since this one began.
-
-    Raises:
-        ErkGuidError: see `_refuse_other_rows`.
-    """
-    try:
-        old = read_trace(trace)
-    except ErkGuidError:
-        return
-    try:
-        _refuse_other_rows(trace, old, rows, recorded)
-    except ErkGuidError as error:
-        raise ErkGuidError(
-            f"{error}. The images are there, and the rows too: --resume with another --trace "
-            "writes them"
-        ) from error
-
-
-def _refuse_other_rows(
-    trace: Path, old: np.ndarray, rows: np.ndarray, recorded: Collection[int]
-) -> None:
-    """Refuse to replace the trace of another run.
-
-    Args:
-        trace: the file.
-        old: its rows.
-        rows: those of this run.
-        recorded: the seeds of this run.
-
-    Raises:
-        ErkGuidError: the file has rows of other seeds, or other rows of these.
-    """
-    others = np.setdiff1d(old["seed"], np.fromiter(recorded, np.int64, len(recorded)))
-    if len(others) or differ(old, rows):
-        which = f"rows of seed {others[0]}" if len(others) else "other rows of the same seeds"
-        raise ErkGuidError(
-            f"{trace} is the trace of another run: it has {which}; give --trace another name, or "
-            "delete it"
         )
 
 
@@ -259,7 +218,7 @@ def _write_trace(job: GenerationJob, run: str, left_out: Sequence[int], tell: bo
         seeds = job.folder.recorded().difference(left_out)
         rows = complete(read_parts(job.outdir, run), seeds)
         if not job.overwrite:
-            _refuse_replaced(job.trace, rows, seeds)
+            refuse_replaced(job.trace, rows, seeds)
         write_trace(job.trace, rows)
     except OSError as error:
         raise ErkGuidError(f"cannot write the trace {job.trace}: {error}") from error

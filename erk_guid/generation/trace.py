@@ -212,7 +212,7 @@ def complete(rows: np.ndarray, seeds: Collection[int]) -> np.ndarray:
     return rows[np.isin(rows["seed"], found[steps == len(usual)])]
 
 
-def differ(old: np.ndarray, new: np.ndarray) -> bool:
+def _differ(old: np.ndarray, new: np.ndarray) -> bool:
     """Return whether two traces have a row of one seed and step that is not of one run.
 
     Runs of one setting round otherwise in other batches, and `.csv` holds seven digits.
@@ -300,6 +300,48 @@ def _checked(rows: np.ndarray) -> np.ndarray:
     if len(np.unique(rows["step"])) > MOST_STEPS:
         raise ValueError(f"more than {MOST_STEPS} steps")
     return rows
+
+
+def refuse_other_rows(
+    trace: Path, old: np.ndarray, rows: np.ndarray, recorded: Collection[int]
+) -> None:
+    """Refuse to replace the trace of another run.
+
+    Args:
+        trace: the file.
+        old: its rows.
+        rows: those of this run.
+        recorded: the seeds of this run.
+
+    Raises:
+        ErkGuidError: the file has rows of other seeds, or other rows of these.
+    """
+    others = np.setdiff1d(old["seed"], np.fromiter(recorded, np.int64, len(recorded)))
+    if len(others) or _differ(old, rows):
+        which = f"rows of seed {others[0]}" if len(others) else "other rows of the same seeds"
+        raise ErkGuidError(
+            f"{trace} is the trace of another run: it has {which}; give --trace another name, or "
+            "delete it"
+        )
+
+
+def refuse_replaced(trace: Path, rows: np.ndarray, recorded: Collection[int]) -> None:
+    """Refuse to replace the trace that another job has written since this one began.
+
+    Raises:
+        ErkGuidError: see `refuse_other_rows`.
+    """
+    try:
+        old = read_trace(trace)
+    except ErkGuidError:
+        return
+    try:
+        refuse_other_rows(trace, old, rows, recorded)
+    except ErkGuidError as error:
+        raise ErkGuidError(
+            f"{error}. The images are there, and the rows too: --resume with another --trace "
+            "writes them"
+        ) from error
 
 
 def write_trace(path: Path, rows: np.ndarray) -> None:
