@@ -163,7 +163,10 @@ def together(r: Round) -> None:
 
 def _taken_over(r: Round, job: Job) -> None:
     """Kill a job and begin another one at once in its folder; a third meets that one."""
-    job = replace(job, outdir=r.folder / "taken")
+    folder = r.folder / "taken"
+    # The first job's trace is not replaced by that of another folder.
+    trace = None if job.trace is None else job.trace.with_stem("taken")
+    job = replace(job, outdir=folder, trace=trace)
     first = r.begin(job, name="-first")
     if first.when((job.outdir / "run.json").exists):
         r.kill(first, r.rng.choice(DEADLY))

@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
+from erk_guid.generation.locks import LOCK_FILE
 from scripts.soak import checks
 from scripts.soak.jobs import COMMON, Job
 from scripts.soak.rounds import Round
@@ -181,7 +182,8 @@ def server(r: Round) -> None:
         r.find(checks.after_signal(ended) if ended.sent else checks.refused(ended), ended.name)
         if whole := [p.name for p in cache.glob("*.safetensors")]:
             r.find([f"a lie is in the cache: {whole[0]} from a server that is {lie.__name__}"])
-        if list(job.outdir.glob("*")):
+        # SIGKILL leaves the lock, which the next run takes over.
+        if [p for p in job.outdir.glob("*") if not (killed and p.name == LOCK_FILE)]:
             r.find(["a download that failed has left something in the folder of images"])
         lying.lie = truthful
         r.finish(job)
