@@ -6,6 +6,7 @@ that are in the journal are not measured again.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -26,7 +27,7 @@ from erk_guid.common.npz import read_npz
 TRIALS = "trials.jsonl"
 """File of the numbers."""
 FORMAT = "erk_guid_fit"
-ANSWERS = ("answers",)
+ANSWERS = "answers"
 ANSWERS_AGREE = 0.02
 """How far two machines' answers may be apart, as a share of them (half precision rounds)."""
 
@@ -86,27 +87,27 @@ class Journal:
         write_bytes(path, "".join(f"{line}\n" for line in whole).encode())
         return cls(folder, digest, known)
 
-    def check_same_answers(self, ask: Callable[[], list[float]]) -> None:
-        """Refuse a journal of another model, by what it answers to the same question.
+    def check_same_answers(self, ask: Callable[[], list[list[float]]]) -> None:
+        """Refuse a journal of another model, by what it answers to the same questions.
 
         Raises:
-            ErkGuidError: it answered otherwise.
+            ErkGuidError: it answered one of them otherwise.
         """
         if self.folder is None:
             return
-        now = ask()
-        if not all(map(math.isfinite, now)):
-            return  # the search says what is wrong
-        fine = next(self.folder.glob("*.npz"), None)
         # What is beside an empty journal was there before it; journals once held no answers.
-        known = now if self.known or fine is None else []
-        before = self.numbers(ANSWERS, lambda: known)
-        off = float("inf") if len(now) != len(before) else math.dist(now, before)
-        if not off <= ANSWERS_AGREE * math.hypot(*now):
-            raise ErkGuidError(
-                f"what is in {self.folder} was measured with another model: on the same question "
-                f"the two differ; name another folder, or delete {self.folder}"
-            )
+        stale = not self.known and any(self.folder.glob("*.npz"))
+        for number, now in enumerate(ask()):
+            if not all(map(math.isfinite, now)):
+                continue  # the search says what is wrong
+            known = [] if stale else now
+            before = self.numbers((ANSWERS, number), functools.partial(list, known))
+            off = math.inf if len(now) != len(before) else math.dist(now, before)
+            if not off <= ANSWERS_AGREE * math.hypot(*now):
+                raise ErkGuidError(
+                    f"what is in {self.folder} was measured with another model: on the same "
+                    f"question the two differ; name another folder, or delete {self.folder}"
+                )
 
     def counting(self, denoiser: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return the denoiser with its rows counted."""

@@ -71,6 +71,8 @@ ENOUGH = 0.003
 SURE = 2.0
 """Standard errors by which fitted responses must be better than one half to be taken."""
 
+QUESTIONS = 5
+"""Noise levels at which a model is asked, to know its journal."""
 REFERENCE_EVALUATIONS = 48
 REFERENCE_ERROR = 0.02
 """The fine solution is refined until its error is below this part of a usual run's."""
@@ -308,8 +310,11 @@ def _methods(solver: str | Solver | Sequence[Solver], guidance: Guidance | None)
                 "is guided, e.g. solver='heun'"
             )
         return [Method(candidate) for candidate in CANDIDATES]
-    assert isinstance(solver, (str, Solver))
-    chosen = as_solver(solver)
+    chosen = as_solver(solver)  # type: ignore[arg-type]
+    if guidance is not None and not isinstance(guidance, Guidance):
+        raise TypeError(
+            f"guidance must be an object such as erk_guid.ERKGuidance(0.5), got {guidance!r}"
+        )
     if guidance is not None:
         guidance.check(chosen)
     if isinstance(chosen, Modal) and chosen.response is not None:
@@ -331,16 +336,20 @@ def _check(
     trials: int,
     batch: int,
 ) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor [N, ...], got {type(x).__name__}")
     if not x.is_floating_point() or x.ndim < 2 or len(x) < FEWEST:
         raise ValueError(
             f"x must be a floating tensor of at least {FEWEST} samples [N, ...], got {x.dtype} "
             f"{list(x.shape)}"
         )
+    if labels is not None and not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor, a row for each sample, got {labels!r:.60}")
     if labels is not None and len(labels) != len(x):
         raise ValueError(f"{len(labels)} labels for {len(x)} samples")
     for name, value in (("trials", trials), ("batch", batch)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
     if not evaluations:
         raise ValueError("evaluations: there is no number to fit for")
     for count in evaluations:
@@ -414,19 +423,20 @@ def _problem(
     return _Problem(task, float(problem.sigmas[0]), float(sigma_min), process, start)
 
 
-def _answers(task: Task) -> list[float]:
-    """Return a few numbers of what the model answers for the first sample at two noise levels."""
+def _answers(task: Task) -> list[list[float]]:
+    """Return a few numbers of what the model answers for the first sample, by noise level."""
     one = task.rows(slice(0, 1))
     denoise, first = one.on(torch.zeros(1, dtype=torch.int64, device=one.x.device)), one.sigmas[0]
-    found: list[float] = []
-    for sigma in (float(first), float((first * one.sigmas[-1]).sqrt())):
+    found = []
+    for share in torch.linspace(0, 1, QUESTIONS).tolist():
+        sigma = float(first) ** (1 - share) * float(one.sigmas[-1]) ** share
         with torch.no_grad():
             value = denoise(
                 one.x * (sigma / float(first)), torch.tensor(sigma, dtype=torch.float64)
             )
         value = value.double().flatten().cpu()
         some = value[:: max(1, len(value) // 8)]
-        found += [*some.tolist(), float(value.square().mean().sqrt())]
+        found.append([*some.tolist(), float(value.square().mean().sqrt())])
     return found
 
 

@@ -219,7 +219,7 @@ def test_an_interrupted_fit_goes_on(tmp_path: Path) -> None:
     assert rest.calls < 0.7 * total.calls
     again = Counted()
     fit_each(again, x, **options, journal=tmp_path)
-    assert again.calls == 2  # to see that it is the same model
+    assert again.calls == 5  # to see that it is the same model
     for a, b in zip(whole, found, strict=True):
         assert torch.equal(a.sigmas, b.sigmas)
         assert a.after == b.after
@@ -248,6 +248,11 @@ def test_a_journal_of_another_denoiser_is_refused(tmp_path: Path) -> None:
     def other(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         return MIXTURE(x, sigma) * 0.9
 
+    def late(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return MIXTURE(x, sigma) * (0.9 if float(sigma) < 0.05 else 1)
+
+    with pytest.raises(ErkGuidError, match="measured with another model"):
+        fit(late, start(16), **options, journal=tmp_path)
     for missing in (None, "trials.jsonl"):
         if missing is not None:
             (tmp_path / missing).unlink()  # the fine solution is still the first one's
@@ -268,6 +273,7 @@ def test_a_journal_of_another_denoiser_is_refused(tmp_path: Path) -> None:
         ({"evaluations": 8, "guidance": ERKGuidance(0.5)}, "name the solver"),
         ({"evaluations": 8, "solver": "nosuch"}, "unknown solver"),
         ({"evaluations": 8, "trials": 0}, "trials must be"),
+        ({"evaluations": 8, "batch": 7.5}, "batch must be a whole number"),
         ({"evaluations": 8, "sigma_min": 90}, "must be above 0 and below"),
         ({"evaluations": 8, "labels": torch.zeros(3)}, "3 labels for 16"),
         ({"evaluations": 8, "solver": Modal(response=(0.5,))}, "the response is fitted"),
@@ -278,6 +284,20 @@ def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str) -
         fit(MIXTURE, start(16), **options)
     with pytest.raises(ValueError, match="at least 16"):
         fit(MIXTURE, start(8), evaluations=8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"solver": None}, "solver must be a name"), ({"solver": Modal}, "make one: Modal"),
+        ({"guidance": "auto", "solver": "heun"}, "guidance must be an object"),
+        ({"labels": [1] * 16}, "labels must be a tensor"),
+        ({"x": [1.0]}, "x must be a tensor"),
+    ],
+)  # fmt: skip
+def test_what_is_of_another_type_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        fit(MIXTURE, **{"x": start(16), "evaluations": 8, **options})
 
 
 def test_a_denoiser_without_finite_solutions_is_refused() -> None:
