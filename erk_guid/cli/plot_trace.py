@@ -32,7 +32,7 @@ def plot_trace_command(trace: Path, dest: Path | None, title: str | None) -> Non
           --w_stiff=0.5 --trace=trace.csv
       erk-guid plot-trace trace.csv
     """
-    from erk_guid.generation.trace import SUFFIXES, read_trace
+    from erk_guid.generation.trace import SUFFIXES, read_trace, united
     from erk_guid.generation.trace_plot import SUMMARY, draw_trace, summarize
 
     if trace.suffix not in SUFFIXES:
@@ -43,7 +43,15 @@ def plot_trace_command(trace: Path, dest: Path | None, title: str | None) -> Non
     table = picture.with_name(picture.stem + "-steps.csv")
     if trace.resolve() in (picture.resolve(), table.resolve()):
         raise ErkGuidError(f"{table} would overwrite the trace; give another --dest")
-    summary = summarize(read_trace(trace))
+    rows = read_trace(trace)
+    found = united(rows)
+    if len(found) < len(rows):
+        click.echo(
+            f"Note: {len(rows) - len(found)} rows of {trace} have a seed and a step that another "
+            "row has; the last of them counts",
+            err=True,
+        )
+    summary = summarize(found)
     check_writable(picture)
     check_writable(table, [",".join(SUMMARY).encode()])
     text = io.StringIO()

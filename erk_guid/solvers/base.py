@@ -341,7 +341,7 @@ def _call(denoiser: Denoiser, x: Tensor, level: Tensor) -> Tensor:
 @lru_cache(maxsize=4096)
 def rounded(value: float, dtype: torch.dtype) -> float:
     """Round a number to `dtype`."""
-    return torch.tensor(value, dtype=dtype).item()
+    return torch.tensor(value, dtype=dtype, device="cpu").item()
 
 
 def difference(sigma_next: float, sigma: float, dtype: torch.dtype) -> float:

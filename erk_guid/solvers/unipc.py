@@ -91,6 +91,7 @@ def _solve(matrix: list[list[float]], right: list[float]) -> list[float]:
     if not right:
         return []
     solution: list[float] = torch.linalg.solve(
-        torch.tensor(matrix, dtype=torch.float64), torch.tensor(right, dtype=torch.float64)
+        torch.tensor(matrix, dtype=torch.float64, device="cpu"),
+        torch.tensor(right, dtype=torch.float64, device="cpu"),
     ).tolist()
     return solution

@@ -36,6 +36,21 @@ def test_a_real_trace_is_drawn(tmp_path: Path) -> None:
         assert float(lines[3]["gate_rate"]) == 1
 
 
+def test_rows_that_are_there_twice_count_once(tmp_path: Path) -> None:
+    # Catches: a trace that was put together twice, with twice as many images.
+    trace = tmp_path / "t.csv"
+    write_trace(
+        trace, np.array([(s, k, 2.0, 1.0, *[0.5] * 6) for s in (0, 1) for k in (0, 1)], ROW)
+    )
+    lines = trace.read_text().splitlines()
+    trace.write_text("\n".join([*lines, *lines[1:]]) + "\n")
+    done = CliRunner().invoke(main, ["plot-trace", str(trace)])
+    assert done.exit_code == 0, done.output
+    assert "4 rows of" in done.output
+    with open(tmp_path / "t-steps.csv", newline="") as file:
+        assert [line["images"] for line in csv.DictReader(file)] == ["2", "2"]
+
+
 def test_a_summary_counts_and_orders(tmp_path: Path) -> None:
     rows = np.array([(0, 0, *[np.nan] * (len(ROW) - 2))] * 8, ROW)
     rows["seed"], rows["step"] = np.repeat(np.arange(4), 2), np.tile([0, 1], 4)

@@ -102,6 +102,11 @@ def for_pipeline(
             raise ValueError(f"the settings hold the noise levels: leave {idle[0]} out")
         solver = name_of(found.solver())
     solver = DEFAULT_SOLVER if solver is None else solver
+    if solver == "heun" and hasattr(pipe, "scheduler") and forgets_order(type(pipe)):
+        raise ValueError(
+            f"{type(pipe).__name__} counts calls where it leaves out steps, so that with Heun's "
+            "two calls a step its strength would be another one; take 'modal'"
+        )
     if family == "discrete" and hasattr(pipe, "scheduler") and scales_nothing(type(pipe)):
         options = {"unit_variance": True} | options
     scheduler = _class(family, solver).from_config(config, **options)
@@ -138,12 +143,26 @@ def scales_nothing(kind: type[Any]) -> bool:
     """
     if kind.__name__ in UNIT_VARIANCE:
         return True
-    call = inspect.unwrap(kind.__call__)
+    program = _program(kind)
+    return bool(program) and "scale_model_input" not in program
+
+
+def forgets_order(kind: type[Any]) -> bool:
+    """Return whether a class of pipelines leaves out steps by counting calls.
+
+    Kandinsky's image-to-image pipelines do. With two calls a step another strength comes out.
+    """
+    program = _program(kind)
+    return "timesteps[t_start" in program and "scheduler.order" not in program
+
+
+def _program(kind: type[Any]) -> str:
+    """Return the text of the module with a pipeline's loop; nothing if it was made at a prompt."""
     try:
-        program = inspect.getsource(sys.modules[call.__module__])
+        call = inspect.unwrap(kind.__call__)
+        return inspect.getsource(sys.modules[call.__module__])
     except (AttributeError, KeyError, OSError, TypeError):
-        return False  # made at a prompt
-    return "scale_model_input" not in program
+        return ""
 
 
 def _config(pipe: Any) -> Mapping[str, Any]:

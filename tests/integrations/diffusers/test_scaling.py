@@ -12,7 +12,7 @@ import torch
 from integrations.diffusers.tiny import SD, tiny_conditional_unet, tiny_vae
 
 from erk_guid.integrations.diffusers import for_pipeline
-from erk_guid.integrations.diffusers.pipelines import scales_nothing
+from erk_guid.integrations.diffusers.pipelines import forgets_order, scales_nothing
 
 AS_THEY_ARE = (
     "DDPMPipeline", "DDIMPipeline", "DiTPipeline", "KandinskyV22Pipeline", "LDMTextToImagePipeline",
@@ -40,6 +40,27 @@ def test_a_pipeline_that_inherits_its_loop_scales_as_that_does() -> None:
 
     assert scales_nothing(Own)
     assert not scales_nothing(Other)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "KandinskyV22Img2ImgPipeline", "KandinskyImg2ImgPipeline",
+        "KandinskyV22ControlnetImg2ImgPipeline",
+    ],
+)  # fmt: skip
+def test_a_strength_that_two_calls_a_step_would_change(name: str) -> None:
+    # Catches: Heun in a pipeline that slices the timesteps by steps: a strength of 0.6 was 0.8.
+    kind = getattr(diffusers, name)
+    pipe = kind.__new__(kind)
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    object.__setattr__(pipe, "scheduler", scheduler)
+    assert for_pipeline(pipe).config.unit_variance
+    with pytest.raises(ValueError, match=f"{name} counts calls .*take 'modal'"):
+        for_pipeline(pipe, "heun")
+    for other in ("StableDiffusionImg2ImgPipeline", "StableDiffusionXLImg2ImgPipeline",
+                  "FluxImg2ImgPipeline", "KandinskyV22Pipeline"):  # fmt: skip
+        assert not forgets_order(getattr(diffusers, other))
 
 
 def seeded(seed: int) -> torch.Generator:
