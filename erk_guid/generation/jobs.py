@@ -215,8 +215,8 @@ def _write_trace(job: GenerationJob, run: str, left_out: Sequence[int], tell: bo
     if not job.trace:
         return
     try:
-        seeds = job.folder.recorded().difference(left_out)
-        rows = complete(read_parts(job.outdir, run), seeds)
+        seeds = job.folder.recorded()
+        rows = complete(read_parts(job.outdir, run), seeds.difference(left_out))
         if not job.overwrite:
             refuse_replaced(job.trace, rows, seeds)
         write_trace(job.trace, rows)

@@ -223,6 +223,30 @@ def test_two_folders_with_one_trace_do_not_mix(tmp_path: Path) -> None:
     assert len(read_trace(tmp_path / "t.csv")) == 6
 
 
+def test_a_stop_while_images_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Catches: one's own trace taken for another run's, because it has rows of images that this run
+    # had yet to make again; the stop was then an error about something else.
+    args = ("--outdir", tmp_path / "o", "--seeds=0-3", "--batch=2", "--trace", tmp_path / "t.csv")
+    assert generate(*args).exit_code == 0
+    before = (tmp_path / "t.csv").read_text()
+    sample, made = images._Generation.sample, []
+
+    def stopped(*given: Any) -> images.Sampled:
+        if made:
+            raise KeyboardInterrupt
+        made.append(None)
+        return sample(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images._Generation, "sample", stopped)
+        result = generate(*args)
+    assert result.exit_code == 130, result.output
+    assert "2 of 4 images are in" in result.output
+    assert sorted(set(read_trace(tmp_path / "t.csv")["seed"])) == [0, 1]
+    assert "2 images made" in generate(*args, "--resume").output
+    assert (tmp_path / "t.csv").read_text() == before
+
+
 def test_a_trace_that_another_job_wrote_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
