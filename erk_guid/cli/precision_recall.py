@@ -20,7 +20,7 @@ from erk_guid.metrics.comparison import (
     warn_unequal,
 )
 from erk_guid.metrics.detectors import detector_names
-from erk_guid.metrics.scoring import write_json
+from erk_guid.metrics.scoring import tell_replaced, write_json
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -84,6 +84,7 @@ def precision_recall_command(json_path: Path | None, **fields: Any) -> None:
     )
     if json_path is not None:
         check_writable(json_path, JSON_START)
+        tell_replaced({"--json": json_path})
     result = compare(job)
     if json_path is not None:
         write_json(json_path, result)

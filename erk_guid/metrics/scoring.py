@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -158,6 +159,7 @@ def calc(images: Path, ref: str, scoring: Scoring) -> dict[str, Any]:
             tell_ignored(images)
             choose(open_images(images), scoring.num, scoring.seed)
             scoring.check_scores()
+            tell_replaced(scoring.outputs)
             if scoring.refresh:
                 locate_reference(ref, refresh=True)
             return read_reference(ref)
@@ -192,6 +194,7 @@ def gen(config: GenerationConfig, ref: str, scoring: Scoring) -> dict[str, Any]:
             scoring.check()
             _check_count(scoring.num, "--num")
             scoring.check_scores()
+            tell_replaced(scoring.outputs)
             if scoring.refresh:
                 locate_reference(ref, refresh=True)
             return read_reference(ref)
@@ -262,6 +265,7 @@ def make_reference(
             _check_count(count, f"{data}, from image {first} on,")
             if last is not None and last > total:
                 raise ErkGuidError(f"--last {last}: there are {total} images")
+            tell_replaced({"--dest": dest})
 
         group.agree(look)
         source = open_images(data)
@@ -341,6 +345,15 @@ def tell_ignored(path: Path) -> None:
         more = f" and {len(source.ignored) - 1} more" if len(source.ignored) > 1 else ""
         note = f"Note: {source.path}: passed over {source.ignored[0]}{more}, not an image"
         print(printable(note), file=sys.stderr)
+
+
+def tell_replaced(outputs: Mapping[str, Path | None]) -> None:
+    """Print which outputs are there already, and from when; called on rank 0 only."""
+    for option, path in outputs.items():
+        if path is not None and path.is_file() and (found := path.stat()).st_size:
+            written = time.strftime("%Y-%m-%d %H:%M", time.localtime(found.st_mtime))
+            note = f"Note: {option} will replace {path}, written {written}"
+            print(printable(note), file=sys.stderr)
 
 
 def read_blocks(

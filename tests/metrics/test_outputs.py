@@ -66,6 +66,20 @@ def test_a_reference_is_not_written_over_its_images(images: Path, tmp_path: Path
     assert source.read_bytes() == before
 
 
+def test_what_an_earlier_run_wrote_is_not_replaced_in_silence(images: Path, tmp_path: Path) -> None:
+    scores, reference = tmp_path / "scores.json", tmp_path / "ref.npz"
+    for option, output, args in (
+        ("--json", scores, ("calc", "--images", images, *COMMON, "--json", scores)),
+        ("--dest", reference, ("ref", "--data", images, "--dest", reference,
+                               "--metrics", "fd_digits", "--device", "cpu")),
+    ):  # fmt: skip
+        first, second = run(*args), run(*args)
+        assert (first.exit_code, second.exit_code) == (0, 0)
+        assert "will replace" not in first.output
+        assert f"{option} will replace" in second.output
+        assert output.name in second.output
+
+
 def test_scores_and_features_are_two_files(images: Path, tmp_path: Path) -> None:
     # Catches: scores over the features, when all is computed.
     out = tmp_path / "out.npz"

@@ -32,6 +32,7 @@ from erk_guid.processes import InSigma, Process, in_sigma
 from erk_guid.sampling import as_solver
 from erk_guid.solvers import Modal, Solver, Step, check_levels
 from erk_guid.studies.fitting.sweep import (
+    ASKED_TWICE,
     Task,
     distances,
     fine_path,
@@ -218,7 +219,8 @@ def calibrate(
 
     Raises:
         ValueError: too few samples or levels, a solver without a pair, an unknown objective, or
-            a denoiser whose solutions are not finite.
+            a denoiser whose solutions are not finite, or that does not answer the same question
+            twice alike.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be {' or '.join(OBJECTIVES)}, got {objective!r}")
@@ -248,8 +250,8 @@ def calibrate(
         raise ValueError("there is 1 noise level above 0: no step between two of them to guide")
     steps = solver.plan(levels)
     task = Task(solved, x, labels, torch.tensor(levels, dtype=torch.float64), batch)
-
     budget = _Budget(counted, len(x), solver, len(steps))
+    task.check_denoiser()
     read = readings(task.rows(slice(SCREENED)), steps, base)
     if not len(read):
         raise ValueError(
@@ -341,7 +343,7 @@ class _Budget:
         near = 2 * 2 + 2
         fine = max(REFERENCE_SUBSTEPS * steps, REFERENCE_EVALUATIONS)
         self.stages = {
-            "reference": SCREENED * run + fine * (3 * FEWEST + samples),
+            "reference": 2 * ASKED_TWICE + SCREENED * run + fine * (3 * FEWEST + samples),
             "ladder": rungs * SCREENED * run,
             "thresholds": thresholds * PROMISING * run,
             "finalists": finalists * samples * run,

@@ -23,13 +23,12 @@ from torch import Tensor
 from erk_guid.common.errors import ErkGuidError
 from erk_guid.common.files import write_bytes
 from erk_guid.common.npz import read_npz
+from erk_guid.studies.fitting.sweep import ANSWERS_AGREE
 
 TRIALS = "trials.jsonl"
 """File of the numbers."""
 FORMAT = "erk_guid_fit"
 ANSWERS = "answers"
-ANSWERS_AGREE = 0.02
-"""How far two machines' answers may be apart, as a share of them (half precision rounds)."""
 
 
 @dataclass

@@ -36,7 +36,7 @@ from erk_guid.solvers import DEIS, IPNDMV, DPMpp, Modal, Solver, Step, UniPC
 from erk_guid.studies.fitting.calibration import ROUNDING, Labelled
 from erk_guid.studies.fitting.journal import Journal
 from erk_guid.studies.fitting.spacing import Spacing
-from erk_guid.studies.fitting.sweep import Task
+from erk_guid.studies.fitting.sweep import ASKED_TWICE, Task
 from erk_guid.studies.fitting.trials import DIFFERENCE, Method, Slope, Trials
 
 BEST = "best"
@@ -228,7 +228,8 @@ def fit(
         What was found. It is a usual spacing, and says so, where nothing is significantly better.
 
     Raises:
-        ValueError: a value out of range, or a denoiser whose solutions are not finite.
+        ValueError: a value out of range, or a denoiser whose solutions are not finite, or that does
+            not answer the same question twice alike.
         ErkGuidError: the journal cannot be used.
     """
     return fit_each(
@@ -276,11 +277,12 @@ def fit_each(
     quarter = min(SEARCHED, len(x) // 4)
     fits = len(evaluations)
     expected = sum(_expected(count, quarter, len(x), trials) for count in evaluations)
-    expected += len(x) * REFERENCE_EVALUATIONS * 2
+    expected += len(x) * REFERENCE_EVALUATIONS * 2 + 2 * ASKED_TWICE
     memory.check_same_answers(lambda: _answers(problem.task))
     problem.task = replace(problem.task, denoiser=memory.counting(problem.task.denoiser))
     memory.report = None if progress is None else lambda done: progress(done, max(done, expected))
     began = time.monotonic()
+    problem.task.check_denoiser()
     ends, own = _reference(problem, memory, max(evaluations), denoise_to_zero)
     of_reference = memory.spent
     whole = Trials(problem.task, ends)

@@ -8,6 +8,7 @@ all settings at once, as rows that split. The results equal those of separate ru
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -21,6 +22,11 @@ from erk_guid.guidance import ERKGuidance, Guidance
 from erk_guid.norms import norm
 from erk_guid.sampling import StepInfo, sample
 from erk_guid.solvers import Memory, Solver, Step, StepResult
+
+ASKED_TWICE = 4
+"""Samples whose answers are compared before a search."""
+ANSWERS_AGREE = 0.02
+"""How far two answers to one question may be apart, as a share of them (half precision rounds)."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,31 @@ class Task:
         """Return the denoiser for rows that belong to the samples `owner`."""
         labels = None if self.labels is None else self.labels[owner]
         return in_batches(self.denoiser, labels, self.batch)
+
+    @torch.no_grad()
+    def check_denoiser(self) -> None:
+        """Ask for a few samples twice, the second time in two parts.
+
+        Answers that are not finite are let through: the search says where they come from.
+
+        Raises:
+            ValueError: the two answers differ. A search would measure chance.
+        """
+        first, last = float(self.sigmas[0]), float(self.sigmas[-1])
+        sigma = torch.tensor(math.sqrt(first * last), dtype=torch.float64)
+        x = self.x[:ASKED_TWICE] * (float(sigma) / first)
+        order = torch.arange(len(x), device=x.device)
+        once = self.on(order)(x, sigma).double()
+        halves = order.split(max(1, len(order) // 2))
+        again = torch.cat([self.on(half)(x[half], sigma) for half in halves]).double()
+        apart, size = float((again - once).norm()), float(once.norm())
+        if math.isfinite(apart) and apart > ANSWERS_AGREE * size:
+            raise ValueError(
+                "the denoiser does not answer the same question twice alike: the two answers are "
+                f"{apart / size:.2g} of their size apart. It draws random numbers (a network with "
+                "dropout in training mode, which needs .eval()), or what it gives for a sample "
+                "depends on the others of the batch"
+            )
 
 
 class Distances(NamedTuple):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from erk_guid import ERKGuidance, ParameterFreeGuidance, karras_sigmas, sample
+from erk_guid import Denoiser, ERKGuidance, ParameterFreeGuidance, karras_sigmas, sample
 from erk_guid.guidance import Guidance
 from erk_guid.mixtures import GaussianMixture, tree_mixture
 from erk_guid.solvers import DEIS, Heun, make_solver
@@ -77,6 +77,30 @@ def test_settings_that_never_part_cost_one_run() -> None:
     found = distances(task, Heun().plan(SIGMAS.tolist()), settings, task.x)
     assert found.nfe == denoiser.rows == len(task.x) * 2 * (len(SIGMAS) - 1)
     assert (found.values == found.values[0]).all()
+
+
+def network(*layers: torch.nn.Module) -> Denoiser:
+    net = torch.nn.Sequential(torch.nn.Linear(8, 8), *layers).train()
+    return lambda x, sigma: net(x / sigma)
+
+
+@pytest.mark.parametrize(
+    "denoiser",
+    [network(torch.nn.Dropout(0.1)), network(torch.nn.BatchNorm1d(8)),
+     lambda x, sigma: x + 0.1 * sigma * torch.randn_like(x)],
+)  # fmt: skip
+def test_a_denoiser_that_answers_by_chance_or_by_the_batch_is_refused(denoiser: Denoiser) -> None:
+    # A forgotten .eval() is what both usually come from. In another order only, the samples of a
+    # batch have the same mean, and batch normalization would not be seen.
+    task = Task(denoiser, torch.randn(8, 8), None, torch.tensor([80.0, 0.002]), 32)
+    with pytest.raises(ValueError, match=r"twice alike.*needs \.eval\(\)"):
+        task.check_denoiser()
+
+
+def test_a_denoiser_in_half_precision_is_not_refused() -> None:
+    net = torch.nn.Linear(64, 64).bfloat16()
+    denoiser: Denoiser = lambda x, sigma: net((x / sigma).bfloat16()).to(x.dtype)  # noqa: E731
+    Task(denoiser, torch.randn(8, 64), None, torch.tensor([80.0, 0.002]), 32).check_denoiser()
 
 
 def test_error_of_each_step() -> None:
