@@ -240,6 +240,19 @@ class PipelineFit:
         return str(self.fitted)
 
 
+GIVEN = {
+    "num_inference_steps": "steps says how many are fitted for",
+    "generator": "seed says it",
+    "latents": "seed says where to begin",
+    "output_type": "latents are what is compared",
+    "sigmas": "the levels are what is fitted",
+    "timesteps": "the levels are what is fitted",
+    "num_images_per_prompt": "each prompt is one sample; name it several times in prompts",
+    "num_videos_per_prompt": "each prompt is one sample; name it several times in prompts",
+}
+"""Arguments of a pipeline that `fit` gives itself, and what says them."""
+
+
 def fit(
     pipe: Any,
     prompts: Sequence[Any] | None,
@@ -292,8 +305,10 @@ def fit(
                                ("batch", batch, 1)):  # fmt: skip
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{what} must be a whole number of at least {least}, got {value!r}")
-    if "num_inference_steps" in (call or {}):
-        raise ValueError("call: leave num_inference_steps out; steps says how many are fitted for")
+    given_twice = {**GIVEN, argument: "prompts says it", "batch_size": "batch says it"}
+    for key in call or {}:
+        if key in given_twice:
+            raise ValueError(f"call: leave {key} out; {given_twice[key]}")
     if type(pipe).__name__ in TWICE:
         raise ValueError(
             f"{type(pipe).__name__} calls its scheduler twice for each point, which fit cannot "

@@ -198,7 +198,13 @@ def test_levels_of_a_model_with_more_noise(tmp_path: Path) -> None:
         ({"samples": 8}, "samples must be a whole number of at least 16, got 8"),
         ({"steps": "4"}, "steps must be a whole number of at least 2, got '4'"),
         ({"batch": 0}, "batch must be a whole number of at least 1, got 0"),
-        ({"call": {"num_inference_steps": 9}}, "leave num_inference_steps out"),
+        ({"call": {"num_inference_steps": 9}}, "leave num_inference_steps out; steps says"),
+        ({"call": {"generator": None}}, "leave generator out; seed says it"),
+        ({"call": {"latents": None}}, "leave latents out"),
+        ({"call": {"output_type": "pil"}}, "leave output_type out"),
+        ({"call": {"sigmas": [1.0]}}, "leave sigmas out; the levels are what is fitted"),
+        ({"call": {"prompt": "a cat"}}, "leave prompt out; prompts says it"),
+        ({"call": {"num_images_per_prompt": 2}}, "leave num_images_per_prompt out"),
     ):
         with pytest.raises(ValueError, match=message):
             fit(scheduler, None, **options)
