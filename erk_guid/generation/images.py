@@ -103,10 +103,11 @@ class _Generation:
             randn_like=random.randn_like,
             **self.sampler_options,
         )
-        if latents.shape != noise.shape:
+        if getattr(latents, "shape", None) != noise.shape:
+            got = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
             raise ValueError(
                 f"sampler_fn must return samples shaped like the noise, {list(noise.shape)}, got "
-                f"{list(latents.shape)}"
+                f"{got}"
             )
         return Sampled(latents, noise, labels, seeds, list(indices))
 

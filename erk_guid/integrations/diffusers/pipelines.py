@@ -302,7 +302,7 @@ def fit(
     if prompts is not None and len(prompts) == 0:
         raise ValueError("prompts: give at least one, or None for a pipeline without")
     for what, value, least in (("steps", steps, 2), ("samples", samples, FEWEST),
-                               ("batch", batch, 1)):  # fmt: skip
+                               ("batch", batch, 1), ("seed", seed, 0)):  # fmt: skip
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{what} must be a whole number of at least {least}, got {value!r}")
     given_twice = {**GIVEN, argument: "prompts says it", "batch_size": "batch says it"}

@@ -59,12 +59,12 @@ class Checkpoint:
         unconditional: whether `net` was wrapped to ignore class labels ("uncond:" sources).
     """
 
-    net: Network
-    encoder: Encoder
+    net: Network = field(repr=False)
+    encoder: Encoder = field(repr=False)
     source: str
     path: Path
     format: str
-    metadata: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict, repr=False)
     preset: Preset | None = None
     unconditional: bool = False
 

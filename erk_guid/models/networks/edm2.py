@@ -448,7 +448,7 @@ class Precond(Preconditioned):
         [N, 1, 1, 1] or [1, 1, 1, 1].
 
         Raises:
-            ValueError: labels of another shape, or class numbers out of range.
+            ValueError: x or labels of another shape, or class numbers out of range.
         """
         denoised, c_noise = self.denoised(x, sigma, class_labels, force_fp32)
         if not return_logvar:

@@ -98,6 +98,8 @@ class Preconditioned(nn.Module, ABC):
         force_fp32: bool,
     ) -> tuple[Tensor, Tensor]:
         """Apply U-Net and preconditioning; return the denoised x, and c_noise [N] or [1]."""
+        if x.ndim != 4 or x.shape[1] != self.img_channels:
+            raise ValueError(f"x must be [N, {self.img_channels}, H, W], got {list(x.shape)}")
         x = x.to(torch.float32)
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
         labels: Tensor | None = None

@@ -37,7 +37,7 @@ from erk_guid.studies.fitting.calibration import ROUNDING, Labelled
 from erk_guid.studies.fitting.journal import Journal
 from erk_guid.studies.fitting.spacing import Spacing
 from erk_guid.studies.fitting.sweep import ASKED_TWICE, Task
-from erk_guid.studies.fitting.trials import DIFFERENCE, Method, Slope, Trials
+from erk_guid.studies.fitting.trials import DIFFERENCE, Changed, Method, Slope, Trials
 
 BEST = "best"
 CANDIDATES: tuple[Solver, ...] = (
@@ -663,12 +663,15 @@ class _Fitting:
         changed = []
         levels = spacing.levels
         for i in range(1, len(levels) - 1):
-            moved = [*levels[:i], levels[i] * math.exp(DIFFERENCE), *levels[i + 1 :]]
-            changed.append(point.complete.plan(moved, self.to_zero))
+            # Not as far as the level above.
+            by = min(DIFFERENCE, math.log(levels[i - 1] / levels[i]) / 2)
+            moved = [*levels[:i], levels[i] * math.exp(by), *levels[i + 1 :]]
+            changed.append(Changed(point.complete.plan(moved, self.to_zero), by))
         for i in range(len(response or ())):
             assert response is not None
             other = (*response[:i], response[i] + DIFFERENCE, *response[i + 1 :])
-            changed.append(point._replace(response=other).plan(self.to_zero))
+            plan = point._replace(response=other).plan(self.to_zero)
+            changed.append(Changed(plan, DIFFERENCE))
         count = len(changed)
 
         def measured() -> list[float]:

@@ -63,6 +63,14 @@ class State(NamedTuple):
     memory: Memory | None
 
 
+class Changed(NamedTuple):
+    """A plan with one parameter changed."""
+
+    plan: Sequence[Step]
+    by: float
+    """How much."""
+
+
 class Slope(NamedTuple):
     """How the end points' errors change with the parameters, to first order.
 
@@ -131,7 +139,7 @@ class Trials:
     def slope(
         self,
         steps: Sequence[Step],
-        changed: Sequence[Sequence[Step]],
+        changed: Sequence[Changed],
         guidance: Guidance | None = None,
     ) -> Slope:
         """Return how a plan's errors change with each parameter.
@@ -140,7 +148,7 @@ class Trials:
 
         Args:
             steps: the plan.
-            changed: the plan with each of the parameters changed by `DIFFERENCE`.
+            changed: the plan with each of the parameters changed.
             guidance: of all runs.
         """
         parts = []
@@ -148,9 +156,9 @@ class Trials:
             base = self._run(part, steps, guidance)
             apart = (base[-1].x - self.ends[part]).double().flatten(1)
             columns = []
-            for plan in changed:
+            for plan, by in changed:
                 end = self._run(part, plan, guidance, steps, base)[-1].x
-                columns.append((end - base[-1].x).double().flatten(1) / DIFFERENCE)
+                columns.append((end - base[-1].x).double().flatten(1) / by)
             moves = torch.stack(columns, dim=1)  # [rows, parameters, values]
             parts.append(
                 (

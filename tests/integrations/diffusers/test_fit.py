@@ -198,6 +198,7 @@ def test_levels_of_a_model_with_more_noise(tmp_path: Path) -> None:
         ({"samples": 8}, "samples must be a whole number of at least 16, got 8"),
         ({"steps": "4"}, "steps must be a whole number of at least 2, got '4'"),
         ({"batch": 0}, "batch must be a whole number of at least 1, got 0"),
+        ({"seed": 1.5}, "seed must be a whole number of at least 0, got 1.5"),
         ({"call": {"num_inference_steps": 9}}, "leave num_inference_steps out; steps says"),
         ({"call": {"generator": None}}, "leave generator out; seed says it"),
         ({"call": {"latents": None}}, "leave latents out"),

@@ -162,6 +162,9 @@ def test_class_numbers_are_one_hot_rows(label_dim: int) -> None:
                 net(x, 0.7, numbers)
         with pytest.raises(ValueError, match=rf"got torch\.complex64 \[4, {label_dim}\]{remedy}"):
             net(x, 0.7, rows + 0j)
+        for shape in ((4, 3, 8, 8), (4, 8, 8), (8, 8)):
+            with pytest.raises(ValueError, match=r"x must be \[N, 1, H, W\], got \["):
+                net(x[0, 0].expand(shape), 0.7)
 
 
 def test_class_numbers_do_not_break_the_graph() -> None:

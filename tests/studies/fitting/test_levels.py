@@ -28,7 +28,7 @@ from erk_guid.studies.fitting.fit_files import settings_of_fit, to_paste
 from erk_guid.studies.fitting.levels import bootstrap_ratio
 from erk_guid.studies.fitting.spacing import Spacing
 from erk_guid.studies.fitting.sweep import Task
-from erk_guid.studies.fitting.trials import DIFFERENCE, Method, Trials
+from erk_guid.studies.fitting.trials import DIFFERENCE, Changed, Method, Trials
 
 MIXTURE = high_dimensional_mixture(dim=8, components=5)
 
@@ -81,7 +81,8 @@ def test_runs_that_share_their_beginnings_are_separate_runs(solver: Solver) -> N
     moved = [
         [*levels[:i], levels[i] * math.exp(DIFFERENCE), *levels[i + 1 :]] for i in (1, 2, 3, 4)
     ]
-    slope = trials.slope(method.plan(levels, False), [method.plan(m, False) for m in moved])
+    changed = [Changed(method.plan(m, False), DIFFERENCE) for m in moved]
+    slope = trials.slope(method.plan(levels, False), changed)
 
     def run(levels: list[float]) -> Tensor:
         sigmas = torch.tensor(levels, dtype=torch.float64)
@@ -100,6 +101,20 @@ def test_runs_that_share_their_beginnings_are_separate_runs(solver: Solver) -> N
     )
     stages = 2 if solver.two_stages else 1
     assert counted.rows < 6 * stages * 5 * (1 + len(moved)) * 0.75
+
+
+@pytest.mark.parametrize(("evaluations", "sigma_max"), [(6, 1.1), (40, 2.0)])
+def test_levels_that_are_nearer_than_the_difference_of_a_derivative(
+    evaluations: int, sigma_max: float
+) -> None:
+    """Catches: a level that is moved past the one above it to measure a derivative."""
+    found = fit(
+        MIXTURE, start(16), evaluations=evaluations, solver="unipc", trials=2, sigma_min=1.0,
+        sigma_max=sigma_max,
+    )  # fmt: skip
+    gaps = -found.sigmas.log().diff()
+    assert gaps.min() > 0
+    assert gaps.max() < 0.03 * 2
 
 
 @pytest.fixture(scope="module")
