@@ -137,7 +137,7 @@ def test_what_does_not_fit_is_named(main_net: Checkpoint, guiding_net: Checkpoin
     with pytest.raises(ValueError, match="sampler_fn must return samples shaped like the noise"):
         list(half)
     nothing: Any = erk_guid.generate(main_net.net, [1], sampler_fn=lambda net, noise, **more: None)
-    with pytest.raises(ValueError, match="shaped like the noise.*got NoneType"):
+    with pytest.raises(ValueError, match=r"shaped like the noise.*got NoneType"):
         list(nothing)
 
 
