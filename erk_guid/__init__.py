@@ -13,6 +13,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from erk_guid import _parent  # noqa: F401 - before torch
 from erk_guid._version import __version__
 
 if TYPE_CHECKING:

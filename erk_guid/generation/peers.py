@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch.distributed as dist
 
+from erk_guid._parent import is_orphaned
 from erk_guid.common.errors import ErkGuidError, printable
 from erk_guid.generation.identity import identity, is_here, lives
 
@@ -42,8 +43,6 @@ JOINING = timedelta(minutes=5)
 """How long a rank looks for the store, and for what others must have put there."""
 LOST: tuple[type[Exception], ...] = (dist.DistError,) if dist.is_available() else ()
 """What a store raises that has gone."""
-_PARENT = os.getppid()
-"""Who started this process. Read early: torchrun may die while this process imports torch."""
 FAILED = "erk_guid/failed"
 """Key of the store: the rank that failed."""
 
@@ -323,7 +322,7 @@ def ending_with_launcher(rank: int) -> Iterator[None]:
 
     def watch() -> None:
         while not stop.wait(BEAT):
-            if os.getppid() != _PARENT:
+            if is_orphaned():
                 end_process(f"rank {rank} ends: torchrun, which started it, is gone")
 
     if not _by_torchrun():

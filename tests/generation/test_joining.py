@@ -170,10 +170,12 @@ def test_a_store_that_nobody_keeps_is_one_line(tmp_path: Path) -> None:
 ORPHAN = """
 import os, sys, time
 first = os.getppid()
-from erk_guid.generation.peers import ending_with_launcher
+import BEFORE
+assert ("torch" in sys.modules) == ("peers" in "BEFORE")
 print("imported", flush=True)
 while os.getppid() == first:
     time.sleep(0.05)
+from erk_guid.generation.peers import ending_with_launcher
 with ending_with_launcher(1):
     time.sleep(60)
 print("went on")
@@ -181,9 +183,11 @@ print("went on")
 
 
 @pytest.mark.slow
-def test_a_launcher_that_dies_before_the_job_began(tmp_path: Path) -> None:
-    # Catches: looking for the parent when the job begins. It is another one by then.
-    (tmp_path / "o.py").write_text(ORPHAN)
+@pytest.mark.parametrize("before", ["erk_guid.cli", "erk_guid.generation.peers"])
+def test_a_launcher_that_dies_before_the_job_began(before: str, tmp_path: Path) -> None:
+    # Catches: looking for the parent when the job begins, or when torch, which takes seconds, is
+    # imported. It is another one by then.
+    (tmp_path / "o.py").write_text(ORPHAN.replace("BEFORE", before))
     launcher = "import subprocess, sys; subprocess.run([sys.executable, sys.argv[1]])"
     process = started(["-c", launcher, str(tmp_path / "o.py")], TORCHELASTIC_RUN_ID="a")
     assert process.stdout is not None
