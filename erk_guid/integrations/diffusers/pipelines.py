@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,10 +104,11 @@ def for_pipeline(
     solver = DEFAULT_SOLVER if solver is None else solver
     if solver == "heun" and hasattr(pipe, "scheduler") and forgets_order(type(pipe)):
         raise ValueError(
-            f"{type(pipe).__name__} counts calls where it leaves out steps, so that with Heun's "
-            "two calls a step its strength would be another one; take 'modal'"
+            f"{type(pipe).__name__} counts calls where it means steps, so that with Heun's two "
+            "calls a step its strength (or how long its adapter acts) would be another one; take "
+            "'modal'"
         )
-    if family == "discrete" and hasattr(pipe, "scheduler") and scales_nothing(type(pipe)):
+    if family == "discrete" and (keeps_unit_variance(pipe) or scales_nothing(type(pipe))):
         options = {"unit_variance": True} | options
     scheduler = _class(family, solver).from_config(config, **options)
     if options.get("levels"):
@@ -135,33 +136,54 @@ def _check_range(scheduler: Any, levels: Sequence[float]) -> None:
         )
 
 
+def keeps_unit_variance(pipe: Any) -> bool:
+    """Return whether the samples of a pipeline, or scheduler, have unit variance now.
+
+    With most of diffusers' schedulers (DDIM's, DPM++'s) they do, with those over sigma (Euler's,
+    Heun's) they do not. Ours goes on as the one before: callbacks, guidance that works on the
+    samples (SAG) and a second pipeline (SDXL's refiner) meet what they have met.
+    """
+    scheduler = getattr(pipe, "scheduler", pipe)
+    return float(getattr(scheduler, "init_noise_sigma", 0.0)) == 1.0
+
+
 def scales_nothing(kind: type[Any]) -> bool:
     """Return whether a class of pipelines calls its network with the samples as they are.
 
     Such a pipeline (DDPM's, Kandinsky's, Marigold's) never calls `scale_model_input`, so its
-    samples must have unit variance. There is no flag: this looks into its program.
+    samples must have unit variance. There is no flag: this looks into diffusers' program. Of a
+    class from elsewhere that of the pipeline it is derived from is taken.
     """
-    if kind.__name__ in UNIT_VARIANCE:
-        return True
-    program = _program(kind)
-    return bool(program) and "scale_model_input" not in program
+    for base in _loops(kind):
+        return base.__name__ in UNIT_VARIANCE or "scale_model_input" not in _program(base)
+    return False
 
 
 def forgets_order(kind: type[Any]) -> bool:
-    """Return whether a class of pipelines leaves out steps by counting calls.
+    """Return whether a class of pipelines counts calls where it means steps.
 
-    Kandinsky's image-to-image pipelines do. With two calls a step another strength comes out.
+    Kandinsky's image-to-image pipelines do, and SDXL's with an adapter. With two calls a step
+    another strength comes out.
     """
-    program = _program(kind)
-    return "timesteps[t_start" in program and "scheduler.order" not in program
+    for base in _loops(kind):
+        program = _program(base)
+        strength = "timesteps[t_start" in program and "t_start * self.scheduler" not in program
+        return strength or "i < int(num_inference_steps *" in program
+    return False
+
+
+def _loops(kind: type[Any]) -> Iterator[type[Any]]:
+    """Yield the classes of diffusers that a pipeline may have its loop from, the nearest first."""
+    for base in kind.__mro__:
+        if "__call__" in vars(base) and base.__module__.startswith("diffusers."):
+            yield base
 
 
 def _program(kind: type[Any]) -> str:
-    """Return the text of the module with a pipeline's loop; nothing if it was made at a prompt."""
+    """Return the text of a class's module; nothing where programs are kept without their text."""
     try:
-        call = inspect.unwrap(kind.__call__)
-        return inspect.getsource(sys.modules[call.__module__])
-    except (AttributeError, KeyError, OSError, TypeError):
+        return inspect.getsource(sys.modules[kind.__module__])
+    except (OSError, TypeError):
         return ""
 
 
@@ -297,7 +319,8 @@ def fit(
         must beat) and after, and the calls and seconds that it took.
 
     Raises:
-        ValueError: a value out of range, or a pipeline that cannot be asked point by point.
+        ValueError: a value out of range, or a pipeline that cannot be asked point by point: what
+            it does depends on the number of the step, or on chance.
     """
     if prompts is not None and len(prompts) == 0:
         raise ValueError("prompts: give at least one, or None for a pipeline without")
@@ -340,6 +363,12 @@ def fit(
     if max(times) > 1:
         process = None
     probed = for_pipeline(pipe, "modal")
+    evaluations = steps if name == "modal" else 2 * steps - 1
+    once = PipelineDenoiser(pipe, type(probed), probed.config, arguments, times[0], evaluations)
+    try:
+        once.check_steps()
+    finally:
+        once.close()
     denoiser = PipelineDenoiser(pipe, type(probed), probed.config, arguments, times[0])
     try:
         rows = [range(i, min(i + batch, samples)) for i in range(0, samples, batch)]
@@ -347,7 +376,7 @@ def fit(
         # At t = 1 of a flow there is no signal: the process knows where to begin.
         sigma_max = None if process is not None and times[0] >= 1 else _sigma(times[0], process)
         fitted = fit_denoiser(
-            denoiser, x, evaluations=steps if name == "modal" else 2 * steps - 1,
+            denoiser, x, evaluations=evaluations,
             solver=chosen if len(chosen) > 1 else chosen[0], guidance=guidance,
             labels=torch.arange(samples)[:, None].to(x), sigma_min=_sigma(times[-1], process),
             sigma_max=sigma_max, process=process, denoise_to_zero=True, trials=trials,

@@ -25,6 +25,10 @@ CALLS = 4096
 """Calls of one run of a pipeline's loop; then another run begins."""
 
 
+STEPS_AGREE = 1e-3
+"""How far two answers to the same call may be apart, as a share of them."""
+
+
 class _Ended(BaseException):
     """Leaves a pipeline's loop; not an Exception, which the pipeline may catch."""
 
@@ -70,6 +74,7 @@ class _Probe(Family):
 
     exchange: _Exchange
     first: float
+    calls: int
 
     def set_timesteps(
         self,
@@ -80,23 +85,23 @@ class _Probe(Family):
         mu: float | None = None,
     ) -> None:
         """Begin at the first level, whatever the pipeline asks for."""
-        self.sigmas = torch.zeros(CALLS + 1)
-        self.timesteps = torch.zeros(CALLS, device=device)
-        self.num_inference_steps = CALLS
+        self.sigmas = torch.zeros(self.calls + 1)
+        self.timesteps = torch.zeros(self.calls, device=device)
+        self.num_inference_steps = self.calls
         self._step_index = self._begin_index = None
         self._place(0, self.first)
 
     def _place(self, index: int, t: float) -> None:
         """Set the level of a call. Loops hold views of `timesteps`, so they see the change."""
         self.sigmas[index] = 1 - t if self.inverted else t
-        if index < CALLS:
+        if index < self.calls:
             self.timesteps[index] = timestep_of(self, t)
 
     def _move(
         self, x: Tensor, denoised: Tensor, index: int, sample: Tensor, generator: Generators
     ) -> Tensor:
         following = self.exchange.answer(_Point(x, self.time(index), denoised))
-        if index + 1 == CALLS:
+        if index + 1 == self.calls:
             self.exchange.asked.put(following)  # for the next run of the loop
             self.exchange.again = True
             raise _Ended
@@ -171,6 +176,7 @@ class PipelineDenoiser:
         config: for it.
         arguments: for some rows, what the pipeline is called with.
         first: time at which runs begin.
+        calls: of one run of the pipeline's loop; by default very many.
     """
 
     def __init__(
@@ -180,9 +186,10 @@ class PipelineDenoiser:
         config: Mapping[str, Any],
         arguments: Callable[[Sequence[int]], Mapping[str, Any]],
         first: float,
+        calls: int | None = None,
     ) -> None:
         self._pipe, self._arguments, self._first = pipe, arguments, first
-        self._config = config
+        self._config, self._calls = config, CALLS if calls is None else calls
         probe = type(kind.__name__, (_Probe, kind), {})
         self._kind: Any = probe
         self._sessions: dict[tuple[int, ...], _Session] = {}
@@ -195,11 +202,31 @@ class PipelineDenoiser:
     def _run(self, rows: tuple[int, ...], exchange: _Exchange) -> None:
         scheduler = self._kind.from_config(self._config)
         scheduler.exchange, scheduler.first = exchange, self._first
-        called(self._pipe, scheduler, CALLS, self._arguments(rows))
+        scheduler.calls = self._calls
+        called(self._pipe, scheduler, self._calls, self._arguments(rows))
 
     def starts(self, rows: Sequence[int]) -> Tensor:
         """Return the samples with which the pipeline begins, [rows, ...], float32."""
         return self._session(tuple(rows)).start.x
+
+    def check_steps(self) -> None:
+        """Ask the same at every step of one run of the pipeline's loop.
+
+        Raises:
+            ValueError: the answers differ.
+        """
+        session = self._session((0,))
+        x, t, first = session.start
+        assert first is not None
+        for step in range(1, self._calls):
+            apart = float((session.denoised(x, t) - first).norm() / first.norm())
+            if apart > STEPS_AGREE:
+                raise ValueError(
+                    "what the pipeline makes of the same sample at the same time depends on the "
+                    f"number of the step (step {step} of {self._calls} is {apart:.2g} from step "
+                    "0). A callback, guidance that begins or ends at a part of the run, or random "
+                    "numbers do that, and fit asks in another order: leave it out of call"
+                )
 
     def __call__(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Return the denoised x, like x.

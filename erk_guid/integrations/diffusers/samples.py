@@ -12,9 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from torch import Tensor
 
 from erk_guid.processes import UnitVariance as UnitVarianceProcess
+
+logger = logging.get_logger(__name__)
 
 
 def in_float32(output: Tensor) -> Tensor:
@@ -58,6 +61,7 @@ class UnitVariance(Samples):
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """Return the sample as the network takes it, as in diffusers."""
         scaled: Tensor = super().scale_model_input(sample, timestep)  # type: ignore[misc]
+        self.is_scale_input_called = True  # Euler's name for it
         return sample if self.unit_variance else scaled
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -71,6 +75,13 @@ class UnitVariance(Samples):
 
     def _unscaled(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         if not self.unit_variance:
+            if not getattr(self, "is_scale_input_called", False):
+                self.is_scale_input_called = True  # said once
+                logger.warning(
+                    "scale_model_input was not called before step. A pipeline that never calls it "
+                    "gives its network samples of a wrong size: use a scheduler with "
+                    "unit_variance=True there. (A loop of your own may scale them itself.)"
+                )
             return sample.float()
         # Such pipelines need not call it. It finds the index; Euler's warns if it was not called.
         self.scale_model_input(sample, timestep)

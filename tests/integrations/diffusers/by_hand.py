@@ -67,8 +67,8 @@ class Case:
         strength: share of the run.
         counts_calls: whether the strength counts calls, not steps.
         pure: whether an in-painting run begins with noise alone.
-        scaled: factor of the first noise: "set", init_noise_sigma once the timesteps are set;
-            "early", what that is before; or "sigma_max".
+        scaled: factor of the first noise: "set", init_noise_sigma once the timesteps are set; or
+            "sigma_max".
         unit_variance: whether samples are x / sqrt(1 + sigma^2).
         generator: whether the noise of later steps is drawn by the pipeline's generator.
         copies: how often the scheduler sees each sample.
@@ -286,7 +286,7 @@ def ldm() -> Case:
     pipe = diffusers.LDMPipeline(vae, unet, diffusers.DDIMScheduler(**SD, clip_sample=False))
     return Case(
         pipe, "unet", {"output_type": "np"}, "discrete", alone, shape=(1, 3, SIDE, SIDE),
-        first_dtype=torch.float32, scaled="early",
+        first_dtype=torch.float32, unit_variance=True,
     )  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def test_the_denoiser_is_the_pipelines_with_its_guidance(
     expected = torch.cat(
         [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(k)) for k in range(2)]
     )
-    torch.testing.assert_close(begun, expected * scheduler.init_noise_sigma)
+    torch.testing.assert_close(begun, expected * (1 + scheduler.sigmas[0] ** 2).sqrt())
     conditional, unconditional = pipe.encode_prompt(prompts, "cpu", 1, True)
     kept = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt()
     for rows in ([0, 1], [1, 0]):
@@ -88,6 +88,30 @@ def test_the_denoiser_is_the_pipelines_with_its_guidance(
             torch.testing.assert_close(found, x - sigma * guided, rtol=1e-3, atol=1e-3)
     denoiser.close()
     assert isinstance(pipe.scheduler, PNDMScheduler)
+
+
+def test_what_depends_on_the_number_of_the_step_is_refused(
+    stable_diffusion: dict[str, Any],  # noqa: F811
+) -> None:
+    # Catches: guidance that a callback ends at the second of four steps, and that a fit, in a loop
+    # of thousands of steps, would never see end.
+    pipe = text_to_image(stable_diffusion)
+    seen: list[int] = []
+
+    def without(pipe: Any, step: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
+        seen.append(step)
+        if step == int(0.5 * pipe.num_timesteps):
+            pipe._guidance_scale = 0.0  # from the next step on
+            values["prompt_embeds"] = values["prompt_embeds"][-1:]
+        return values
+
+    call = {
+        "height": 16, "width": 16, "guidance_scale": 4.0, "callback_on_step_end": without,
+        "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"number of the step.*step 3 of 4 is"):
+        fit(pipe, ["a cat"], steps=4, samples=16, call=call)
+    assert seen[:3] == [0, 1, 2]
 
 
 def test_a_fault_in_the_pipeline_reaches_the_caller() -> None:
