@@ -233,8 +233,11 @@ def accuracy_command(
         }  # fmt: skip
         fields = preset_fields(preset, given)
     for name in (*TABLE_FILES, *(NEARNESS_FILES if as_near_as else ())):
-        check_writable(outdir / name, BEGINS.get(name, ()))
         refuse_inputs(outdir=outdir / name)
+        check_writable(outdir / name, BEGINS.get(name, ()))
+    stale = [name for name in NEARNESS_FILES if not as_near_as and (outdir / name).exists()]
+    if stale:
+        click.echo(f"Note: {', '.join(stale)} in {outdir}: of an earlier run", err=True)
     click.get_current_context().with_resource(locked(outdir))
     if fields is None:
         assert problem_name is not None  # checked above

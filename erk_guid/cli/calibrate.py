@@ -111,8 +111,8 @@ def calibrate_command(
     # Any strength will do: the checks of the options are the same.
     config = GenerationConfig(**config_fields(w_stiff=1.0, w_con=None, **options))
     for name in FILES:
-        check_writable(outdir / name, BEGINS.get(name, ()))
         refuse_inputs(outdir=outdir / name)
+        check_writable(outdir / name, BEGINS.get(name, ()))
     click.get_current_context().with_resource(locked(outdir))
     models = config.open(config.choose_device(), ProcessGroup(), decoding=False)
     noise, labels = draw(models.loaded.net, SeededNoise(seeds, models.device), config.class_idx)

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from erk_guid.cli.common import PathType, reporting_errors
+from erk_guid.common.files import check_writable
 
 
 @click.command()
@@ -20,6 +21,8 @@ from erk_guid.cli.common import PathType, reporting_errors
 @reporting_errors
 def demo_command(outdir: Path, device: str | None) -> None:
     """Sample the shipped model in six ways with the same few evaluations, and draw them."""
-    from erk_guid.studies.demo import run_demo
+    from erk_guid.studies.demo import BEGINS, FILES, run_demo
 
+    for name in FILES:
+        check_writable(outdir / name, BEGINS.get(name, ()))
     run_demo(outdir, device)

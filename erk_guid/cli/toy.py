@@ -12,8 +12,9 @@ import click
 from click.core import ParameterSource
 
 from erk_guid.cli.common import PathType, reporting_errors
-from erk_guid.common.errors import MissingExtraError
+from erk_guid.common.errors import ErkGuidError, MissingExtraError
 from erk_guid.common.files import check_writable, write_bytes
+from erk_guid.common.npz import npz_names
 from erk_guid.guidance import ERKGuidance
 
 
@@ -92,6 +93,9 @@ def toy_command(
     toy = compute_toy(steps, w_stiff, w_con, sigma, paths, seed=seed)
     buffer = io.BytesIO()
     arrays: Any = {name: value.numpy() for name, value in toy.arrays.items()}
+    there = outdir / "toy.npz"
+    if there.is_file() and "error_0" not in npz_names(there):
+        raise ErkGuidError(f"{there} is there, and holds other arrays; write elsewhere")
     np.savez(buffer, **arrays)
     write_bytes(outdir / "toy.npz", buffer.getvalue())
     write_bytes(outdir / "toy.png", draw_toy(toy))
@@ -120,6 +124,8 @@ def _write_page(path: Path, w_con: float, paths: int, seed: int) -> None:
         ERKGuidance(w_con=w_con)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
+    if path.suffix.lower() != ".html":
+        raise click.UsageError(f"--html={path}: it writes a web page; end its name in .html")
     check_writable(path)
     write_bytes(path, page(w_con, paths, SAMPLES, seed).encode())
     click.echo(f"Written: {path}")

@@ -23,8 +23,10 @@ STARTS = {
 }  # fmt: skip
 """How files begin, by the end of their names, see `check_writable`."""
 OWN = "erk_guid"
-"""What every picture and page that we write has in its beginning."""
-MARKED = (".png", ".jpg", ".jpeg", ".svg", ".html")
+"""What every picture, page and Markdown that we write has in its beginning."""
+MARKED = (".png", ".jpg", ".jpeg", ".svg", ".html", ".md")
+MARKDOWN = f"<!-- Written by {OWN}. -->\n\n"
+"""What Markdown of ours begins with; it is not shown."""
 
 PARTIAL = ".partial"
 """Part of the name of every file that is being written (never of a finished one)."""
@@ -80,8 +82,7 @@ def check_writable(path: str | Path, begins: Sequence[bytes] = ()) -> None:
         path: the file.
         begins: how files of the kind begin; by default what is known by the end of the name. What
             is there under that name and begins otherwise belongs to somebody else, and is not
-            replaced. Nor are pictures and pages that do not say that they are ours. Of other
-            texts (Markdown) all that is no text is kept.
+            replaced. Nor are pictures, pages and Markdown that do not say that they are ours.
 
     Raises:
         ErkGuidError: `path` is a folder, its folder cannot be made or written to, or there is
@@ -104,7 +105,7 @@ def check_writable(path: str | Path, begins: Sequence[bytes] = ()) -> None:
             f"cannot write to {_shown(where)}: {error.strerror}; write elsewhere"
         ) from error
     begins = begins or STARTS.get(path.suffix.lower(), ())
-    text = path.suffix.lower() in (".md", ".csv", ".txt")
+    text = path.suffix.lower() in (".md", ".csv", ".txt")  # not of zeros, or a program
     if (begins or text) and path.is_file():
         with contextlib.suppress(OSError), open(path, "rb") as file:
             start = file.read(1024)

@@ -28,6 +28,9 @@ from erk_guid.solvers import Heun, Modal, Solver
 PRESET = "digits"
 SEEDS = range(64)
 SHOWN = 10
+FILES = ("demo.png", "demo.txt", "demo.json")
+BEGINS = {"demo.txt": (b"Plain Heun, ",)}
+"""How those begin that others could have made, too."""
 """How many of them are drawn."""
 EVALUATIONS = 6
 FINE_EVALUATIONS = 62

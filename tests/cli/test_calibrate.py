@@ -155,7 +155,9 @@ def test_the_line_that_uses_it_names_the_same_denoiser() -> None:
     assert network_options(recipe, alone) == "--preset=digits --guidance-interval=0.2,5"
 
 
-@pytest.mark.parametrize("name", ["settings.json", "trials.csv", "calibration.svg"])
+@pytest.mark.parametrize(
+    "name", ["settings.json", "trials.csv", "calibration.svg", "calibration.md"]
+)
 def test_files_of_others_in_its_folder_are_kept(name: str, tmp_path: Path) -> None:
     # Catches: somebody's settings.json and trials.csv replaced, since the names are common ones.
     (tmp_path / name).write_text('{"other": 1}')
@@ -178,11 +180,14 @@ def test_noise_levels_in_its_folder_are_an_input(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("command", "name"),
-    [("fit", "fit.csv"), ("fit", "fit-6.json"), ("accuracy", "accuracy.csv"), ("toy", "toy.npz")],
-)
+    [("fit", "fit.csv"), ("fit", "fit-6.json"), ("fit", "fit.md"), ("accuracy", "accuracy.csv"),
+     ("accuracy", "accuracy.md"), ("toy", "toy.npz"), ("demo", "demo.txt"),
+     ("reproduce", "report.md")],
+)  # fmt: skip
 def test_so_are_those_of_other_studies(command: str, name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("{mine}")
-    options = {"fit": ["--net=digits", "--evaluations=6"], "accuracy": ["--problem=gauss"]}
+    options = {"fit": ["--net=digits", "--evaluations=6"], "accuracy": ["--problem=gauss"],
+               "reproduce": ["--table=digits", "--num=2"]}  # fmt: skip
     done = run(command, *options.get(command, []), f"--outdir={tmp_path}")
     assert done.exit_code == 1
     assert "is no earlier output of this kind" in " ".join(done.output.split())

@@ -90,14 +90,15 @@ def test_outputs_may_be_written_again(tmp_path: Path) -> None:
     check_writable(tmp_path / "x.svg")
 
 
-@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.svg", "x.html"])
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.svg", "x.html", "x.md"])
 def test_a_picture_from_elsewhere_is_not_replaced(name: str, tmp_path: Path) -> None:
     # Catches: --grid=photo.png, which replaced somebody's photo.
     path = tmp_path / name
     if path.suffix in (".png", ".jpg"):
         Image.new("L", (4, 4)).save(path)
     else:
-        path.write_text("<!DOCTYPE html>\n" if path.suffix == ".html" else "<svg></svg>")
+        texts = {".html": "<!DOCTYPE html>\n", ".svg": "<svg></svg>", ".md": "# My notes\n"}
+        path.write_text(texts[path.suffix])
     before = path.read_bytes()
     with pytest.raises(ErkGuidError, match="is no earlier output of this kind"):
         check_writable(path)

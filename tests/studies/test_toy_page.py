@@ -116,6 +116,16 @@ def test_options_without_a_part_are_refused(args: list[str], message: str, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["notes.md", "thesis.txt", "page.htm", "page"])
+def test_a_page_has_the_name_of_a_page(name: str, tmp_path: Path) -> None:
+    # Catches: --html=notes.md, which replaced somebody's notes by a page.
+    (tmp_path / name).write_text("mine")
+    done = CliRunner().invoke(toy_command, [f"--html={tmp_path / name}"])
+    assert done.exit_code == 2
+    assert "end its name in .html" in done.output
+    assert (tmp_path / name).read_text() == "mine"
+
+
 def drawing(page: Any) -> list[str]:
     """What the picture shows: the trajectories of the plain and of the guided solver."""
     return [page.get_attribute(f"#{name}", "d") for name in ("plain", "guided")]

@@ -351,6 +351,10 @@ class Flow(Family):
 
     name = "flow"
 
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+        """Return the sample as it is; pipelines that take either family ask for it."""
+        return sample
+
     def step(
         self,
         model_output: Tensor,

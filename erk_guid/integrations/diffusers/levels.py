@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from erk_guid.common.errors import printable
 from erk_guid.solvers import check_levels
 
 
@@ -89,8 +90,10 @@ def check_times(timesteps: Any, train_steps: int | None = None) -> None:
 
 
 def check_fitted(levels: Sequence[float] | None) -> None:
-    """Raise ValueError unless levels fall strictly."""
+    """Raise ValueError unless levels are numbers that fall strictly."""
     if levels is not None:
+        if isinstance(levels, str):  # a config that somebody edited
+            raise ValueError(f"levels must be a list of numbers, got {printable(levels, 40)!r}")
         check_levels(torch.tensor(levels, dtype=torch.float64))
 
 

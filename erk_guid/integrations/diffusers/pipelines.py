@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 
 from erk_guid.common.errors import printable
 from erk_guid.generation.settings import PROCESS, Settings, read_settings
@@ -33,10 +34,10 @@ from erk_guid.studies.fitting import fit as fit_denoiser
 from erk_guid.studies.fitting.fit_files import settings_of_fit
 from erk_guid.studies.fitting.levels import FEWEST, Progress
 
+logger = logging.get_logger(__name__)
+
 SOLVERS = ("modal", "heun")
 DEFAULT_SOLVER = "modal"
-UNIT_VARIANCE = ("DDPMPipeline", "DDIMPipeline", "DiTPipeline")
-"""Pipelines that keep their samples at unit variance; for others see `scales_nothing`."""
 TWICE = ("CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline")
 """Pipelines that call `step` twice for each point, to learn the clean data first."""
 FAMILY = "family"
@@ -110,6 +111,11 @@ def for_pipeline(
         )
     if family == "discrete" and (keeps_unit_variance(pipe) or scales_nothing(type(pipe))):
         options = {"unit_variance": True} | options
+    if solver == "heun" and any("* skip_layer_guidance" in _program(k) for k in _loops(type(pipe))):
+        logger.warning(
+            f"{type(pipe).__name__} counts calls in skip_layer_guidance_start and _stop: with "
+            "Heun's two calls a step give twice their values"
+        )
     scheduler = _class(family, solver).from_config(config, **options)
     if options.get("levels"):
         _check_range(scheduler, options["levels"])
@@ -150,12 +156,15 @@ def keeps_unit_variance(pipe: Any) -> bool:
 def scales_nothing(kind: type[Any]) -> bool:
     """Return whether a class of pipelines calls its network with the samples as they are.
 
-    Such a pipeline (DDPM's, Kandinsky's, Marigold's) never calls `scale_model_input`, so its
-    samples must have unit variance. There is no flag: this looks into diffusers' program. Of a
-    class from elsewhere that of the pipeline it is derived from is taken.
+    Such a pipeline (DDPM's, Kandinsky's, Marigold's) never calls `scale_model_input`, or does not
+    scale its first noise (DiT's, Bria's). So its samples must have unit variance. There is no
+    flag: this looks into diffusers' program. Of a class from elsewhere that of the pipeline it is
+    derived from is taken.
     """
     for base in _loops(kind):
-        return base.__name__ in UNIT_VARIANCE or "scale_model_input" not in _program(base)
+        program = _program(base)
+        noise = "init_noise_sigma" in program or "add_noise" in program
+        return not noise or "scale_model_input" not in program
     return False
 
 

@@ -141,7 +141,10 @@ class _Session:
         while not self._exchange.closed:
             try:
                 self._run(self._exchange)
-                raise RuntimeError("the pipeline ended before the scheduler ended it")
+                raise ValueError(
+                    "the pipeline ended its loop by itself: fit needs all of it (leave out of call "
+                    "what ends it early, such as denoising_end)"
+                )
             except _Ended:
                 pass
             except BaseException as error:

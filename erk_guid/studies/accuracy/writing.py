@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from erk_guid.common.files import write_bytes
+from erk_guid.common.files import MARKDOWN, write_bytes
 from erk_guid.common.plots import Curve, draw, draw_bars
 from erk_guid.studies.accuracy.measuring import Table
 from erk_guid.studies.accuracy.nearness import Nearness
@@ -36,7 +36,7 @@ def write_table(table: Table, outdir: Path, settings: dict[str, Any]) -> None:
         MissingExtraError: matplotlib is not installed; the other files are written before.
     """
     write_bytes(outdir / "accuracy.csv", table.csv().encode())
-    write_bytes(outdir / "accuracy.md", table.markdown().encode())
+    write_bytes(outdir / "accuracy.md", (MARKDOWN + table.markdown()).encode())
     write_bytes(outdir / "accuracy.json", (json.dumps(settings, indent=1) + "\n").encode())
     write_bytes(outdir / "accuracy.svg", plot(table))
 
@@ -48,7 +48,7 @@ def write_nearness(nearness: Nearness, outdir: Path) -> None:
         MissingExtraError: matplotlib is not installed; the other files are written before.
     """
     write_bytes(outdir / "as-near.csv", nearness.csv().encode())
-    write_bytes(outdir / "as-near.md", nearness.markdown().encode())
+    write_bytes(outdir / "as-near.md", (MARKDOWN + nearness.markdown()).encode())
     bars = [(name, found.evaluations) for name, found in nearness.ranked if found is not None]
     if "heun" not in nearness.found:
         bars.append(("heun", nearness.target.evaluations))

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from erk_guid.common.files import write_bytes
+from erk_guid.common.files import MARKDOWN, write_bytes
 from erk_guid.common.plots import COLOURS, Curve, draw
 from erk_guid.generation.settings import SETTINGS_START
 from erk_guid.guidance import ERKGuidance, settings_of
@@ -42,7 +42,7 @@ def write_trials(calibration: Calibration, outdir: Path, title: str, heading: st
         MissingExtraError: matplotlib is not installed; the other files are written before.
     """
     write_bytes(outdir / "trials.csv", trials_csv(calibration.trials).encode())
-    write_bytes(outdir / "calibration.md", f"{heading}\n\n{calibration.table()}".encode())
+    write_bytes(outdir / "calibration.md", f"{MARKDOWN}{heading}\n\n{calibration.table()}".encode())
     write_bytes(outdir / "calibration.svg", plot(calibration, title))
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from erk_guid.common.files import write_bytes
+from erk_guid.common.files import MARKDOWN, write_bytes
 from erk_guid.common.pictures import Panel, figure, tile, to_pil
 from erk_guid.common.plots import Curve, draw
 from erk_guid.denoisers import Denoiser
@@ -82,7 +82,7 @@ def write_fits(fits: Sequence[Fitted], outdir: Path, heading: str) -> None:
     """
     write_bytes(outdir / "fit.csv", fits_csv(fits).encode())
     pasted = "\n".join(to_paste(fitted) for fitted in fits)
-    write_bytes(outdir / "fit.md", f"{heading}\n\n{table(fits)}\n{pasted}".encode())
+    write_bytes(outdir / "fit.md", f"{MARKDOWN}{heading}\n\n{table(fits)}\n{pasted}".encode())
     write_bytes(outdir / "levels.svg", plot_levels(fits))
     write_bytes(outdir / "errors.svg", plot_errors(fits))
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from erk_guid._version import __version__
 from erk_guid.common.errors import ErkGuidError, printable
-from erk_guid.common.files import write_bytes
+from erk_guid.common.files import check_writable, write_bytes
 from erk_guid.common.pictures import is_whole_png
 from erk_guid.common.plots import Curve, draw
 from erk_guid.metrics.scores.neighbours import NEIGHBOURS
@@ -131,11 +131,13 @@ def _write(outdir: Path, relative: Path, data: bytes) -> Path:
     """Write a file of the report; return where it is.
 
     Raises:
-        ErkGuidError: it cannot be written, or does not lie in the report's folder.
+        ErkGuidError: it cannot be written, does not lie in the report's folder, or would replace
+            somebody's file.
     """
     path = outdir / relative
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(outdir)):
         raise ErkGuidError(f"cannot write {path}: it leads out of {outdir}; remove the link")
+    check_writable(path)
     try:
         write_bytes(path, data)
     except OSError as error:

@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from erk_guid.common.errors import ErkGuidError, printable
-from erk_guid.common.files import check_folder, write_bytes
+from erk_guid.common.files import check_folder, check_writable, write_bytes
 from erk_guid.common.pictures import save_picture, tile
 from erk_guid.common.signals import Interrupting, handled_by, number_of
 from erk_guid.generation.devices import choose_device
@@ -95,7 +95,8 @@ def _is_sound(result: dict[str, Any]) -> bool:
     errors, reference = result.get("standard_errors"), result.get("reference")
     return (
         _is_sound_key(result.get("key"))
-        and _are_scores(result.get("scores"))
+        and bool(result.get("scores"))
+        and _are_scores(result["scores"])
         and _are_scores(errors, least=0.0)
         and _are_scores(quality.setdefault("scores", {}))
         and _is_count(result.get("num"))
@@ -380,4 +381,5 @@ def _keep_grid(one: Plan, seeds: Sequence[int]) -> None:
             picture.thumbnail((GRID_SIDE, GRID_SIDE), Image.Resampling.LANCZOS)
         pictures.append(picture)
     scale = max(1, 64 // pictures[0].width)
+    check_writable(one.grid)
     save_picture(one.grid, tile(pictures, GRID_COLUMNS, scale))

@@ -16,7 +16,7 @@ from erk_guid.integrations.diffusers.pipelines import forgets_order, scales_noth
 
 AS_THEY_ARE = (
     "DDPMPipeline", "DDIMPipeline", "DiTPipeline", "KandinskyV22Pipeline", "LDMTextToImagePipeline",
-    "MarigoldDepthPipeline", "MarigoldNormalsPipeline",
+    "MarigoldDepthPipeline", "MarigoldNormalsPipeline", "BriaPipeline",
 )  # fmt: skip
 SCALED = (
     "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
@@ -118,6 +118,14 @@ def test_a_strength_that_two_calls_a_step_would_change(name: str) -> None:
                   "StableDiffusionXLInpaintPipeline", "KolorsImg2ImgPipeline",
                   "FluxImg2ImgPipeline", "KandinskyV22Pipeline"):  # fmt: skip
         assert not forgets_order(getattr(diffusers, other))
+
+
+def test_a_pipeline_of_either_family_asks_a_flow_to_scale() -> None:
+    # Catches: an AttributeError in BriaPipeline, which asks every scheduler but one by name.
+    x = torch.randn(2, 4)
+    for solver in ("modal", "heun"):
+        scheduler = for_pipeline(diffusers.FlowMatchEulerDiscreteScheduler(), solver)
+        assert torch.equal(scheduler.scale_model_input(x, 500.0), x)
 
 
 def seeded(seed: int) -> torch.Generator:

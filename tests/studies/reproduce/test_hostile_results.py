@@ -156,6 +156,7 @@ def test_a_score_is_no_path(name: str, part: str, tmp_path: Path) -> None:
         (("standard_errors", "fd_digits"), -0.1),
         (("standard_errors", "fd_digits"), float("nan")),
         (("standard_errors", "fd_digits"), True),
+        (("scores",), {}),
         (("scores", "fd_digits"), True),
         (("scores", "fd_digits"), float("inf")),
         (("scores", "fd_digits"), 1e300),
