@@ -187,6 +187,13 @@ def test_the_command_on_a_network(tmp_path: Path) -> None:
     )
     assert bare.exit_code == 0, bare.output
     assert not (tmp_path / "b" / "as-near.csv").exists()
+    assert "of an earlier run" not in bare.output
+    (tmp_path / "b" / "as-near.md").write_text((tmp_path / "as-near.md").read_text())
+    bare = CliRunner().invoke(
+        main, [*args[:-1], "--as-near-as=0", "--methods=heun", "--outdir", str(tmp_path / "b")]
+    )
+    assert "as-near.md in" in bare.output
+    assert "of an earlier run" in bare.output
     assert record["seeds"] == [0, 1, 2]
 
 

@@ -248,6 +248,21 @@ def test_files_of_the_report_lie_in_its_folder(tmp_path: Path) -> None:
     assert report(tmp_path / "link").exit_code == 0
 
 
+def test_the_report_keeps_files_of_others(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write(out, [result(key) for key in keys(out)])
+    assert report(out).exit_code == 0
+    for mine in (out / "report.md", next((out / "plots").glob("*.svg"))):
+        before = mine.read_bytes()
+        mine.write_text("<svg>mine</svg>" if mine.suffix == ".svg" else "# My notes")
+        done = report(out)
+        assert done.exit_code == 1
+        assert "is no earlier output of this kind" in " ".join(done.output.split())
+        assert "mine" in mine.read_text().lower() or "My notes" in mine.read_text()
+        mine.write_bytes(before)
+    assert report(out).exit_code == 0
+
+
 def test_a_damaged_grid_is_left_out(tmp_path: Path) -> None:
     # Catches: a traceback of the decoder of pictures.
     out = tmp_path / "out"
