@@ -23,7 +23,7 @@ STARTS = {
 }  # fmt: skip
 """How files begin, by the end of their names, see `check_writable`."""
 OWN = "erk_guid"
-"""What every picture, page and Markdown that we write has in its beginning."""
+"""What every picture, page, Markdown and JSON of scores of ours has in its beginning, or end."""
 MARKED = (".png", ".jpg", ".jpeg", ".svg", ".html", ".md")
 MARKDOWN = f"<!-- Written by {OWN}. -->\n\n"
 """What Markdown of ours begins with; it is not shown."""
@@ -82,7 +82,7 @@ def check_writable(path: str | Path, begins: Sequence[bytes] = ()) -> None:
         path: the file.
         begins: how files of the kind begin; by default what is known by the end of the name. What
             is there under that name and begins otherwise belongs to somebody else, and is not
-            replaced. Nor are pictures, pages and Markdown that do not say that they are ours.
+            replaced. Nor are pictures, pages, Markdown and JSON that do not say that they are ours.
 
     Raises:
         ErkGuidError: `path` is a folder, its folder cannot be made or written to, or there is
@@ -110,7 +110,9 @@ def check_writable(path: str | Path, begins: Sequence[bytes] = ()) -> None:
         with contextlib.suppress(OSError), open(path, "rb") as file:
             start = file.read(1024)
             foreign = not start.startswith(tuple(begins)) if begins else b"\0" in start
-            foreign |= path.suffix.lower() in MARKED and OWN.encode() not in start
+            if path.suffix.lower() in MARKED or begins == JSON_START:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - 1024))
+                foreign |= OWN.encode() not in start + file.read(1024)
             if start and foreign:
                 raise ErkGuidError(
                     f"{_shown(path)} is there, and is no earlier output of this kind; write to "

@@ -29,7 +29,7 @@ PRESET = "digits"
 SEEDS = range(64)
 SHOWN = 10
 FILES = ("demo.png", "demo.txt", "demo.json")
-BEGINS = {"demo.txt": (b"Plain Heun, ",)}
+BEGINS = {"demo.txt": (b"Plain Heun, ",), "demo.json": (b'{\n "preset": ',)}
 """How those begin that others could have made, too."""
 """How many of them are drawn."""
 EVALUATIONS = 6

@@ -181,7 +181,8 @@ def test_noise_levels_in_its_folder_are_an_input(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "name"),
     [("fit", "fit.csv"), ("fit", "fit-6.json"), ("fit", "fit.md"), ("accuracy", "accuracy.csv"),
-     ("accuracy", "accuracy.md"), ("toy", "toy.npz"), ("demo", "demo.txt"),
+     ("accuracy", "accuracy.md"), ("toy", "toy.npz"), ("demo", "demo.txt"), ("demo", "demo.json"),
+     ("accuracy", "accuracy.json"),
      ("reproduce", "report.md")],
 )  # fmt: skip
 def test_so_are_those_of_other_studies(command: str, name: str, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from erk_guid.common.files import (
 from erk_guid.common.pictures import save_picture
 from erk_guid.common.plots import Curve, draw
 from erk_guid.generation.trace import BEGINS, ROW, write_trace
-from erk_guid.metrics.scoring import write_json
+from erk_guid.metrics.scoring import versions, write_json
 
 LONG = "a" * 400
 DEEP = "/".join(["folder"] * 700)
@@ -70,7 +70,10 @@ def test_a_file_of_another_kind_is_not_replaced(begins: tuple[bytes, ...], tmp_p
         check_writable(path, begins)
     assert path.read_text() == "name,age\n"
     for start in (b"", *begins):  # an empty file holds nothing that could be lost
-        path.write_bytes(start + b"\n"[: len(start)])
+        path.write_bytes(start + b" erk_guid\n"[: 99 * len(start)])
+        check_writable(path, begins)
+    path.write_text("{}")
+    with pytest.raises(ErkGuidError, match="is no earlier output of this kind"):
         check_writable(path, begins)
 
 
@@ -80,7 +83,7 @@ def test_outputs_may_be_written_again(tmp_path: Path) -> None:
     for name, begins in (("t.csv", BEGINS), ("t.npz", BEGINS)):
         write_trace(tmp_path / name, rows)
         check_writable(tmp_path / name, begins)
-    write_json(tmp_path / "s.json", {"fid": 1.0})
+    write_json(tmp_path / "s.json", {"fid": 1.0, "names": ["n"] * 1000, "versions": versions()})
     check_writable(tmp_path / "s.json", JSON_START)
     for name in ("x.png", "x.jpg"):
         save_picture(tmp_path / name, Image.new("L", (4, 4)))

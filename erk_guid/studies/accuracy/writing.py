@@ -14,7 +14,10 @@ from erk_guid.studies.accuracy.nearness import Nearness
 
 TABLE_FILES = ("accuracy.csv", "accuracy.md", "accuracy.json", "accuracy.svg")
 NEARNESS_FILES = ("as-near.csv", "as-near.md", "as-near.svg")
-BEGINS = dict.fromkeys(("accuracy.csv", "as-near.csv"), (b"problem,method,evaluations,",))
+BEGINS = {
+    **dict.fromkeys(("accuracy.csv", "as-near.csv"), (b"problem,method,evaluations,",)),
+    "accuracy.json": (b'{\n "net_sha256": ', b'{\n "problem": '),
+}
 """How those begin that others could have made, too."""
 
 PLOTTED = (
