@@ -229,10 +229,11 @@ class ImageFolder:
             The record of a run with the same settings, whose images stay.
 
         Raises:
-            ErkGuidError: there are images of other settings.
+            ErkGuidError: there are images of other settings, or a run.json that is none.
         """
         there = set(self._files("*.png"))
         if not there:
+            self._refuse_other_record(overwrite)
             return None
         before = self._recorded(settings)
         if before is None:
@@ -251,6 +252,23 @@ class ImageFolder:
             count = len(there - ours)
             print(f"Note: {self.path} holds {count} other images, which stay", file=sys.stderr)
         return before
+
+    def _refuse_other_record(self, overwrite: bool) -> None:
+        """Refuse a run.json of another program, in a folder without images.
+
+        Raises:
+            ErkGuidError: it is there, holds something, and describes no run.
+        """
+        path = self.path / RUN_FILE
+        if overwrite or not path.is_file() or not path.stat().st_size:
+            return
+        try:
+            read_run(path)
+        except ErkGuidError as error:
+            raise ErkGuidError(
+                f"{path} is there, and is no record of a run of this program; choose another "
+                "--outdir, move the file, or give --overwrite to replace it"
+            ) from error
 
     def _recorded(self, settings: dict[str, Any]) -> dict[str, Any] | None:
         """Return the record of a run with these settings; None if there is none."""
