@@ -218,6 +218,11 @@ def sample(
         nfe += result.nfe - analytic
         guided = Guided(result.x) if guidance is None else guidance(result)
         x_before, x = x, guided.x
+        if x.shape != x_before.shape:
+            raise ValueError(
+                f"step {i} of {type(solver).__name__}, or its guidance, turned samples of shape "
+                f"{list(x_before.shape)} into {list(x.shape)}"
+            )
         if callback is not None:
             callback(
                 StepInfo(

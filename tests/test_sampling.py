@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -14,9 +15,9 @@ from support.problems import gaussian, reusing
 from torch import Tensor
 
 import erk_guid
-from erk_guid import ERKGuidance
+from erk_guid import ERKGuidance, Guided, sample
 from erk_guid.models.networks.edm2 import Precond
-from erk_guid.solvers import SOLVERS, EulerStep, Heun, HeunStep, make_solver
+from erk_guid.solvers import SOLVERS, EulerStep, Heun, HeunStep, Step, StepResult, make_solver
 
 
 def nonlinear(x: Tensor, sigma: Tensor) -> Tensor:
@@ -319,3 +320,21 @@ def test_what_is_no_solver_is_named() -> None:
     ):
         with pytest.raises(TypeError, match=message):
             erk_guid.sample(gaussian, x, sigmas, solver=solver)  # type: ignore[arg-type]
+
+
+def test_a_solver_or_guidance_that_breaks_its_contract() -> None:
+    # Catches: a solver that ends above the last level, whose x is returned as the result; samples
+    # of another shape, which broadcast.
+    class Short(Heun):
+        def steps(self, levels: Sequence[float]) -> Sequence[Step]:
+            return super().steps(levels)[:-1]
+
+    class Narrow(ERKGuidance):
+        def __call__(self, result: StepResult) -> Guided:
+            return Guided(result.x[:1])
+
+    x, sigmas = torch.randn(4, 2), erk_guid.karras_sigmas(6)
+    with pytest.raises(ValueError, match="Short.steps must return a step for each of the 5"):
+        sample(lambda x, sigma: x / (1 + sigma**2), x, sigmas, solver=Short())
+    with pytest.raises(ValueError, match=r"step 0 of Heun.*shape \[4, 2\] into \[1, 2\]"):
+        sample(lambda x, sigma: x / (1 + sigma**2), x, sigmas, guidance=Narrow(0.5))

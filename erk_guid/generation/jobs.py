@@ -5,6 +5,8 @@ A killed job leaves only whole images. `resume` continues it, and refuses to mix
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import platform
 import sys
@@ -13,7 +15,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -96,6 +98,8 @@ def run_job(job: GenerationJob) -> int:
         token = group.agree(lambda: held.enter_context(locked(job.outdir)).token)
         lock = FolderLock(job.outdir, token)
         models = job.open(device, group, refresh=job.refresh)
+        if group.world_size > 1:
+            group.check_alike(_shared(job, models))
         todo, run = group.agree(lambda: _prepare(job, models))
         try:
             queue = _generate(job, models, group, todo, run, lock, stop)
@@ -133,6 +137,21 @@ def _check_outputs(job: GenerationJob) -> None:
         if path is not None:
             refuse_in_folder(option, path, job.outdir)
             check_writable(path, BEGINS if option == "--trace" else ())
+
+
+def _shared(job: GenerationJob, models: Models) -> dict[str, Any]:
+    """Return what all ranks must have been given; paths may differ from node to node."""
+    digest = hashlib.sha256(json.dumps(list(job.seeds)).encode()).hexdigest()[:8]
+    return {
+        **{name: value for name, value in models.record().items() if name != "device"},
+        "seeds": f"{len(job.seeds)} from {job.seeds[0]} to {job.seeds[-1]} ({digest})",
+        "batch": job.batch,
+        "subdirs": job.subdirs,
+        "resume": job.resume,
+        "overwrite": job.overwrite,
+        "on-nonfinite": job.on_nonfinite,
+        "trace": job.trace is not None,
+    }
 
 
 def _prepare(job: GenerationJob, models: Models) -> tuple[list[int], str]:

@@ -20,7 +20,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -43,6 +43,7 @@ JOINING = timedelta(minutes=5)
 """How long a rank looks for the store, and for what others must have put there."""
 LOST: tuple[type[Exception], ...] = (dist.DistError,) if dist.is_available() else ()
 """What a store raises that has gone."""
+NOTHING = "nothing"
 FAILED = "erk_guid/failed"
 """Key of the store: the rank that failed."""
 
@@ -433,6 +434,30 @@ class Peers:
             raise OtherRankError(error_text)
         value: T = found
         return value
+
+    def check_alike(self, given: Mapping[str, object]) -> None:
+        """Refuse to share work with a process that was given something else; every rank calls it.
+
+        Args:
+            given: what the work depends on, in JSON's types.
+
+        Raises:
+            ErkGuidError: rank 0 was given something else; the message names what.
+        """
+        mine = {name: json.dumps(value, sort_keys=True) for name, value in given.items()}
+        first = self.agree(lambda: mine)
+        apart = [name for name in {**first, **mine} if first.get(name) != mine.get(name)]
+        if apart:
+            what = "; ".join(
+                f"{name} is {printable(first.get(name, NOTHING), 60)} there, "
+                f"{printable(mine.get(name, NOTHING), 60)} "
+                "here"
+                for name in apart
+            )
+            raise ErkGuidError(
+                f"rank {self.rank} was not given what rank 0 was given: {what}. Start all "
+                "processes with the same options"
+            )
 
     def check(self, *needed: int) -> None:
         """Stop this process if another one has failed, on any node; costs one message.

@@ -92,6 +92,13 @@ class Scoring:
             keep_logits={metric.detector for metric in chosen if metric.needs("logits")},
         )  # fmt: skip
 
+    def shared(self, **more: Any) -> dict[str, Any]:
+        """Return what all ranks must have been given."""
+        return {
+            "metrics": list(self.metrics), "num": self.num, "seed": self.seed, "batch": self.batch,
+            "features": self.features is not None, "bootstrap": self.bootstrap, **more,
+        }  # fmt: skip
+
     def check(self) -> None:
         """Refuse settings that would fail only after hours of work.
 
@@ -168,6 +175,7 @@ def calc(images: Path, ref: str, scoring: Scoring) -> dict[str, Any]:
         reference = group.agree(look)
         source = open_images(images)
         chosen = choose(source, scoring.num, scoring.seed)
+        group.check_alike(scoring.shared(images=names_of(source, chosen)))
         detectors = scoring.open_detectors(device, group)
         group.agree(lambda: _check_reference(scoring, reference, detectors))
         parts = blocks(chosen, scoring.batch, group)
@@ -201,6 +209,9 @@ def gen(config: GenerationConfig, ref: str, scoring: Scoring) -> dict[str, Any]:
 
         reference = group.agree(look)
         models = config.open(device, group, refresh=scoring.refresh)
+        if group.world_size > 1:
+            recipe = {k: v for k, v in models.record().items() if k != "device"}
+            group.check_alike(scoring.shared(batch=config.batch, **recipe))
         detectors = scoring.open_detectors(device, group)
         group.agree(lambda: _check_reference(scoring, reference, detectors))
         parts = blocks(range(scoring.num), config.batch, group)
@@ -270,6 +281,7 @@ def make_reference(
         group.agree(look)
         source = open_images(data)
         indices = range(len(source))[first:last]
+        group.check_alike(scoring.shared(images=names_of(source, indices), keep=keep))
         detectors = scoring.open_detectors(device, group)
         parts = blocks(indices, scoring.batch, group)
         collected = collect(

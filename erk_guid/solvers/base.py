@@ -206,11 +206,19 @@ class Solver(ABC):
                 no solver can evaluate the drift there.
 
         Raises:
-            ValueError: sigmas that do not fall, or are not finite.
+            ValueError: sigmas that do not fall, or are not finite; or a solver that does not give
+                a step for each interval.
         """
         levels = check_levels(sigmas)
         last = [EulerStep(levels[-2], 0.0)] if levels[-1] == 0 else []
-        return [*self.steps([level for level in levels if level > 0]), *last]
+        above = [level for level in levels if level > 0]
+        steps = self.steps(above)
+        if len(steps) != len(above) - 1:
+            raise ValueError(
+                f"{type(self).__name__}.steps must return a step for each of the {len(above) - 1} "
+                f"intervals between its levels, and returned {len(steps)}"
+            )
+        return [*steps, *last]
 
     @abstractmethod
     def steps(self, levels: Sequence[float]) -> Sequence[Step]:

@@ -95,6 +95,52 @@ def by_hand(script: Path, *args: str) -> list[subprocess.Popen[str]]:
     return [started([str(script), *args], RANK=rank, **common) for rank in (0, 1)]
 
 
+def both(program: str, common: list[str], unlike: tuple[str, str]) -> list[tuple[int, str]]:
+    """Run a program as two ranks, each with its own option; return exit codes and errors."""
+    shared = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
+    ranks = [
+        started([program, *common, more], RANK=rank, **shared) for rank, more in enumerate(unlike)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in ranks]
+    return [(process.returncode, err) for process, err in zip(ranks, said, strict=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("unlike", "named"),
+    [
+        (("--steps=3", "--steps=4"), "num_steps is 3 there, 4 here"),
+        (("--w_stiff=0.5", "--w_stiff=auto"), 'w_stiff is 0.5 there, "auto" here'),
+        (("--seeds=0-7", "--seeds=4-11"), 'seeds is "8 from 0 to 7'),
+        (("--batch=2", "--batch=4"), "batch is 2 there, 4 here"),
+        (("--net=digits", "--net=erk_guid/data/digits-weak.safetensors"), "net_sha256 is"),
+    ],
+)
+def test_ranks_that_were_given_unlike_options(
+    unlike: tuple[str, str], named: str, tmp_path: Path
+) -> None:
+    # Catches: two nodes whose commands differ. Their images lay in one folder, and all said that
+    # they were of the settings of rank 0.
+    common = [f"--outdir={tmp_path / 'o'}", "--device=cpu"]
+    for option in ("--net=digits", "--steps=3", "--seeds=0-7", "--batch=2"):
+        if option.partition("=")[0] not in unlike[0]:
+            common.append(option)
+    (first, _), (second, err) = both("generate_images.py", common, unlike)
+    assert (first, second) == (1, 1)
+    assert "rank 1 was not given what rank 0 was given" in err
+    assert named in err
+    assert err.count("\n") <= 3
+
+
+@pytest.mark.slow
+def test_ranks_that_score_unlike_things(tmp_path: Path) -> None:
+    common = ["gen", "--net=digits", "--ref=digits", "--metrics=fd_digits", "--num=8",
+              "--device=cpu"]  # fmt: skip
+    (first, _), (second, err) = both("calculate_metrics.py", common, ("--steps=3", "--steps=4"))
+    assert (first, second) == (1, 1)
+    assert "num_steps is 3 there, 4 here" in err
+
+
 QUEUE = """
 import os, signal, sys, time
 import erk_guid.generation.workers as w

@@ -147,7 +147,7 @@ def keeps_unit_variance(pipe: Any) -> bool:
 
     With most of diffusers' schedulers (DDIM's, DPM++'s) they do, with those over sigma (Euler's,
     Heun's) they do not. Ours goes on as the one before: callbacks, guidance that works on the
-    samples (SAG) and a second pipeline (SDXL's refiner) meet what they have met.
+    samples and a second pipeline (SDXL's refiner) meet what they have met.
     """
     scheduler = getattr(pipe, "scheduler", pipe)
     return float(getattr(scheduler, "init_noise_sigma", 0.0)) == 1.0

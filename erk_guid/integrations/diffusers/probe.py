@@ -119,7 +119,7 @@ def timestep_of(scheduler: Any, t: float) -> float:
     if isinstance(scheduler, Discrete):
         if scheduler.config.get("timestep_type", "discrete") == "continuous":
             return 0.25 * float(np.log(t))
-        kept = scheduler.alphas_cumprod.double()  # type: ignore[attr-defined]
+        kept = scheduler.alphas_cumprod.double()
         known = ((1 - kept) / kept).sqrt().log().numpy()
         found: Any = scheduler._sigma_to_t(np.float64(t), known)  # type: ignore[attr-defined]
         return float(found)

@@ -30,6 +30,8 @@ class Samples:
 
     config: Any
     sigmas: Tensor
+    timesteps: Tensor
+    alphas_cumprod: Tensor
 
     @property
     def unit_variance(self) -> bool:
@@ -66,12 +68,23 @@ class UnitVariance(Samples):
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return clean samples with noise at the level of a timestep, as in diffusers."""
+        known = self.timesteps.to(timesteps.device).float()
+        if not bool(torch.isin(timesteps.float(), known).all()):
+            return self._noisy_between(original_samples, noise, timesteps)
         add: Any = super().add_noise  # type: ignore[misc]
         noisy: Tensor = add(original_samples, noise, timesteps)
         if not self.unit_variance:
             return noisy
         sigma: Tensor = add(torch.zeros_like(noise), torch.ones_like(noise), timesteps)
         return noisy / (1 + sigma**2).sqrt()
+
+    def _noisy_between(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return clean samples with noise at timesteps that are none of a run's (FreeInit)."""
+        kept = self.alphas_cumprod.to(clean.device)[timesteps.round().long().to(clean.device)]
+        shape = (-1, *[1] * (clean.ndim - 1))
+        alpha, sigma = kept.sqrt().reshape(shape), (1 - kept).sqrt().reshape(shape)
+        noisy = alpha * clean.float() + sigma * noise.float()
+        return (noisy if self.unit_variance else noisy / alpha).to(clean.dtype)
 
     def _unscaled(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         if not self.unit_variance:

@@ -33,6 +33,7 @@ from erk_guid.sampling import as_solver
 from erk_guid.solvers import Modal, Solver, Step, check_levels
 from erk_guid.studies.fitting.sweep import (
     ASKED_TWICE,
+    QUESTIONS,
     Task,
     distances,
     fine_path,
@@ -343,7 +344,9 @@ class _Budget:
         near = 2 * 2 + 2
         fine = max(REFERENCE_SUBSTEPS * steps, REFERENCE_EVALUATIONS)
         self.stages = {
-            "reference": 2 * ASKED_TWICE + SCREENED * run + fine * (3 * FEWEST + samples),
+            "reference": 2 * QUESTIONS * ASKED_TWICE
+            + SCREENED * run
+            + fine * (3 * FEWEST + samples),
             "ladder": rungs * SCREENED * run,
             "thresholds": thresholds * PROMISING * run,
             "finalists": finalists * samples * run,

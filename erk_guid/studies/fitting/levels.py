@@ -36,7 +36,7 @@ from erk_guid.solvers import DEIS, IPNDMV, DPMpp, Modal, Solver, Step, UniPC
 from erk_guid.studies.fitting.calibration import ROUNDING, Labelled
 from erk_guid.studies.fitting.journal import Journal
 from erk_guid.studies.fitting.spacing import Spacing
-from erk_guid.studies.fitting.sweep import ASKED_TWICE, Task
+from erk_guid.studies.fitting.sweep import ASKED_TWICE, QUESTIONS, Task, asked_levels
 from erk_guid.studies.fitting.trials import DIFFERENCE, Changed, Method, Slope, Trials
 
 BEST = "best"
@@ -71,8 +71,6 @@ ENOUGH = 0.003
 SURE = 2.0
 """Standard errors by which fitted responses must be better than one half to be taken."""
 
-QUESTIONS = 5
-"""Noise levels at which a model is asked, to know its journal."""
 REFERENCE_EVALUATIONS = 48
 REFERENCE_ERROR = 0.02
 """The fine solution is refined until its error is below this part of a usual run's."""
@@ -277,7 +275,7 @@ def fit_each(
     quarter = min(SEARCHED, len(x) // 4)
     fits = len(evaluations)
     expected = sum(_expected(count, quarter, len(x), trials) for count in evaluations)
-    expected += len(x) * REFERENCE_EVALUATIONS * 2 + 2 * ASKED_TWICE
+    expected += len(x) * REFERENCE_EVALUATIONS * 2 + 2 * QUESTIONS * ASKED_TWICE
     memory.check_same_answers(lambda: _answers(problem.task))
     problem.task = replace(problem.task, denoiser=memory.counting(problem.task.denoiser))
     memory.report = None if progress is None else lambda done: progress(done, max(done, expected))
@@ -430,8 +428,7 @@ def _answers(task: Task) -> list[list[float]]:
     one = task.rows(slice(0, 1))
     denoise, first = one.on(torch.zeros(1, dtype=torch.int64, device=one.x.device)), one.sigmas[0]
     found = []
-    for share in torch.linspace(0, 1, QUESTIONS).tolist():
-        sigma = float(first) ** (1 - share) * float(one.sigmas[-1]) ** share
+    for sigma in asked_levels(one.sigmas):
         with torch.no_grad():
             value = denoise(
                 one.x * (sigma / float(first)), torch.tensor(sigma, dtype=torch.float64)

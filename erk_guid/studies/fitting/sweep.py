@@ -25,8 +25,16 @@ from erk_guid.solvers import Memory, Solver, Step, StepResult
 
 ASKED_TWICE = 4
 """Samples whose answers are compared before a search."""
+QUESTIONS = 5
+"""Noise levels at which answers are compared."""
 ANSWERS_AGREE = 0.02
 """How far two answers to one question may be apart, as a share of them (half precision rounds)."""
+
+
+def asked_levels(sigmas: Tensor) -> list[float]:
+    """Return `QUESTIONS` noise levels, evenly spaced in log sigma over the range."""
+    shares = torch.linspace(0, 1, QUESTIONS).tolist()
+    return [float(sigmas[0]) ** (1 - s) * float(sigmas[-1]) ** s for s in shares]
 
 
 @dataclass(frozen=True)
@@ -66,20 +74,22 @@ class Task:
         Raises:
             ValueError: the two answers differ. A search would measure chance.
         """
-        first, last = float(self.sigmas[0]), float(self.sigmas[-1])
-        sigma = torch.tensor(math.sqrt(first * last), dtype=torch.float64)
-        x = self.x[:ASKED_TWICE] * (float(sigma) / first)
-        order = torch.arange(len(x), device=x.device)
-        once = self.on(order)(x, sigma).double()
+        few = self.x[:ASKED_TWICE]
+        order = torch.arange(len(few), device=few.device)
         halves = order.split(max(1, len(order) // 2))
-        again = torch.cat([self.on(half)(x[half], sigma) for half in halves]).double()
-        apart, size = float((again - once).norm()), float(once.norm())
-        if math.isfinite(apart) and apart > ANSWERS_AGREE * size:
+        for level in asked_levels(self.sigmas):
+            sigma = torch.tensor(level, dtype=torch.float64)
+            x = few * (level / float(self.sigmas[0]))
+            once = self.on(order)(x, sigma).double()
+            again = torch.cat([self.on(half)(x[half], sigma) for half in halves]).double()
+            apart, size = float((again - once).norm()), float(once.norm())
+            if not math.isfinite(apart) or apart <= ANSWERS_AGREE * size:
+                continue
             raise ValueError(
-                "the denoiser does not answer the same question twice alike: the two answers are "
-                f"{apart / size:.2g} of their size apart. It draws random numbers (a network with "
-                "dropout in training mode, which needs .eval()), or what it gives for a sample "
-                "depends on the others of the batch"
+                "the denoiser does not answer the same question twice alike: at sigma "
+                f"{level:.3g} the two answers are {apart / size:.2g} of their size apart. It "
+                "draws random numbers (a network with dropout in training mode, which needs "
+                ".eval()), or what it gives for a sample depends on the others of the batch"
             )
 
 

@@ -43,6 +43,8 @@ from erk_guid.studies.reproduce.planning import (
 from erk_guid.studies.reproduce.tables import Row
 
 RESULTS, LINES = "results.jsonl", "result.txt"
+DROPPED = "dropped.jsonl"
+"""File of lines of results that are none."""
 LARGEST_SCORE, LARGEST_COUNT = 1e100, 10**9
 """Bounds on the numbers of a result: a report computes with them, and draws them."""
 
@@ -262,9 +264,9 @@ def run(job: Reproduction) -> None:
 
 
 def _mend(outdir: Path) -> None:
-    """Remove or end the line that a killed run left unfinished, before the next is added.
+    """Move or end the line that a killed run left unfinished, before the next is added.
 
-    What is removed is told on stderr.
+    What is moved is told on stderr.
     """
     path = outdir / RESULTS
     results = read_results(outdir)  # raises if more than the last line is damaged
@@ -274,10 +276,11 @@ def _mend(outdir: Path) -> None:
             whole, dropped = lines[: len(results)], lines[len(results) :]
             for line in dropped:
                 print(
-                    f"Note: the last line of {path} is no whole result, and is dropped; its row "
-                    f"is made again: {printable(line, 160)}",
+                    f"Note: the last line of {path} is no whole result; it is moved to {DROPPED}, "
+                    f"and its row is made again: {printable(line, 160)}",
                     file=sys.stderr,
                 )
+                _append(outdir / DROPPED, line)
             write_bytes(path, "".join(f"{line}\n" for line in whole).encode())
 
 

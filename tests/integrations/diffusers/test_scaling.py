@@ -87,8 +87,7 @@ def test_a_loop_from_elsewhere_is_judged_by_the_pipeline_it_comes_from() -> None
     ],
 )  # fmt: skip
 def test_samples_keep_the_scale_that_they_had(scheduler: Any, unit: bool) -> None:
-    # Catches: SAG, which works on samples at unit variance, or SDXL's refiner, which goes on from
-    # the base's, given samples of another scale.
+    # Catches: SDXL's refiner, which goes on from the samples of the base, given another scale.
     ours = for_pipeline(scheduler)
     assert ours.config.unit_variance == unit
     assert for_pipeline(ours).config.unit_variance == unit
@@ -118,6 +117,24 @@ def test_a_strength_that_two_calls_a_step_would_change(name: str) -> None:
                   "StableDiffusionXLInpaintPipeline", "KolorsImg2ImgPipeline",
                   "FluxImg2ImgPipeline", "KandinskyV22Pipeline"):  # fmt: skip
         assert not forgets_order(getattr(diffusers, other))
+
+
+@pytest.mark.parametrize("solver", ["modal", "heun"])
+def test_noise_at_a_time_that_is_none_of_the_runs(solver: str) -> None:
+    # Catches: an IndexError in FreeInit, which goes back to step 999 of a run that begins at 980.
+    # Outside: DDIM's add_noise.
+    clean, noise = torch.randn(2, 3, 4, 4, generator=seeded(0)), torch.randn(2, 3, 4, 4)
+    options = {**SD, "timestep_spacing": "leading"}
+    theirs = diffusers.DDIMScheduler(**options)
+    for given, unit in ((theirs, True), (diffusers.EulerDiscreteScheduler(**options), False)):
+        ours = for_pipeline(given, solver)
+        ours.set_timesteps(10)
+        times = torch.tensor([999, 17])
+        assert not torch.isin(times.float(), ours.timesteps.float()).any()
+        right = theirs.add_noise(clean, noise, times)
+        if not unit:
+            right = right / theirs.alphas_cumprod[times].sqrt().reshape(2, 1, 1, 1)
+        torch.testing.assert_close(ours.add_noise(clean, noise, times), right)
 
 
 def test_a_pipeline_of_either_family_asks_a_flow_to_scale() -> None:
