@@ -334,7 +334,7 @@ def test_a_solver_or_guidance_that_breaks_its_contract() -> None:
             return Guided(result.x[:1])
 
     x, sigmas = torch.randn(4, 2), erk_guid.karras_sigmas(6)
-    with pytest.raises(ValueError, match="Short.steps must return a step for each of the 5"):
+    with pytest.raises(ValueError, match=r"Short\.steps must return a step for each of the 5"):
         sample(lambda x, sigma: x / (1 + sigma**2), x, sigmas, solver=Short())
     with pytest.raises(ValueError, match=r"step 0 of Heun.*shape \[4, 2\] into \[1, 2\]"):
         sample(lambda x, sigma: x / (1 + sigma**2), x, sigmas, guidance=Narrow(0.5))

@@ -25,15 +25,15 @@ from erk_guid.solvers import Memory, Solver, Step, StepResult
 
 ASKED_TWICE = 4
 """Samples whose answers are compared before a search."""
-QUESTIONS = 5
-"""Noise levels at which answers are compared."""
+QUESTIONS = 16
+"""Noise levels at which they are: about one for each factor of 2 between 80 and 0.002."""
 ANSWERS_AGREE = 0.02
 """How far two answers to one question may be apart, as a share of them (half precision rounds)."""
 
 
-def asked_levels(sigmas: Tensor) -> list[float]:
-    """Return `QUESTIONS` noise levels, evenly spaced in log sigma over the range."""
-    shares = torch.linspace(0, 1, QUESTIONS).tolist()
+def asked_levels(sigmas: Tensor, count: int) -> list[float]:
+    """Return some noise levels, evenly spaced in log sigma over the range."""
+    shares = torch.linspace(0, 1, count).tolist()
     return [float(sigmas[0]) ** (1 - s) * float(sigmas[-1]) ** s for s in shares]
 
 
@@ -77,7 +77,7 @@ class Task:
         few = self.x[:ASKED_TWICE]
         order = torch.arange(len(few), device=few.device)
         halves = order.split(max(1, len(order) // 2))
-        for level in asked_levels(self.sigmas):
+        for level in asked_levels(self.sigmas, QUESTIONS):
             sigma = torch.tensor(level, dtype=torch.float64)
             x = few * (level / float(self.sigmas[0]))
             once = self.on(order)(x, sigma).double()

@@ -89,6 +89,7 @@ def network(*layers: torch.nn.Module) -> Denoiser:
     [network(torch.nn.Dropout(0.1)), network(torch.nn.BatchNorm1d(8)),
      lambda x, sigma: x + 0.1 * sigma * torch.randn_like(x),
      lambda x, sigma: x + (0.1 * torch.randn_like(x) if sigma < 0.05 else 0),
+     lambda x, sigma: x + (0.3 * torch.randn_like(x) if 0.5 < sigma < 2 else 0),
      lambda x, sigma: x + (x.mean(0) if sigma > 50 else 0)],
 )  # fmt: skip
 def test_a_denoiser_that_answers_by_chance_or_by_the_batch_is_refused(denoiser: Denoiser) -> None:
