@@ -151,6 +151,7 @@ def _shared(job: GenerationJob, models: Models) -> dict[str, Any]:
         "overwrite": job.overwrite,
         "on-nonfinite": job.on_nonfinite,
         "trace": job.trace is not None,
+        "grid": job.grid is not None,
     }
 
 

@@ -74,6 +74,8 @@ def launched() -> tuple[int, int] | None:
 
 def launched_rank() -> int:
     """Return the rank that torchrun gave this process, 0 for a single one."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return 0  # a RANK alone is somebody else's
     return _number("RANK", 0, 0, 1 << 20)
 
 

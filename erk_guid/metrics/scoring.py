@@ -92,13 +92,6 @@ class Scoring:
             keep_logits={metric.detector for metric in chosen if metric.needs("logits")},
         )  # fmt: skip
 
-    def shared(self, **more: Any) -> dict[str, Any]:
-        """Return what all ranks must have been given."""
-        return {
-            "metrics": list(self.metrics), "num": self.num, "seed": self.seed, "batch": self.batch,
-            "features": self.features is not None, "bootstrap": self.bootstrap, **more,
-        }  # fmt: skip
-
     def check(self) -> None:
         """Refuse settings that would fail only after hours of work.
 
@@ -175,8 +168,8 @@ def calc(images: Path, ref: str, scoring: Scoring) -> dict[str, Any]:
         reference = group.agree(look)
         source = open_images(images)
         chosen = choose(source, scoring.num, scoring.seed)
-        group.check_alike(scoring.shared(images=names_of(source, chosen)))
         detectors = scoring.open_detectors(device, group)
+        _check_alike(group, scoring, detectors, images=_sample_of(source, chosen))
         group.agree(lambda: _check_reference(scoring, reference, detectors))
         parts = blocks(chosen, scoring.batch, group)
         images_read = read_blocks(source, parts, scoring.workers)
@@ -209,10 +202,10 @@ def gen(config: GenerationConfig, ref: str, scoring: Scoring) -> dict[str, Any]:
 
         reference = group.agree(look)
         models = config.open(device, group, refresh=scoring.refresh)
+        detectors = scoring.open_detectors(device, group)
         if group.world_size > 1:
             recipe = {k: v for k, v in models.record().items() if k != "device"}
-            group.check_alike(scoring.shared(batch=config.batch, **recipe))
-        detectors = scoring.open_detectors(device, group)
+            _check_alike(group, scoring, detectors, **{**recipe, "batch": config.batch})
         group.agree(lambda: _check_reference(scoring, reference, detectors))
         parts = blocks(range(scoring.num), config.batch, group)
 
@@ -281,8 +274,8 @@ def make_reference(
         group.agree(look)
         source = open_images(data)
         indices = range(len(source))[first:last]
-        group.check_alike(scoring.shared(images=names_of(source, indices), keep=keep))
         detectors = scoring.open_detectors(device, group)
+        _check_alike(group, scoring, detectors, images=_sample_of(source, indices), keep=keep)
         parts = blocks(indices, scoring.batch, group)
         collected = collect(
             read_blocks(source, parts, scoring.workers), detectors, device,
@@ -387,6 +380,30 @@ def names_of(source: ImageSource, chosen: Sequence[int]) -> dict[str, str]:
     # Names that are not UTF-8 have halves of characters in them.
     digest = hashlib.sha256("\n".join(names).encode(errors="surrogatepass")).hexdigest()
     return {"first": names[0], "last": names[-1], "sha256": digest}
+
+
+def _sample_of(source: ImageSource, chosen: Sequence[int]) -> dict[str, str]:
+    """Return the names of images, and a digest of the first and last one's pixels.
+
+    Folders of two nodes may have one name, and the same names in them.
+    """
+    pixels = hashlib.sha256()
+    for images in source.batches([[chosen[0]], [chosen[-1]]]):
+        pixels.update(images.tobytes())
+    return {**names_of(source, chosen), "pixels": pixels.hexdigest()}
+
+
+def _check_alike(
+    group: ProcessGroup, scoring: Scoring, detectors: Sequence[Detector], **more: Any
+) -> None:
+    """Refuse to score with a process that was given other options, images or detectors."""
+    given = {
+        "metrics": list(scoring.metrics), "num": scoring.num, "seed": scoring.seed,
+        "batch": scoring.batch, "features": scoring.features is not None,
+        "bootstrap": scoring.bootstrap, "detectors": [describe(d) for d in detectors],
+    }  # fmt: skip
+    if group.world_size > 1:
+        group.check_alike({**given, **more})
 
 
 def _finish(

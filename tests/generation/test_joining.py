@@ -9,9 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 from conftest import ROOT
+from PIL import Image
 
 from erk_guid.common.errors import ErkGuidError
 from erk_guid.generation.peers import FAILED, OwnStore, Signs
@@ -136,6 +138,16 @@ def test_ranks_that_were_given_unlike_options(
 def test_ranks_that_score_unlike_things(tmp_path: Path) -> None:
     common = ["gen", "--net=digits", "--ref=digits", "--metrics=fd_digits", "--num=8",
               "--device=cpu"]  # fmt: skip
+    for rank in range(2):  # two folders with the same names in them
+        (tmp_path / str(rank)).mkdir()
+        for k in range(4):
+            picture = np.random.default_rng(10 * rank + k).integers(0, 256, (32, 32), np.uint8)
+            Image.fromarray(picture).save(tmp_path / str(rank) / f"{k}.png")
+    scored = ["calc", "--ref=digits", "--metrics=fd_digits", "--num=4", "--device=cpu"]
+    unlike = (f"--images={tmp_path / '0'}", f"--images={tmp_path / '1'}")
+    (first, _), (second, err) = both("calculate_metrics.py", scored, unlike)
+    assert (first, second) == (1, 1)
+    assert "rank 1 was not given what rank 0 was given: images is" in err
     (first, _), (second, err) = both("calculate_metrics.py", common, ("--steps=3", "--steps=4"))
     assert (first, second) == (1, 1)
     assert "num_steps is 3 there, 4 here" in err
