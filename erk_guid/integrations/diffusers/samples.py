@@ -69,7 +69,8 @@ class UnitVariance(Samples):
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return clean samples with noise at the level of a timestep, as in diffusers."""
         known = self.timesteps.to(timesteps.device).float()
-        if not bool(torch.isin(timesteps.float(), known).all()):
+        counted = self.config.get("timestep_type", "discrete") == "discrete"
+        if counted and not bool(torch.isin(timesteps.float(), known).all()):
             return self._noisy_between(original_samples, noise, timesteps)
         add: Any = super().add_noise  # type: ignore[misc]
         noisy: Tensor = add(original_samples, noise, timesteps)
