@@ -42,7 +42,7 @@ COMMANDS = {
     "reproduce": "reproduce --model=digits --row=05-plain --num=3 --skip-quality --bootstrap=0 "
                  "--device=cpu --outdir={out}",
 }  # fmt: skip
-SLOW = ("accuracy", "demo", "fit", "calibrate", "reproduce")
+SLOW = ("accuracy", "toy", "toy, page", "demo", "fit", "calibrate", "reproduce")
 JOINED = ("result.txt",)
 """Outputs that are appended to."""
 
