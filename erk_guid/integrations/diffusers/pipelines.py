@@ -126,7 +126,8 @@ def _check_range(scheduler: Any, levels: Sequence[float]) -> None:
     """Refuse levels that were fitted to a model with other noise levels.
 
     Raises:
-        ValueError: they reach above what the model has been trained on.
+        ValueError: they reach above what the model has been trained on, or do not begin where a
+            pipeline over EDM's levels does.
     """
     kept = getattr(scheduler, "alphas_cumprod", None)
     if kept is not None:
@@ -135,6 +136,11 @@ def _check_range(scheduler: Any, levels: Sequence[float]) -> None:
         highest = float(scheduler.config.sigma_max)
     else:
         return
+    if scheduler.name == EDM.name and levels[0] < highest / RANGE:
+        raise ValueError(
+            f"the levels begin at {levels[0]:g}, and the pipeline's first noise is of size "
+            f"{highest:g}: fit with that sigma_max, or for this pipeline"
+        )
     if levels[0] > RANGE * highest:
         raise ValueError(
             f"the levels reach {levels[0]:g}, this model's noise only {highest:.3g}: they were "

@@ -218,6 +218,12 @@ def test_levels_of_a_model_with_more_noise(tmp_path: Path) -> None:
     settings = Settings(ERKGuidance(), {"solver": "modal", "schedule": [200.0, 2.0, 0.1]})
     with pytest.raises(ValueError, match="reach 200, this model's noise only 80"):
         for_pipeline(diffusers.EDMEulerScheduler(), settings=settings)
+    # Catches: noise of size 80 taken for noise of size 20: samples four times too wide.
+    settings = Settings(ERKGuidance(), {"solver": "modal", "schedule": [20.0, 2.0, 0.1]})
+    with pytest.raises(ValueError, match="the levels begin at 20, and the pipeline's first noise"):
+        for_pipeline(diffusers.EDMEulerScheduler(), settings=settings)
+    settings = Settings(ERKGuidance(), {"solver": "modal", "schedule": [80.0, 2.0, 0.1]})
+    assert for_pipeline(diffusers.EDMEulerScheduler(), settings=settings).config.levels[0] == 80
     for options, message in (
         ({"samples": 8}, "samples must be a whole number of at least 16, got 8"),
         ({"steps": "4"}, "steps must be a whole number of at least 2, got '4'"),
