@@ -44,6 +44,7 @@ JOINING = timedelta(minutes=5)
 LOST: tuple[type[Exception], ...] = (dist.DistError,) if dist.is_available() else ()
 """What a store raises that has gone."""
 NOTHING = "nothing"
+"""What a message says of an option that a rank was not given."""
 FAILED = "erk_guid/failed"
 """Key of the store: the rank that failed."""
 
@@ -452,8 +453,7 @@ class Peers:
         if apart:
             what = "; ".join(
                 f"{name} is {printable(first.get(name, NOTHING), 60)} there, "
-                f"{printable(mine.get(name, NOTHING), 60)} "
-                "here"
+                f"{printable(mine.get(name, NOTHING), 60)} here"
                 for name in apart
             )
             raise ErkGuidError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,8 @@ def for_pipeline(
         )
     if family == "discrete" and (keeps_unit_variance(pipe) or scales_nothing(type(pipe))):
         options = {"unit_variance": True} | options
-    if solver == "heun" and any("* skip_layer_guidance" in _program(k) for k in _loops(type(pipe))):
+    loop = _loop(type(pipe))
+    if solver == "heun" and loop is not None and "* skip_layer_guidance" in _program(loop):
         logger.warning(
             f"{type(pipe).__name__} counts calls in skip_layer_guidance_start and _stop: with "
             "Heun's two calls a step give twice their values"
@@ -167,11 +168,12 @@ def scales_nothing(kind: type[Any]) -> bool:
     flag: this looks into diffusers' program. Of a class from elsewhere that of the pipeline it is
     derived from is taken.
     """
-    for base in _loops(kind):
-        program = _program(base)
-        noise = "init_noise_sigma" in program or "add_noise" in program
-        return not noise or "scale_model_input" not in program
-    return False
+    base = _loop(kind)
+    if base is None:
+        return False
+    program = _program(base)
+    noise = "init_noise_sigma" in program or "add_noise" in program
+    return not noise or "scale_model_input" not in program
 
 
 def forgets_order(kind: type[Any]) -> bool:
@@ -180,18 +182,16 @@ def forgets_order(kind: type[Any]) -> bool:
     Kandinsky's image-to-image pipelines do, and SDXL's with an adapter. With two calls a step
     another strength comes out.
     """
-    for base in _loops(kind):
-        program = _program(base)
-        strength = "timesteps[t_start" in program and "t_start * self.scheduler" not in program
-        return strength or "i < int(num_inference_steps *" in program
-    return False
+    base = _loop(kind)
+    program = "" if base is None else _program(base)
+    strength = "timesteps[t_start" in program and "t_start * self.scheduler" not in program
+    return strength or "i < int(num_inference_steps *" in program
 
 
-def _loops(kind: type[Any]) -> Iterator[type[Any]]:
-    """Yield the classes of diffusers that a pipeline may have its loop from, the nearest first."""
-    for base in kind.__mro__:
-        if "__call__" in vars(base) and base.__module__.startswith("diffusers."):
-            yield base
+def _loop(kind: type[Any]) -> type[Any] | None:
+    """Return the class of diffusers that a pipeline has its loop from; None for none of them."""
+    ours = (base for base in kind.__mro__ if base.__module__.startswith("diffusers."))
+    return next((base for base in ours if "__call__" in vars(base)), None)
 
 
 def _program(kind: type[Any]) -> str:
