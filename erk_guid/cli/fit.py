@@ -182,7 +182,7 @@ def fit_command(
     }  # fmt: skip
     journal = outdir / "journal"
     if (journal / TRIALS).exists():
-        click.echo(f"Going on from {journal}, whose trials are taken as they are", err=True)
+        click.echo(f"{journal} is there: its trials are taken if they are this search's", err=True)
     with tqdm(desc="Network evaluations", unit="image", file=sys.stderr, smoothing=0.05) as bar:
 
         def show(done: int, expected: int) -> None:

@@ -203,6 +203,8 @@ def _hidden(part: str) -> bool:
 
 
 def _read_file(path: Path, name: str) -> bytes:
+    if not os.path.lexists(path):
+        raise DatasetError(f"{printable(name, 100)} was removed while the folder was read")
     if not path.is_file():
         raise DatasetError(
             f"{printable(name, 100)} is no file, or a link that leads nowhere; remove it"

@@ -309,6 +309,11 @@ def test_links_that_lead_nowhere_are_named(tmp_path: Path) -> None:
     source = open_images(tmp_path)
     with pytest.raises(DatasetError, match=r"1\.png is no file, or a link that leads nowhere"):
         source.read(1)
+    # Catches: "remove it", said of an image that somebody has just removed.
+    (tmp_path / "0.png").unlink()
+    with pytest.raises(DatasetError, match=r"0\.png was removed while the folder was read"):
+        source.read(0)
+    (tmp_path / "0.png").write_bytes(png())
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(DatasetError, match="no such folder"):
         open_images(tmp_path / "loop")
