@@ -457,11 +457,17 @@ def _finish(
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     """Write a result as JSON, whole or not at all.
 
+    JSON has no infinity: settings such as ``S_max`` without a limit, and what a reference says of
+    itself, become the text "Infinity".
+
     Raises:
         ErkGuidError: it cannot be written.
     """
     try:
-        write_bytes(path, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+        strict = json.loads(json.dumps(result), parse_constant=str)
+        write_bytes(path, (json.dumps(strict, indent=1, allow_nan=False) + "\n").encode())
+    except RecursionError as error:
+        raise ErkGuidError(f"cannot write {path}: lists nested too deeply in it") from error
     except OSError as error:
         raise ErkGuidError(f"cannot write {path}: {error.strerror or error}") from error
 

@@ -157,6 +157,33 @@ def test_gen_scores_what_generate_makes(digits: np.ndarray, tmp_path: Path) -> N
     assert len(recipe["net_sha256"]) == 64
 
 
+def strict(path: Path) -> Any:
+    """Read JSON as programs do that know no infinity."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def test_what_is_infinite_is_text_in_a_result(folder: Path, tmp_path: Path) -> None:
+    # Before: --S_churn, whose S_max has no limit, ended in a traceback after the scoring.
+    out, kept = tmp_path / "g.json", tmp_path / "g.npz"
+    done = run("gen", "--preset", "digits", "--num", 30, "--batch", 30, "--steps", 2, "--seed", 0,
+               "--S_churn", 1, "--json", out, "--features", kept, *COMMON)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert strict(out)["images"]["recipe"]["S_max"] == "Infinity"
+    # And what a reference says of itself: such features, or a text of anybody's.
+    arrays = {**np.load(kept)}
+    for about in (arrays["about"], np.array('{"a": [NaN, 1e999, -Infinity]}')):
+        np.savez(kept, **{**arrays, "about": about})
+        done = run("calc", "--images", folder, "--ref", kept, "--num", 30, "--json", out,
+                   "--metrics", "fd_digits", "--device", "cpu")  # fmt: skip
+        assert done.exit_code == 0, done.output
+        found = strict(out)["reference"]["about"]
+    assert found == {"a": ["NaN", "Infinity", "-Infinity"]}
+
+
 @pytest.mark.parametrize("suffix", [".npz", ".pkl"])
 def test_references_of_ones_own(
     suffix: str, folder: Path, digits: np.ndarray, tmp_path: Path
