@@ -11,12 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from erk_guid.common.datasets import open_images
 from erk_guid.common.errors import ErkGuidError, printable
 from erk_guid.common.files import check_folder, check_writable, write_bytes
 from erk_guid.common.pictures import save_picture, tile
@@ -299,6 +301,13 @@ def _run_row(job: Reproduction, one: Plan) -> None:
     begun = time.monotonic()
     _call(one.row, one.generate)
     seconds = time.monotonic() - begun
+    seeds = job.chosen_seeds
+    made = _images_of(one)
+    if len(made) != len(seeds):
+        raise ErkGuidError(
+            f"{one.images} holds {len(made)} images, not the {len(seeds)} of this row; remove the "
+            "folder and run again"
+        )
     _call(one.row, one.score)
     scored = json.loads(one.scores.read_text())
     quality: dict[str, Any] = {}
@@ -308,11 +317,11 @@ def _run_row(job: Reproduction, one: Plan) -> None:
             quality = _quality_of_row(job, one)
         except ErkGuidError as error:
             failure = error  # raised below, after the scores are recorded
-    seeds = job.chosen_seeds
-    if scored["images"]["available"] != len(seeds):
+    counted = {scored["images"]["available"], quality.get("num_generated", len(seeds))}
+    if counted != {len(seeds)} or _images_of(one) != made:
         raise ErkGuidError(
-            f"{one.images} holds {scored['images']['available']} images, not the {len(seeds)} of "
-            "this row; remove the folder and run again"
+            f"{one.images}: images were added, removed or replaced while they were scored; remove "
+            "the folder and run again"
         )
     _keep_grid(one, seeds)
     result = {
@@ -351,7 +360,18 @@ def _quality_of_row(job: Reproduction, one: Plan) -> dict[str, Any]:
         "asked": asked(job, one),
         "scores": {name: found[name] for name in QUALITY_SCORES},
         "num_real": found["num_real"],
+        "num_generated": found["num_generated"],
     }
+
+
+def _images_of(one: Plan) -> dict[str, tuple[int, int, int]]:
+    """Return a row's images, each with what changes when the file is replaced or written."""
+    found = {}
+    for name in open_images(one.images).names:
+        with suppress(FileNotFoundError):  # removed this moment
+            about = os.stat(one.images / name)
+            found[name] = (about.st_ino, about.st_size, about.st_mtime_ns)
+    return found
 
 
 def _call(row: Row, command: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,10 @@ from erk_guid.cli.reproduce import reproduce_command
 from erk_guid.cli.sampler import config_fields
 from erk_guid.common.errors import ErkGuidError
 from erk_guid.generation.config import GenerationConfig
-from erk_guid.studies.reproduce import TABLES, Reproduction, choose_rows, plan, write_report
+from erk_guid.studies.reproduce import TABLES, Reproduction, choose_rows, plan, runner, write_report
 from erk_guid.studies.reproduce.report import Findings
 from erk_guid.studies.reproduce.runner import _append, _mend, read_results, result_of
-from erk_guid.studies.reproduce.tables import settings_row
+from erk_guid.studies.reproduce.tables import Row, settings_row
 
 SCRIPT = ROOT / "scripts" / "reproduce.sh"
 
@@ -318,6 +319,33 @@ def test_a_row_keeps_its_score_where_precision_fails(tmp_path: Path) -> None:
     done = run(*args)
     assert done.exit_code == 0, done.output
     assert read_results(tmp_path / "o")[-1]["quality"]["scores"]["recall"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", ["added", "removed", "replaced"])
+def test_images_that_change_between_two_scores_give_no_result(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Before: precision of 13 images was written beside the FD of 12, as one row.
+    real = runner._call
+
+    def call(row: Row, command: Sequence[str]) -> None:
+        real(row, command)
+        if "calc" not in command:
+            return
+        some, other = sorted((tmp_path / "images").rglob("*.png"))[:2]
+        if change == "removed":
+            some.unlink()
+        else:
+            new = some if change == "replaced" else some.with_name("own.png")
+            new.write_bytes(other.read_bytes())
+
+    monkeypatch.setattr(runner, "_call", call)
+    args = ["--row=2-8-plain", "--model=digits", "--num=12", "--device=cpu", "--outdir", tmp_path]
+    done = run(*args)
+    assert done.exit_code == 1
+    assert "added, removed or replaced while they were scored" in done.output, done.output
+    assert not read_results(tmp_path)
 
 
 def test_a_line_cut_short_is_made_again(tmp_path: Path) -> None:
