@@ -20,9 +20,12 @@ from erk_guid.processes import UnitVariance as UnitVarianceProcess
 logger = logging.get_logger(__name__)
 
 
-def in_float32(output: Tensor) -> Tensor:
-    """Return a copy of the network's output in float32; the next call may overwrite the output."""
-    return output.to(torch.float32, copy=True)
+def in_float32(given: Tensor) -> Tensor:
+    """Return a copy in float32.
+
+    The next call may overwrite a network's output, and a pipeline the sample that it passed.
+    """
+    return given.to(torch.float32, copy=True)
 
 
 class Samples:
@@ -39,8 +42,8 @@ class Samples:
         return False
 
     def _unscaled(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
-        """Return the incoming sample as clean + sigma noise, in float32."""
-        return sample.float()
+        """Return a copy of the incoming sample as clean + sigma noise, in float32."""
+        return in_float32(sample)
 
     def _scaled(self, x: Tensor) -> Tensor:
         """Return x as the pipeline gets it, once the index has moved on."""
@@ -96,7 +99,7 @@ class UnitVariance(Samples):
                     "gives its network samples of a wrong size: use a scheduler with "
                     "unit_variance=True there. (A loop of your own may scale them itself.)"
                 )
-            return sample.float()
+            return in_float32(sample)
         # Such pipelines need not call it. It finds the index; Euler's warns if it was not called.
         self.scale_model_input(sample, timestep)
         return sample.float() / self._alpha()
