@@ -15,7 +15,7 @@ from erk_guid.metrics.scores import bootstrap_distances
 from erk_guid.metrics.scores.neighbours import NEIGHBOURS, precision_recall
 from erk_guid.metrics.statistics.references import Reference, read_reference
 from erk_guid.studies.reproduce.planning import RESAMPLES, Plan, Reproduction, plan, settled
-from erk_guid.studies.reproduce.runner import asked, result_of
+from erk_guid.studies.reproduce.runner import is_quality_of, result_of
 from erk_guid.studies.reproduce.tables import TABLES, Row
 
 METRIC_NAMES = {"fid": "FID", "fd_dinov2": "FD-DINOv2", "fd_digits": "FD-digits"}
@@ -198,7 +198,7 @@ class Findings:
     def quality(self, row: Row) -> dict[str, float]:
         """Return precision, recall and inception score of a row, as far as they were computed."""
         quality = self.by_row.get(row.id, {}).get("quality", {})
-        if row.id not in self.plans or quality.get("asked") != asked(self.job, self.plans[row.id]):
+        if row.id not in self.plans or not is_quality_of(quality, self.job, self.plans[row.id]):
             return {}
         found: dict[str, float] = quality.get("scores", {})
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from PIL import Image
 
 from erk_guid.common.datasets import open_images
 from erk_guid.common.errors import ErkGuidError, printable
-from erk_guid.common.files import check_folder, check_writable, write_bytes
+from erk_guid.common.files import check_folder, check_writable, sha256_of, user_path, write_bytes
 from erk_guid.common.pictures import save_picture, tile
 from erk_guid.common.signals import Interrupting, handled_by, number_of
 from erk_guid.generation.devices import choose_device
@@ -167,19 +169,39 @@ def result_of(
             for r in reversed(results)
             if r["key"] == one.key
             and needed <= set(r["standard_errors"])
-            and (
-                not (complete and one.quality)
-                or r.get("quality", {}).get("asked") == asked(job, one)
-            )
+            and (not (complete and one.quality) or is_quality_of(r.get("quality", {}), job, one))
         ),
         None,
     )
 
 
-def asked(job: Reproduction, one: Plan) -> dict[str, Any]:
-    """Return what precision, recall and inception score depend on besides the images."""
+def is_quality_of(quality: Mapping[str, Any], job: Reproduction, one: Plan) -> bool:
+    """Return whether a result's precision and recall are against today's real images.
+
+    Images that are not here, as where a report is made elsewhere, are known by their name only; so
+    are those of results that earlier versions wrote.
+    """
     real, detector = quality_of(job, one.row)
-    return {"real": real, "detector": detector}
+    if quality.get("asked") != {"real": real, "detector": detector}:
+        return False
+    recorded = quality.get("real_sha256")
+    return recorded is None or recorded == _hash_of_real(real) or _hash_of_real(real) is None
+
+
+@cache
+def _hash_of_real(real: str | None) -> str | None:
+    """Return a hash of real images; None where they are not here, or ship with the package."""
+    if real is None or not (path := user_path(real)).exists():
+        return None
+    try:
+        if path.is_file():
+            return sha256_of(path)
+        digest = hashlib.sha256()
+        for name in open_images(path).names:
+            digest.update(f"{name}\n{sha256_of(path / name)}\n".encode())
+        return digest.hexdigest()
+    except (ErkGuidError, OSError):
+        return None  # what compares with them says why they cannot be read
 
 
 def check_inputs(job: Reproduction) -> None:
@@ -354,10 +376,13 @@ def _run_row(job: Reproduction, one: Plan) -> None:
 
 
 def _quality_of_row(job: Reproduction, one: Plan) -> dict[str, Any]:
+    real, detector = quality_of(job, one.row)
+    hashed = _hash_of_real(real)
     _call(one.row, one.quality)
     found = json.loads(one.qualities.read_text())
     return {
-        "asked": asked(job, one),
+        "asked": {"real": real, "detector": detector},
+        "real_sha256": hashed,
         "scores": {name: found[name] for name in QUALITY_SCORES},
         "num_real": found["num_real"],
         "num_generated": found["num_generated"],

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -275,6 +276,21 @@ def test_quality_belongs_to_the_real_images_asked_for(tmp_path: Path) -> None:
         found = Findings(job, results)
         assert found.quality(rows[0]) == {"precision": value}
     assert Findings(usual, [second]).quality(rows[0]) == {}
+    # Nor are other images of the same name the same: before, their precision was taken.
+    real = tmp_path / "real"
+    real.mkdir()
+    (real / "a.png").write_bytes(b"1")
+    own = Reproduction(**options, real=str(real))
+    hashed = runner._hash_of_real(str(real))
+    quality = {"asked": {**asked, "real": str(real)}, "scores": {}, "real_sha256": hashed}
+    assert result_of(own, [{**before, "quality": quality}], plan(own, rows[0]))
+    for name, data in (("a.png", b"2"), ("b.png", b"1")):
+        runner._hash_of_real.cache_clear()
+        (real / name).write_bytes(data)
+        assert not result_of(own, [{**before, "quality": quality}], plan(own, rows[0]))
+    shutil.rmtree(real)  # a report made elsewhere
+    runner._hash_of_real.cache_clear()
+    assert Findings(own, [{**before, "quality": quality}]).by_row
     assert Findings(Reproduction(**options, skip_quality=True), [before]).by_row
 
 
