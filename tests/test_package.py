@@ -47,6 +47,7 @@ def test_importing_needs_torch_alone() -> None:
     assert not set(ast.literal_eval(done.stdout)) & set(BLOCKED)
 
 
+@pytest.mark.slow
 def test_names_and_modules_are_there_without_another_import() -> None:
     # In a process of its own: here other tests have imported the modules.
     modules = ["churn", "denoisers", "edm2", "guidance", "processes", "sampling", "schedules",

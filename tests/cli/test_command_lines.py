@@ -155,6 +155,7 @@ def test_errors_in_options_need_no_torch(program: str) -> None:
     assert done.stdout.splitlines()[-1] == expected, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [True, False])
 def test_what_the_outline_passes_is_run(script: bool, tmp_path: Path) -> None:
     args = ["--preset=digits", f"--outdir={tmp_path / 'o'}", "--seeds=3", "--steps=2"]

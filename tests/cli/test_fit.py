@@ -26,6 +26,7 @@ def run(*args: Any) -> Result:
     return CliRunner().invoke(main, [str(arg) for arg in args])
 
 
+@pytest.mark.slow
 def test_a_fit_from_the_command_line_to_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

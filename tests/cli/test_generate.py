@@ -562,6 +562,7 @@ def test_a_guidance_interval_that_makes_no_sense_is_refused(
     assert message in done.output
 
 
+@pytest.mark.slow
 def test_without_docstrings(tmp_path: Path) -> None:
     # Catches: a KeyError under python -OO, where help texts from docstrings are missing.
     command = [sys.executable, "-OO", "-m", "erk_guid", "generate", "--preset=digits",

@@ -17,6 +17,7 @@ needs_full = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_full
 @pytest.mark.parametrize(
     "command",
@@ -34,6 +35,7 @@ def test_a_full_disk_behind_standard_output_is_one_line(command: list[str]) -> N
     assert done.returncode == 1
 
 
+@pytest.mark.slow
 @needs_full
 def test_a_full_disk_behind_the_last_line_of_a_run(tmp_path: Path) -> None:
     # Before: "No space left on device; mend that", which did not say of what.

@@ -15,6 +15,7 @@ from erk_guid.generation.trace import ROW, read_trace, write_trace
 from erk_guid.generation.trace_plot import SUMMARY, summarize
 
 
+@pytest.mark.slow
 def test_a_real_trace_is_drawn(tmp_path: Path) -> None:
     for suffix in (".csv", ".npz"):
         trace = tmp_path / f"t{suffix}"

@@ -153,6 +153,7 @@ def test_flow_models_are_seen_as_data_plus_noise(name: str) -> None:
                                rtol=0.05, atol=0.05)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_from_pure_noise_and_in_half_precision() -> None:
     fine = sample_erk_heun(
         flow_model, flow_noise(), torch.linspace(1, 0.02, 800).double(), w_stiff=0, disable=True

@@ -144,6 +144,7 @@ def test_features_can_be_kept(folder: Path, digits: np.ndarray, tmp_path: Path) 
 # --- gen and ref ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_gen_scores_what_generate_makes(digits: np.ndarray, tmp_path: Path) -> None:
     out, kept = tmp_path / "g.json", tmp_path / "g.npz"
     done = run("gen", "--preset", "digits", "--num", 60, "--batch", 30, "--steps", 4, "--seed", 0,

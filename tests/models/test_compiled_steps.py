@@ -16,6 +16,7 @@ import erk_guid
 from erk_guid.solvers import make_solver
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("solver", "guidance"),
     [

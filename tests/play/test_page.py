@@ -103,6 +103,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip install 'erk-guid[app]'" in done.output
 
 
+@pytest.mark.slow
 def test_the_controls_are_the_fields_of_a_choice() -> None:
     # Catches a control without a field, a field without a control, and a way to load files.
     gradio = pytest.importorskip("gradio", reason="needs the package gradio (extra app)")

@@ -53,6 +53,7 @@ def test_a_solver() -> None:
     assert (scope["plain"] - exact).abs().max() > 10 * (scope["guided"] - exact).abs().max()
 
 
+@pytest.mark.slow
 def test_a_solver_in_the_list_is_an_option_of_the_command_line(tmp_path: Path) -> None:
     # As if its two files were in the package: the list is filled before the command is made.
     code = (

@@ -50,6 +50,7 @@ def test_a_program_that_differs_is_told(tmp_path: Path) -> None:
     assert "edm2: " in done.stdout
 
 
+@pytest.mark.slow
 def test_what_it_cannot_use_is_named(tmp_path: Path) -> None:
     assert "name at least one checkout" in run().stderr
     for option, missing in (

@@ -47,6 +47,7 @@ def test_on_a_cuda_device(gpu: Any, name: str) -> None:
     run(gpu, name, "cuda")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "check_compiled"])
 def test_without_a_cuda_device(gpu: Any, name: str) -> None:
     # The script itself is tried; what needs CUDA says that it was not run.

@@ -150,6 +150,7 @@ def test_splitting() -> None:
         whole.split(5)
 
 
+@pytest.mark.slow
 def test_the_shipped_model_makes_digits_of_the_class_it_was_asked_for() -> None:
     # The classifier was trained on the data alone, so it is an independent judge. A model that
     # ignored its labels would be right one time in ten.

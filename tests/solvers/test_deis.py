@@ -42,6 +42,7 @@ def test_equal_steps_have_the_textbooks_weights() -> None:
         assert [-w for w in deis[-1].weights] == pytest.approx(expected)  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_deis_in_log_sigma_is_diffusers(order: int) -> None:
     pytest.importorskip("diffusers")

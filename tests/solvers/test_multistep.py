@@ -76,6 +76,7 @@ def test_the_last_step_of_modal_relies_on_its_past_as_far_as_the_one_before_was_
     assert not any(step.measures_trust for step in Modal().steps([5.0, 2.0]))
 
 
+@pytest.mark.slow
 def test_the_last_step_of_modal_does_not_run_away_on_discrete_data() -> None:
     """Against plain extrapolation; three points, and an exact end by 4,000 steps of Heun."""
     points = torch.tensor([[0.0, 0.0], [1.0, 0.3], [-0.6, 0.9]], dtype=torch.float64)

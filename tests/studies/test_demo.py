@@ -32,6 +32,7 @@ def test_all_columns_get_the_same_evaluations() -> None:
     assert set(spent.values()) == {demo.EVALUATIONS}
 
 
+@pytest.mark.slow
 def test_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "SEEDS", range(4))
     monkeypatch.setattr(demo, "SHOWN", 4)

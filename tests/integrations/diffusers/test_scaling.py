@@ -217,6 +217,7 @@ def kandinsky() -> tuple[Any, Callable[[int], torch.Tensor]]:
     return pipe, run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", [marigold, kandinsky])
 def test_real_pipelines_that_scale_nothing(
     made: Callable[[], tuple[Any, Callable[[int], torch.Tensor]]],

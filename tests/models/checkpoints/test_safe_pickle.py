@@ -467,7 +467,16 @@ def little_memory(more: int = 2**30) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-@pytest.mark.parametrize("what", FILES)
+LONG = {  # megabytes of instructions
+    "three million nested tuples", "a million nested tuples as the settings",
+    "archives inside archives",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "what",
+    [pytest.param(one, marks=pytest.mark.slow if one in LONG else ()) for one in FILES],
+)
 def test_hostile_pickles(what: str, tmp_path: Path) -> None:
     make, expected = FILES[what]
     canary, path = tmp_path / "canary", tmp_path / "hostile.pkl"

@@ -167,6 +167,7 @@ def test_class_numbers_are_one_hot_rows(label_dim: int) -> None:
                 net(x[0, 0].expand(shape), 0.7)
 
 
+@pytest.mark.slow
 def test_class_numbers_do_not_break_the_graph() -> None:
     # Catches: a look at their values, for which torch.compile would leave the graph.
     torch.compiler.reset()

@@ -161,6 +161,7 @@ def test_gradients_reach_the_input_as_before(name: str) -> None:
     assert relative(found[1], found[0]) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_graph_has_no_breaks(name: str) -> None:
     # fullgraph=True raises where torch.compile would leave the graph. The "eager" backend runs

@@ -23,6 +23,7 @@ from erk_guid.studies.accuracy.methods import OutsideMethod, choose_methods, fit
 from erk_guid.studies.accuracy.problems import solve_finely
 
 
+@pytest.mark.slow
 def test_the_fine_solution_is_the_golden_one() -> None:
     # Made by another program with another method.
     data = golden("tree")
@@ -86,6 +87,7 @@ def test_tables() -> None:
     assert not any(isinstance(m, OutsideMethod) for m in choose_methods([], outside=False))
 
 
+@pytest.mark.slow
 def test_the_shortest_run_that_is_near_enough() -> None:
     # By trying every number of evaluations, with errors computed here.
     problem = make_problem("tree5", 40)
@@ -163,6 +165,7 @@ def test_fits_are_tried_at_their_own_evaluations() -> None:
     assert "| fitted | more than 6 | | | |" in short.markdown()
 
 
+@pytest.mark.slow
 def test_the_command_on_a_network(tmp_path: Path) -> None:
     args = ["accuracy", "--net=digits", "--num=3", "--fine=24", "--evaluations=4,6", "--device=cpu",
             "--as-near-as=4"]  # fmt: skip
@@ -228,6 +231,7 @@ def test_what_makes_no_sense_is_refused(args: list[str], message: str, tmp_path:
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.slow
 def test_the_toy_figure_and_its_numbers(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["toy", "--outdir", str(tmp_path), "--paths=5"])
     assert done.exit_code == 0, done.output
@@ -264,6 +268,7 @@ def test_a_toy_that_makes_no_sense(args: list[str], message: str, tmp_path: Path
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.slow
 def test_density_of_the_mixture() -> None:
     tree = tree_mixture()
     x = tree.sample(5, torch.Generator().manual_seed(0)).requires_grad_()
@@ -275,6 +280,7 @@ def test_density_of_the_mixture() -> None:
     assert float(tree.log_density(points, 0.3).exp().sum() * 0.1**2) == pytest.approx(1, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_fitted_levels_are_a_row_of_the_table(tmp_path: Path) -> None:
     """The row's cell is what a run by hand with the file's levels gives; others stay empty."""
     fits = Path(erk_guid.__file__).parent / "data" / "fits"

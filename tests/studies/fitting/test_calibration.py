@@ -43,6 +43,7 @@ class Judge:
         return (found - self.end).norm(dim=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["heun", "dpm2", "deis"])
 def test_what_it_says_of_its_settings_is_so(solver: str) -> None:
     """Every number in the table, by runs of their own."""
@@ -141,6 +142,7 @@ def test_a_coarse_reference_is_refined(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said == pytest.approx(true, rel=0.5)
 
 
+@pytest.mark.slow
 def test_it_beats_a_grid_on_other_points() -> None:
     """On a mixture in 24 dimensions, where no few points decide: at most 3 % above the best of 12
     by 8 settings, on points not searched on, or within the standard error."""
@@ -221,6 +223,7 @@ def test_no_guidance_where_there_is_nothing_to_gain(monkeypatch: pytest.MonkeyPa
     assert calibrate(TREE, starts(8, 0), SIGMAS).guidance == ERKGuidance()
 
 
+@pytest.mark.slow
 def test_the_other_objective_and_the_candidates_form() -> None:
     x = starts(24, 0)
     end = calibrate(TREE, x, SIGMAS, auto=False, guidance=ERKGuidance(gate="step", bound=0.3))

@@ -155,6 +155,7 @@ def test_what_a_fit_says_of_its_cost_is_what_it_called() -> None:
     assert found.samples == (16, 16, 32)
 
 
+@pytest.mark.slow
 def test_it_says_so_where_nothing_is_better() -> None:
     """Where D does not depend on x every spacing is exact: any 'gain' is rounding."""
     found = fit(lambda x, sigma: torch.ones_like(x), start(32), evaluations=6, solver="unipc")

@@ -520,6 +520,7 @@ def test_table_4_on_a_tiny_edm_checkpoint(tmp_path: Path) -> None:
     assert "4 | dpm2, ERK-Guid 0.3 / 0" in (tmp_path / "out" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_fit_is_a_row(tmp_path: Path) -> None:
     """Made, scored and reported, by the file's solver and levels; nothing else is run."""
     fits = Path(erk_guid.__file__).parent / "data" / "fits"
