@@ -254,6 +254,13 @@ class Discrete(UnitVariance, Family):
         return denoised
 
 
+def keep_shift(given: Any, made: Any) -> None:
+    """Tell a scheduler what another one was told by `set_shift`, which is not in its config."""
+    shift = getattr(given, "shift", None)
+    if hasattr(made, "set_shift") and shift not in (None, given.config.get("shift")):
+        made.set_shift(shift)
+
+
 def check_prediction(prediction_type: str) -> None:
     """Raise ValueError unless a discrete scheduler knows what the network predicts."""
     known = ("epsilon", "v_prediction", "sample")

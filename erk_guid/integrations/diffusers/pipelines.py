@@ -25,9 +25,10 @@ from erk_guid.integrations.diffusers.configs import (
     check_understood,
     family_of,
 )
-from erk_guid.integrations.diffusers.families import EDM, Family
+from erk_guid.integrations.diffusers.families import EDM, keep_shift
 from erk_guid.integrations.diffusers.probe import PipelineDenoiser, usual_times
-from erk_guid.processes import RectifiedFlow
+from erk_guid.integrations.flow import flow_process
+from erk_guid.processes import VE, RectifiedFlow
 from erk_guid.solvers import Heun, Modal, Solver, name_of
 from erk_guid.studies.fitting import Fitted
 from erk_guid.studies.fitting import fit as fit_denoiser
@@ -40,6 +41,8 @@ SOLVERS = ("modal", "heun")
 DEFAULT_SOLVER = "modal"
 TWICE = ("CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline")
 """Pipelines that call `step` twice for each point, to learn the clean data first."""
+STEPPED_IN = "stepped_in"
+"""Entry of `Settings.measured` that names the process in which the fit took its steps."""
 FAMILY = "family"
 """Entry of `Settings.measured` that names the family of the pipeline that was fitted."""
 SPACING = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "timestep_spacing")
@@ -118,6 +121,8 @@ def for_pipeline(
             "Heun's two calls a step give twice their values"
         )
     scheduler = _class(family, solver).from_config(config, **options)
+    if "shift" not in options:
+        keep_shift(getattr(pipe, "scheduler", pipe), scheduler)
     if options.get("levels"):
         _check_range(scheduler, options["levels"])
     return scheduler
@@ -246,6 +251,12 @@ def _options_of(settings: Settings, solver: str | None, family: str) -> dict[str
                 f"the settings hold {what}, and the pipeline's family is {family!r}; fit for this "
                 "pipeline"
             )
+        own = flow_process(made, settings.guidance) if family == "flow" else None
+        if isinstance(own, VE) and settings.measured.get(STEPPED_IN) != repr(own):
+            raise ValueError(
+                f"the settings were fitted to {name!r} with steps in noise over signal, and this "
+                "scheduler takes them in t; fit for this pipeline again"
+            )
         of = settings.measured.get(FAMILY)
         if of is not None and of != family:
             raise ValueError(
@@ -356,8 +367,7 @@ def fit(
     config = _config(pipe)
     family = family_of(config)
     name = name_of(chosen[0])
-    kind: type[Family] = _class(family, name)
-    spaced = for_pipeline(pipe, name).config
+    spaced = for_pipeline(pipe, name)
 
     def arguments(rows: Sequence[int]) -> dict[str, Any]:
         generators = [torch.Generator().manual_seed(seed + row) for row in rows]
@@ -371,12 +381,12 @@ def fit(
     @functools.cache
     def usual(intervals: int) -> list[float]:
         # One level more than intervals; the step to 0 comes on top.
-        return usual_times(pipe, kind, spaced, intervals + 1, arguments([0]))
+        return usual_times(pipe, spaced, intervals + 1, arguments([0]))
 
-    process = RectifiedFlow() if family == "flow" else None
     times = usual(steps - 1)
-    if max(times) > 1:
-        process = None
+    # As the scheduler will step: Heun in t itself, but for its parameter-free form.
+    in_flow = family == "flow" and max(times) <= 1
+    process = flow_process(chosen[0], guidance) if in_flow else VE()
     probed = for_pipeline(pipe, "modal")
     evaluations = steps if name == "modal" else 2 * steps - 1
     once = PipelineDenoiser(pipe, type(probed), probed.config, arguments, times[0], evaluations)
@@ -389,20 +399,22 @@ def fit(
         rows = [range(i, min(i + batch, samples)) for i in range(0, samples, batch)]
         x = torch.cat([denoiser.starts(part) for part in rows])
         # At t = 1 of a flow there is no signal: the process knows where to begin.
-        sigma_max = None if process is not None and times[0] >= 1 else _sigma(times[0], process)
+        whole = isinstance(process, RectifiedFlow) and times[0] >= 1
+        first, last = process.level(times[0]).sigma, process.level(times[-1]).sigma
         fitted = fit_denoiser(
             denoiser, x, evaluations=evaluations,
             solver=chosen if len(chosen) > 1 else chosen[0], guidance=guidance,
-            labels=torch.arange(samples)[:, None].to(x), sigma_min=_sigma(times[-1], process),
-            sigma_max=sigma_max, process=process, denoise_to_zero=True, trials=trials,
-            batch=batch, progress=progress, journal=journal,
-            spacings={"pipeline": lambda n: [_sigma(t, process) for t in usual(n)]},
+            labels=torch.arange(samples)[:, None].to(x), sigma_min=last,
+            sigma_max=None if whole else first, process=process, denoise_to_zero=True,
+            trials=trials, batch=batch, progress=progress, journal=journal,
+            spacings={"pipeline": lambda n: [process.level(t).sigma for t in usual(n)]},
         )  # fmt: skip
     finally:
         denoiser.close()
     flow = None if family != "flow" else repr(RectifiedFlow())
     measured = {
         PROCESS: flow,
+        STEPPED_IN: repr(process),
         FAMILY: family,
         "pipeline": type(pipe).__name__,
         "seeds": [seed, samples],
@@ -420,8 +432,3 @@ def _candidates(solver: str | Solver) -> list[Solver]:
     raise ValueError(
         f"solver must be {' or '.join(map(repr, SOLVERS))}, or one of their objects, got {solver!r}"
     )
-
-
-def _sigma(t: float, process: RectifiedFlow | None) -> float:
-    """Return noise over signal at a time."""
-    return t if process is None else process.level(t).sigma

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from erk_guid.integrations.diffusers.families import Discrete, Family, Generators
+from erk_guid.integrations.diffusers.families import Discrete, Family, Generators, keep_shift
 
 CALLS = 4096
 """Calls of one run of a pipeline's loop; then another run begins."""
@@ -260,13 +260,19 @@ def called(pipe: Any, scheduler: Any, steps: int, arguments: Mapping[str, Any]) 
 
 def usual_times(
     pipe: Any,
-    kind: type[Family],
-    config: Mapping[str, Any],
+    spaced: Any,
     steps: int,
     arguments: Mapping[str, Any],
 ) -> list[float]:
-    """Return the times, above the end, that a pipeline takes by itself for some steps."""
-    base: Any = kind
+    """Return the times, above the end, that a pipeline takes by itself for some steps.
+
+    Args:
+        pipe: the pipeline.
+        spaced: our scheduler for it. It is not changed.
+        steps: how many.
+        arguments: what the pipeline is called with.
+    """
+    base: Any = type(spaced)
     found: list[float] = []
     asked = False
 
@@ -278,8 +284,9 @@ def usual_times(
 
     # Pipelines look at the signature to see what they may pass.
     set_timesteps.__signature__ = inspect.signature(base.set_timesteps)  # type: ignore[attr-defined]
-    recorder: Any = type(kind.__name__, (kind,), {"set_timesteps": set_timesteps})
-    scheduler = recorder.from_config(config)
+    recorder: Any = type(base.__name__, (base,), {"set_timesteps": set_timesteps})
+    scheduler = recorder.from_config(spaced.config)
+    keep_shift(spaced, scheduler)
     asked = True
     try:
         called(pipe, scheduler, steps, arguments)
