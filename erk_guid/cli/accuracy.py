@@ -232,12 +232,14 @@ def accuracy_command(
             "guidance_interval": guidance_interval, "class_idx": class_idx,
         }  # fmt: skip
         fields = preset_fields(preset, given)
-    for name in (*TABLE_FILES, *(NEARNESS_FILES if as_near_as else ())):
+    written = (*TABLE_FILES, *(NEARNESS_FILES if as_near_as else ()))
+    for name in written:
         refuse_inputs(outdir=outdir / name)
         check_writable(outdir / name, BEGINS.get(name, ()))
-    stale = [name for name in NEARNESS_FILES if not as_near_as and (outdir / name).exists()]
-    if stale:
-        click.echo(f"Note: {', '.join(stale)} in {outdir}: of an earlier run", err=True)
+    for names, what in ((written, ", until this run replaces it"), (NEARNESS_FILES, "")):
+        stale = [n for n in names if (outdir / n).exists() and (what or n not in written)]
+        if stale:
+            click.echo(f"Note: {', '.join(stale)} in {outdir}: of an earlier run{what}", err=True)
     click.get_current_context().with_resource(locked(outdir))
     if fields is None:
         assert problem_name is not None  # checked above
@@ -281,7 +283,7 @@ def accuracy_command(
     }
     click.echo(table.markdown())
     write_table(table, outdir, recorded)
-    written = "accuracy.csv, .md, .svg and .json"
+    files = "accuracy.csv, .md, .svg and .json"
     if as_near_as:
         heading = f"As near as Heun's {as_near_as} levels"
         nearness = as_near(
@@ -289,5 +291,5 @@ def accuracy_command(
         )
         click.echo(nearness.markdown())
         write_nearness(nearness, outdir)
-        written += "; as-near.csv, .md and .svg"
-    click.echo(f"Written to {outdir}: {written}")
+        files += "; as-near.csv, .md and .svg"
+    click.echo(f"Written to {outdir}: {files}")
