@@ -88,7 +88,8 @@ class _Probe(Family):
         self.sigmas = torch.zeros(self.calls + 1)
         self.timesteps = torch.zeros(self.calls, device=device)
         self.num_inference_steps = self.calls
-        self._step_index = self._begin_index = None
+        # Not found by its timestep: Mochi's first is 0, as those are that are not placed yet.
+        self._step_index, self._begin_index = None, 0
         self._place(0, self.first)
 
     def _place(self, index: int, t: float) -> None:
