@@ -49,6 +49,10 @@ SPACING = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "ti
 """Options that space levels, which say nothing beside fitted ones."""
 RANGE = 1.01
 """How far fitted levels may reach above a model's highest noise level."""
+MOST_STEPS = 1000
+ENDS_HIGH = 0.9
+"""A level with which a pipeline's finest run ends, as a part of the one with which its run ends,
+below which the last level of a fit is fitted, too."""
 SAMPLES = 64
 BATCH = 4
 
@@ -401,11 +405,14 @@ def fit(
         # At t = 1 of a flow there is no signal: the process knows where to begin.
         whole = isinstance(process, RectifiedFlow) and times[0] >= 1
         first, last = process.level(times[0]).sigma, process.level(times[-1]).sigma
+        # FLUX's last level is 1 / steps, shifted; "trailing" timesteps end high, too.
+        lowest = process.level(usual(_most_intervals(spaced))[-1]).sigma
         fitted = fit_denoiser(
             denoiser, x, evaluations=evaluations,
             solver=chosen if len(chosen) > 1 else chosen[0], guidance=guidance,
             labels=torch.arange(samples)[:, None].to(x), sigma_min=last,
             sigma_max=None if whole else first, process=process, denoise_to_zero=True,
+            floor=lowest if lowest < ENDS_HIGH * last else None,
             trials=trials, batch=batch, progress=progress, journal=journal,
             spacings={"pipeline": lambda n: [process.level(t).sigma for t in usual(n)]},
         )  # fmt: skip
@@ -420,6 +427,11 @@ def fit(
         "seeds": [seed, samples],
     }
     return PipelineFit(fitted, settings_of_fit(fitted, measured))
+
+
+def _most_intervals(scheduler: Any) -> int:
+    """Return between how many intervals a pipeline divides its range at most, for a fine run."""
+    return int(min(scheduler.config.get("num_train_timesteps") or MOST_STEPS, MOST_STEPS)) - 1
 
 
 def _candidates(solver: str | Solver) -> list[Solver]:

@@ -192,6 +192,7 @@ def fit(
     sigma_max: float | None = None,
     process: Process | None = None,
     denoise_to_zero: bool = False,
+    floor: float | None = None,
     spacings: Spacings | None = None,
     trials: int | None = None,
     batch: int = 32,
@@ -214,9 +215,13 @@ def fit(
             or with a process the noise that it begins with.
         process: what x is, as in `erk_guid.sample`.
         denoise_to_zero: end with an Euler step to 0, which takes one of the evaluations.
+        floor: lowest level of the fine solution, where runs usually end their steps far above 0
+            (noise over signal, below sigma_min). The last level is then fitted, too, and the error
+            of the step from it to 0 counts. None is for a last level of sigma_min, from which the
+            fine solution, too, takes one step to 0.
         spacings: further usual spacings that a fit must beat: a function by name, which returns
             the noise levels above 0 (noise over signal) for a number of intervals between them.
-            Their ends are taken to be sigma_max and sigma_min.
+            The first one is taken to be sigma_max; the last one sigma_min, unless there is a floor.
         trials: budget of the search in runs of `evaluations` on `SEARCHED` samples; None is
             `TRIALS`, or `BEST_TRIALS` with several solvers.
         batch: samples at a time.
@@ -235,7 +240,7 @@ def fit(
     return fit_each(
         denoiser, x, evaluations=[evaluations], solver=solver, guidance=guidance, labels=labels,
         sigma_min=sigma_min, sigma_max=sigma_max, process=process,
-        denoise_to_zero=denoise_to_zero, spacings=spacings, trials=trials, batch=batch,
+        denoise_to_zero=denoise_to_zero, floor=floor, spacings=spacings, trials=trials, batch=batch,
         progress=progress, journal=journal,
     )[0]  # fmt: skip
 
@@ -252,6 +257,7 @@ def fit_each(
     sigma_max: float | None = None,
     process: Process | None = None,
     denoise_to_zero: bool = False,
+    floor: float | None = None,
     spacings: Spacings | None = None,
     trials: int | None = None,
     batch: int = 32,
@@ -268,11 +274,19 @@ def fit_each(
     several = len(methods) > 1
     trials = (BEST_TRIALS if several else TRIALS) if trials is None else trials
     _check(x, labels, evaluations, methods, denoise_to_zero, trials, batch)
-    problem = _problem(denoiser, x, labels, sigma_min, sigma_max, process, batch)
+    if floor is not None and not (denoise_to_zero and 0 < floor < sigma_min):
+        raise ValueError(
+            f"floor {floor} must be above 0 and below sigma_min {sigma_min}, and needs "
+            "denoise_to_zero"
+        )
+    lowest = sigma_min if floor is None else floor
+    problem = _problem(denoiser, x, labels, lowest, sigma_max, process, batch)
+    problem.low, problem.floor = float(sigma_min), floor
     problem.more = dict(spacings or {})
     memory = Journal.open(
         journal, (x, evaluations, solver, guidance, sigma_min, sigma_max, process, denoise_to_zero,
-                  trials, journal_of, *([] if labels is None else [labels])),
+                  trials, journal_of, *([] if labels is None else [labels]),
+                  *([] if floor is None else [f"floor {floor}"])),
     )  # fmt: skip
     quarter = min(SEARCHED, len(x) // 4)
     fits = len(evaluations)
@@ -373,6 +387,7 @@ class _Problem:
         self.first = first
         self.high = min(first, float(SIGMA_MAX)) if not isinstance(process, VE) else first
         self.low = low
+        self.floor: float | None = None
         self.process = process
         self.start = start
         self.more: dict[str, Callable[[int], Sequence[float]]] = {}
@@ -382,17 +397,18 @@ class _Problem:
         found = {}
         for name in USUAL:
             levels = make_sigmas(name, intervals + 1, self.low, self.high, RHO)[:-1].tolist()
-            found[name] = Spacing.of([self.first, *levels[1:]], self.high)
+            found[name] = Spacing.of([self.first, *levels[1:]], self.high, self.floor)
         if math.isfinite(self.process.last):  # evenly spaced times, as flow models use them
             end = self.process.time(self.low)
             times = torch.linspace(self.start, end, intervals + 1, dtype=torch.float64)
             inner = [self.process.level(t).sigma for t in times.tolist()[1:-1]]
             if all(level < self.high for level in inner):
-                found["time"] = Spacing.of([self.first, *inner, self.low], self.high)
+                found["time"] = Spacing.of([self.first, *inner, self.low], self.high, self.floor)
         for name, spaced in self.more.items():
-            inner = list(spaced(intervals))[1:-1]
-            if all(self.low < level < self.high for level in inner):
-                found[name] = Spacing.of([self.first, *inner, self.low], self.high)
+            *inner, own = list(spaced(intervals))[1:]
+            last = self.low if self.floor is None else own
+            if all(last < level < self.high for level in inner) and last < self.high:
+                found[name] = Spacing.of([self.first, *inner, last], self.high, self.floor)
         return found
 
     def times(self, levels: Sequence[float], to_zero: bool) -> Tensor:
@@ -454,7 +470,8 @@ def _reference(
 
     def solved(rows: slice, evaluations: int) -> Tensor:
         task = problem.task.rows(rows)
-        levels = make_sigmas("polynomial", evaluations + 1, problem.low, problem.high, RHO)[:-1]
+        low = problem.low if problem.floor is None else problem.floor
+        levels = make_sigmas("polynomial", evaluations + 1, low, problem.high, RHO)[:-1]
         sigmas = levels.tolist()
         if problem.first > problem.high:
             above = torch.logspace(
@@ -626,7 +643,7 @@ class _Fitting:
             sigmas=self.problem.times(chosen.spacing.levels, self.to_zero),
             solver=chosen.complete.solver,
             guidance=chosen.method.guidance,
-            evaluations=stages * len(chosen.spacing.gaps) + self.to_zero,
+            evaluations=stages * (len(chosen.spacing.levels) - 1) + self.to_zero,
             spacing=name,
             before=bootstrap_mean(before),
             before_is=described(usual[best][0].method, usual[best][1]),
@@ -661,7 +678,7 @@ class _Fitting:
         spacing, response = point.spacing, point.response
         changed = []
         levels = spacing.levels
-        for i in range(1, len(levels) - 1):
+        for i in range(1, len(levels) - (not spacing.open)):
             # Not as far as the level above.
             by = min(DIFFERENCE, math.log(levels[i - 1] / levels[i]) / 2)
             moved = [*levels[:i], levels[i] * math.exp(by), *levels[i + 1 :]]

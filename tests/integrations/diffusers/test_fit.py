@@ -214,7 +214,13 @@ class Curved(torch.nn.Module):
 
 
 class FlowPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
-    """The shortest loop of flow matching."""
+    """The shortest loop of flow matching.
+
+    Attributes:
+        even: whether it names evenly spaced levels, of which the last is far above 0, as FLUX's.
+    """
+
+    even = False
 
     def __init__(self, transformer: Any, scheduler: Any) -> None:
         super().__init__()
@@ -226,7 +232,9 @@ class FlowPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
         output_type: str = "latent",
     ) -> Any:  # fmt: skip
         x = torch.cat([torch.randn(1, 4, 8, 8, generator=one) for one in generator])
-        self.scheduler.set_timesteps(num_inference_steps)
+        even = [1 - k / num_inference_steps for k in range(num_inference_steps)]
+        asked = {"sigmas": even} if self.even else {"num_inference_steps": num_inference_steps}
+        self.scheduler.set_timesteps(**asked)
         for time in self.scheduler.timesteps:
             predicted = self.transformer(x, time)
             x = self.scheduler.step(predicted, time, x, return_dict=False)[0]
@@ -240,28 +248,31 @@ class Inverted(Curved):
         return -super().forward(x, 1000 - time)
 
 
-def flow_of(inverted: bool = False) -> Any:
+def flow_of(kind: str = "plain") -> Any:
+    inverted = kind == "inverted"
     network = Inverted() if inverted else Curved()
     pipe = FlowPipeline(network, FlowMatchEulerDiscreteScheduler(invert_sigmas=inverted))
+    pipe.even = kind == "even"
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-@pytest.mark.parametrize("inverted", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "inverted", "even"])
 @pytest.mark.parametrize(("solver", "guidance"), [
     ("modal", None), ("heun", None), ("heun", ERKGuidance(0.5, 0.1)),
     ("heun", ParameterFreeGuidance()),
 ], ids=str)  # fmt: skip
 def test_the_reported_errors_are_those_of_the_pipeline(
-    solver: str, guidance: Any, inverted: bool
+    solver: str, guidance: Any, kind: str
 ) -> None:
     # Half of the samples, the last, are for the report: run them in the pipeline. Before, Heun was
     # searched in noise over signal, where its own levels had error 848 in place of 0.11, and the
     # fitted ones, with 5.87 for an error, were 3.6 times worse than these. And with inverted times
-    # the first call was taken for the second.
+    # the first call was taken for the second; and where the last level is far above 0, the fine
+    # solution took the same long step to 0, so that its error (most of all) was no error.
     chosen: Any = Modal(2) if solver == "modal" else solver
     found = fit(
-        flow_of(inverted),
+        flow_of(kind),
         None,
         steps=4,
         solver=chosen,
@@ -272,7 +283,7 @@ def test_the_reported_errors_are_those_of_the_pipeline(
     )
 
     def end(steps: int, **options: Any) -> torch.Tensor:
-        pipe = flow_of(inverted)
+        pipe = flow_of(kind)
         pipe.scheduler = for_pipeline(pipe, **options)
         generators = [torch.Generator().manual_seed(seed) for seed in range(8, 16)]
         found: torch.Tensor = pipe(8, steps, generators)[0]
@@ -289,7 +300,7 @@ def test_the_reported_errors_are_those_of_the_pipeline(
     assert with_settings == pytest.approx(found.fitted.after.mean, rel=0.03)
     at_own_levels = error(solver=solver, **own)
     assert at_own_levels == pytest.approx(found.fitted.usual["pipeline"], rel=0.03)
-    assert with_settings < 1.03 * at_own_levels
+    assert with_settings < (0.9 if kind == "even" else 1.03) * at_own_levels
 
 
 def test_heun_of_a_flow_fitted_in_noise_over_signal_is_refused() -> None:
