@@ -53,21 +53,52 @@ class Counted:
         return MIXTURE(x, sigma)
 
 
-def test_a_spacing_keeps_its_ends_and_knows_how_its_levels_move() -> None:
-    spacing = Spacing.of(karras_sigmas(7)[:-1].tolist(), 80.0)
-    shift = torch.tensor([0.3, -0.5, 0.1, 0.0, 2.0, -1.0], dtype=torch.float64)
+@pytest.mark.parametrize("floor", [None, 0.0001])
+def test_a_spacing_keeps_its_ends_and_knows_how_its_levels_move(floor: float | None) -> None:
+    usual = karras_sigmas(7)[:-1].tolist()
+    spacing = Spacing.of(usual, 80.0, floor)
+    assert spacing.levels == pytest.approx(usual)
+    gaps = 6 if floor is None else 7
+    shift = torch.tensor([0.3, -0.5, 0.1, 0.0, 2.0, -1.0, 0.2], dtype=torch.float64)[:gaps]
     moved = spacing.moved(shift).levels
     assert moved[0] == 80
-    assert moved[-1] == 0.002
-    assert all(a > b for a, b in pairwise(moved))
+    assert moved[-1] == 0.002 if floor is None else moved[-1] != pytest.approx(0.002, rel=0.1)
+    assert all(a > b for a, b in pairwise([*moved, floor or 0.0]))
     here = torch.tensor(spacing.levels, dtype=torch.float64).log()
-    for k in range(6):  # catches: a gap's own share left out
-        nudge = torch.zeros(6, dtype=torch.float64)
+    for k in range(gaps):  # catches: a gap's own share left out
+        nudge = torch.zeros(gaps, dtype=torch.float64)
         nudge[k] = 1e-6
         there = torch.tensor(spacing.moved(nudge).levels, dtype=torch.float64).log()
         torch.testing.assert_close(
-            ((there - here) / 1e-6)[1:-1], spacing.jacobian()[:, k], rtol=1e-4, atol=1e-4
-        )
+            ((there - here) / 1e-6)[1 : gaps if floor is None else None],
+            spacing.jacobian()[:, k], rtol=1e-4, atol=1e-4,
+        )  # fmt: skip
+
+
+def test_the_last_level_is_fitted_where_usual_ones_end_high() -> None:
+    """The report is held against the exact solution to 0. Catches: a fine solution that takes the
+    same long step from the last level to 0, and so calls its error none."""
+    options: dict[str, Any] = {
+        "evaluations": 6, "solver": Modal(2), "trials": 20, "sigma_min": 3.0, "sigma_max": 80.0,
+        "denoise_to_zero": True,
+    }  # fmt: skip
+    found = fit(MIXTURE, start(64), **options, floor=0.002)
+    x = start(64)[32:]
+    exact = erk_guid.sample(MIXTURE, x, karras_sigmas(600), solver="heun")
+
+    def error(sigmas: Tensor) -> float:
+        end = erk_guid.sample(MIXTURE, x, sigmas, solver=found.solver)
+        return float((end - exact).norm(dim=1).mean())
+
+    assert len(found.sigmas) == 7
+    assert 0.002 < float(found.sigmas[-2]) < 2
+    assert found.after.mean == pytest.approx(error(found.sigmas), rel=0.05)
+    usual = [*make_sigmas("polynomial", 6, 3.0, 80.0, 7)[:-1].tolist(), 0.0]
+    assert found.usual["polynomial"] == pytest.approx(error(torch.tensor(usual)), rel=0.05)
+    assert found.after.mean < 0.5 * min(found.usual.values())
+    blind = fit(MIXTURE, start(64), **options)
+    assert float(blind.sigmas[-2]) == 3.0
+    assert blind.after.mean < 0.5 * error(blind.sigmas)  # what it says is of another question
 
 
 @pytest.mark.parametrize("solver", [Modal(), UniPC(2), Heun()])
@@ -277,6 +308,10 @@ def test_a_journal_of_another_denoiser_is_refused(tmp_path: Path) -> None:
     labels = torch.zeros(16, 1)
     with pytest.raises(ErkGuidError, match="another search"):
         fit(lambda x, s, _: MIXTURE(x, s), start(16), **options, labels=labels, journal=tmp_path)
+    to_zero = {**options, "denoise_to_zero": True}
+    fit(MIXTURE, start(16), **to_zero, journal=tmp_path / "b")
+    with pytest.raises(ErkGuidError, match="another search"):
+        fit(MIXTURE, start(16), **to_zero, floor=0.001, journal=tmp_path / "b")
 
 
 @pytest.mark.parametrize(
@@ -291,6 +326,8 @@ def test_a_journal_of_another_denoiser_is_refused(tmp_path: Path) -> None:
         ({"evaluations": 8, "trials": 0}, "trials must be"),
         ({"evaluations": 8, "batch": 7.5}, "batch must be a whole number"),
         ({"evaluations": 8, "sigma_min": 90}, "must be above 0 and below"),
+        ({"evaluations": 8, "floor": 0.001}, "floor 0.001 must be above 0 and below sigma_min"),
+        ({"evaluations": 8, "floor": 0.01, "denoise_to_zero": True}, "floor 0.01 must be above 0"),
         ({"evaluations": 8, "labels": torch.zeros(3)}, "3 labels for 16"),
         ({"evaluations": 8, "solver": Modal(response=(0.5,))}, "the response is fitted"),
     ],
