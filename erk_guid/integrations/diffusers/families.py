@@ -174,7 +174,7 @@ class Family(Samples, ABC):
             denoised = self._denoised(output, x, index)
         moved = self._move(x, in_float32(denoised), index, sample, generator)
         self._step_index = index + 1
-        result = self._scaled(moved).to(dtype)
+        result = self._scaled(moved).to(dtype, copy=True)  # pipelines may edit it in place
         self._note(result)
         return result, denoised.to(dtype)
 

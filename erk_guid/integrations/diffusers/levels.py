@@ -24,8 +24,8 @@ def chosen_levels(
 
     Args:
         levels: of the config, the end included.
-        num_inference_steps, sigmas, timesteps: what the pipeline asks for. FLUX's and SD3's pass
-            evenly spaced sigmas where the user names none; those make way for the levels.
+        num_inference_steps, sigmas, timesteps: what the pipeline asks for. Many name evenly spaced
+            sigmas where the user names none; those make way for the levels.
 
     Raises:
         ValueError: the pipeline asks for nothing, for no whole number of steps, for another one
@@ -43,7 +43,7 @@ def chosen_levels(
             raise ValueError("say how many steps to take: num_inference_steps, or a list of levels")
         return None
     steps = len(levels) - 1
-    if timesteps is not None or (sigmas is not None and not _evenly_spaced(sigmas)):
+    if not _named_by_the_pipeline(sigmas, timesteps):
         raise ValueError(
             f"this scheduler has {steps} fitted levels: leave sigmas and timesteps out, or make "
             "it with levels=None"
@@ -97,11 +97,28 @@ def check_fitted(levels: Sequence[float] | None) -> None:
         check_levels(torch.tensor(levels, dtype=torch.float64))
 
 
-def _evenly_spaced(sigmas: Any) -> bool:
+def _named_by_the_pipeline(sigmas: Any, timesteps: Any) -> bool:
+    """Return whether these are none, or what a pipeline names where its user names none.
+
+    In equal steps from 1 to 0, which is left out (FLUX, Qwen, HunyuanVideo); shares from 0 to 1
+    (Cosmos 2); or timesteps beside the same as sigmas, to 0 or to the timestep 1 (CogView 4).
+    """
+    if sigmas is None:
+        return timesteps is None
     found = np.asarray(sigmas, dtype=np.float64)
-    return len(found) > 0 and np.allclose(
-        found, np.linspace(1, 1 / len(found), len(found)), atol=1e-3
-    )
+    count = len(found)
+    if count == 0 or found.ndim != 1:
+        return False
+    first, lasts = found[0], [found[0] / count]
+    if timesteps is not None:
+        times = np.asarray(timesteps, dtype=np.float64)
+        if times.shape != found.shape or not np.allclose(times, times[0] * found, atol=1e-3):
+            return False
+        lasts.append(1 / times[0])
+    if count > 1 and np.allclose(found, np.linspace(0, 1, count), atol=1e-6):
+        return True
+    evenly = (np.linspace(first, last, count) for last in lasts)
+    return bool(0.99 <= first <= 1) and any(np.allclose(found, one, atol=2e-3) for one in evenly)
 
 
 def as_tensor(levels: Sequence[float]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -59,6 +60,37 @@ def test_levels_of_another_family(kind: Any) -> None:
     fitted = kind(levels=[5.0, 1.0, 0.1])
     with pytest.raises(ValueError, match="times of a flow are at most 1, got 5"):
         fitted.set_timesteps(2)
+
+
+TIMES = np.linspace(1000, 1, 4).astype(np.int64)
+
+
+@pytest.mark.parametrize("kind", [FlowMatchERKGuidHeunScheduler, FlowMatchModalScheduler])
+@pytest.mark.parametrize(("lists", "usual"), [
+    ({"sigmas": np.linspace(1, 1 / 4, 4)}, True),  # FLUX, Qwen
+    ({"sigmas": np.linspace(1, 0, 5)[:-1]}, True),  # HunyuanVideo
+    ({"sigmas": np.linspace(0.999, 0, 5)[:-1]}, True),  # OmniGen 2
+    ({"sigmas": torch.linspace(0, 1, 4)}, True),  # Cosmos 2. Before: its own levels were refused
+    ({"sigmas": TIMES / 1000, "timesteps": TIMES}, True),  # CogView 4. Before: refused
+    ({"sigmas": [1.0, 0.7, 0.4, 0.1]}, False),
+    ({"sigmas": [1.0, 0.9, 0.5, 0.25]}, False),
+    ({"sigmas": [0.8, 0.6, 0.4, 0.2]}, False),
+    ({"sigmas": [0.0, 0.3, 0.5, 1.0]}, False),
+    ({"timesteps": [1000, 750, 500, 250]}, False),
+    ({"sigmas": TIMES / 1000, "timesteps": [1000, 900, 500, 1]}, False),
+], ids=str)  # fmt: skip
+def test_fitted_levels_stand_before_lists_that_pipelines_name(
+    kind: Any, lists: dict[str, Any], usual: bool
+) -> None:
+    # What pipelines name themselves is not a wish; what a user names is not ignored in silence.
+    scheduler = kind(levels=[1.0, 0.8, 0.5, 0.1, 0.0])
+    if usual:
+        scheduler.set_timesteps(**lists)
+        found = torch.unique_consecutive(scheduler.sigmas)
+        torch.testing.assert_close(found, torch.tensor([1.0, 0.8, 0.5, 0.1, 0.0]))
+    else:
+        with pytest.raises(ValueError, match="this scheduler has 4 fitted levels"):
+            scheduler.set_timesteps(**lists)
 
 
 @pytest.mark.parametrize("kind", [ERKGuidHeunScheduler, ModalScheduler])
