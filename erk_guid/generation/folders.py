@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -15,7 +16,7 @@ from typing import Any
 from erk_guid.common.errors import ErkGuidError
 from erk_guid.common.files import PARTIAL, write_bytes
 from erk_guid.common.pictures import is_somebodys, is_whole_png
-from erk_guid.generation.locks import FolderLock
+from erk_guid.generation.locks import LOCK_FILE, FolderLock
 from erk_guid.generation.seeds import unique
 from erk_guid.generation.trace import part_files, restart_parts
 from erk_guid.solvers import same_as_recorded
@@ -170,6 +171,27 @@ class ImageFolder:
                 f"{len(foreign)} {files} of images of this run, and came from elsewhere, such as "
                 f"{self.image(foreign[0])}; move what you want to keep, and delete the others"
             )
+
+    def remove(self) -> list[Path]:
+        """Delete the images of the run that run.json describes, and what it wrote beside them.
+
+        Returns:
+            What is left: files that are none of this run's, and folders that hold them.
+
+        Raises:
+            ErkGuidError: run.json or a file cannot be read, or not be deleted.
+        """
+        record = self._read()
+        if record is not None:
+            run = fingerprint(record["settings"])
+            images = {seed: self.image(seed) for seed in record["seeds"]}
+            _remove(path for seed, path in images.items() if self._has(seed, run))
+            _remove([*self._files(f".*{PARTIAL}*"), *part_files(self.path), self.path / LOCK_FILE])
+            _remove([self.path / RUN_FILE])
+            for folder in [*{path.parent for path in images.values()} - {self.path}, self.path]:
+                with contextlib.suppress(OSError):  # not empty, or a link
+                    folder.rmdir()
+        return sorted(self.path.rglob("*"))
 
     def record_skipped(self, skipped: Sequence[int]) -> None:
         """Write into run.json which seeds of this run have no image, and say so.

@@ -6,7 +6,6 @@ import ctypes
 import hashlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from erk_guid.common.files import check_folder, check_writable, sha256_of, user_
 from erk_guid.common.pictures import save_picture, tile
 from erk_guid.common.signals import Interrupting, handled_by, number_of
 from erk_guid.generation.devices import choose_device
-from erk_guid.generation.folders import image_path
+from erk_guid.generation.folders import ImageFolder, image_path
 from erk_guid.generation.locks import locked
 from erk_guid.generation.stopping import StoppedError
 from erk_guid.metrics.comparison import REAL
@@ -278,13 +277,24 @@ def run(job: Reproduction) -> None:
                         )
                     _run_row(job, one)
                 if not job.keep_images and one.images.exists():
-                    shutil.rmtree(one.images)
+                    _remove_images(one)
     except OSError as error:
         raise ErkGuidError(f"cannot write to {job.outdir}: {error}") from error
     except KeyboardInterrupt as error:
         raise StoppedError(
             number_of(error), f"the same command goes on with what is missing in {job.outdir}"
         ) from None
+
+
+def _remove_images(one: Plan) -> None:
+    """Delete the images of a row, and say what stays."""
+    left = [path for path in ImageFolder(one.images, subdirs=True).remove() if path.is_file()]
+    if left:
+        print(
+            f"Note: {one.images} stays: {len(left)} files in it are none of this row's, such as "
+            f"{printable(left[0].relative_to(one.images), 100)}",
+            file=sys.stderr,
+        )
 
 
 def _mend(outdir: Path) -> None:

@@ -24,7 +24,8 @@ SCHEDULERS: list[tuple[Any, dict[str, Any]]] = [
     (ERKGuidHeunScheduler, {**HEUN, "unit_variance": True}), (ERKGuidHeunScheduler, {}),
     (EDMERKGuidHeunScheduler, HEUN), (FlowMatchERKGuidHeunScheduler, HEUN),
     (FlowMatchERKGuidHeunScheduler, {"w_stiff": 0}),
-    (FlowMatchERKGuidHeunScheduler, {"w_stiff": "auto"}), (ERKGuidHeunScheduler, {"w_stiff": "auto"}),
+    (FlowMatchERKGuidHeunScheduler, {"w_stiff": "auto"}),
+    (ERKGuidHeunScheduler, {"w_stiff": "auto"}),
     (ModalScheduler, {}), (ModalScheduler, {"unit_variance": True}), (EDMModalScheduler, {}),
     (FlowMatchModalScheduler, {}), (FlowMatchModalScheduler, {"modal_order": 2}),
 ]  # fmt: skip

@@ -338,6 +338,38 @@ def test_a_row_keeps_its_score_where_precision_fails(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("linked", [False, True])
+def test_files_of_others_in_the_folder_of_a_row_stay(linked: bool, tmp_path: Path) -> None:
+    # Before: the folder was deleted, whatever lay in it; a link was an error after the scoring.
+    args = ["--row=2-8-plain", "--model=digits", "--num=4", "--device=cpu", "--skip-quality",
+            "--outdir", tmp_path / "o"]  # fmt: skip
+    plans = plan(Reproduction(rows=choose_rows([], ["2-8-plain"]), outdir=tmp_path / "o",
+                              model="digits", num=4, skip_quality=True, device="cpu"),
+                 choose_rows([], ["2-8-plain"])[0])  # fmt: skip
+    folder = plans.images
+    if linked:
+        folder.parent.mkdir(parents=True)
+        (tmp_path / "elsewhere").mkdir()
+        folder.symlink_to(tmp_path / "elsewhere")
+    kept = [folder / "notes.txt", folder / "mine" / "data.csv", folder / "100000" / "a.tex"]
+    for path in kept:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    done = run(*args)
+    assert done.exit_code == 0, done.output
+    assert {path for path in folder.rglob("*") if path.is_file()} == set(kept)
+    assert all(path.read_text() == "mine" for path in kept)
+    assert not list(folder.rglob("*.png"))
+    assert not (folder / "run.json").exists()
+    assert "stays: 3 files in it are none of this row's" in done.output
+    for path in kept:
+        path.unlink()
+    (tmp_path / "o" / "results.jsonl").unlink()
+    assert run(*args).exit_code == 0
+    assert not folder.exists() or linked or list(folder.rglob("*")) == [folder / "mine"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["added", "removed", "replaced"])
 def test_images_that_change_between_two_scores_give_no_result(
     change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
