@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from erk_guid.common.errors import ErkGuidError
-from erk_guid.metrics.detectors import Detector, check_detector_name, detector_names
+from erk_guid.metrics.detectors import Detector, check_detector_name, detector_names, refuse_others
 from erk_guid.metrics.scores import Need, Observed, Score, score_names, score_of
 from erk_guid.metrics.statistics import Collected, Reference
 
@@ -89,6 +89,7 @@ class Metric:
         Raises:
             ErkGuidError: the message names what does not fit.
         """
+        refuse_others(reference.source, reference.about, detector)
         real = self.of(reference)
         if real.features is not None:
             self.check_count(len(real.features), f"{reference.source}'s")

@@ -17,7 +17,13 @@ from erk_guid.common.errors import ErkGuidError
 from erk_guid.common.files import sha256_of, user_path
 from erk_guid.generation.devices import choose_device
 from erk_guid.generation.process_groups import ProcessGroup
-from erk_guid.metrics.detectors import Detector, check_detector_name, describe, load_detector
+from erk_guid.metrics.detectors import (
+    Detector,
+    check_detector_name,
+    describe,
+    load_detector,
+    refuse_others,
+)
 from erk_guid.metrics.scores import InceptionScore, Observed, PrecisionRecall
 from erk_guid.metrics.scoring import (
     check_weights_are_used,
@@ -61,6 +67,7 @@ class _Set:
     path: str
     images: ImageSource | None = None
     features: Mapping[str, np.ndarray] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """Return what identifies the set, in JSON's types."""
@@ -153,7 +160,7 @@ def _open(source: str, detector: str, shipped: bool = False) -> _Set:
                 f"{source} holds no features of {detector}; it has "
                 f"{', '.join(reference.features) or 'none'} (see --detector)"
             )
-        return _Set(source, None, reference.features)
+        return _Set(source, None, reference.features, reference.about)
     if source == REAL and not path.exists():
         raise ErkGuidError(
             f"there is no folder {REAL} here; name the folder of real images with --real"
@@ -186,6 +193,7 @@ def _collect(
     logits: bool,
 ) -> Collected:
     if side.images is None:
+        refuse_others(side.path, side.about, detector)
         rows = side.features[detector.name].astype(np.float32)
         if rows.ndim != 2 or rows.shape[1] != detector.feature_dim:
             raise ErkGuidError(

@@ -750,5 +750,39 @@ def test_a_detector_of_ones_own(
                "--metrics", "corner", "--device", "cpu")  # fmt: skip
     assert done.exit_code == 0, done.output
     assert read_reference(dest).of("corner").mu.shape == (2,)
+    # Which weights and which program made a reference is in it, and others are refused. Before:
+    # another network's distance, without a word.
+    first, second, out = tmp_path / "w1", tmp_path / "w2", tmp_path / "s.json"
+    first.write_bytes(b"1")
+    second.write_bytes(b"2")
+    common = ["--plugin", tmp_path / "plugin.py", "--metrics", "corner", "--device", "cpu"]
+    monkeypatch.setattr(base, "_FACTORIES", {})
+    done = run("ref", "--data", folder, "--dest", dest, *common, "--keep-features", 60,
+               "--detector-weights", f"corner={first}")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    (made,) = read_reference(dest).about["detectors"]
+    assert made["weights"] == {"file": "w1", "sha256": sha256_of(first)}
+    assert made["program"] == {"file": "plugin.py", "sha256": sha256_of(tmp_path / "plugin.py")}
+    for weights, fits in ((first, True), (second, False)):
+        given = ["--detector-weights", f"corner={weights}"]
+        monkeypatch.setattr(base, "_FACTORIES", {})
+        done = run("calc", "--images", folder, "--ref", dest, "--num", 60, *common, *given,
+                   "--json", out)  # fmt: skip
+        monkeypatch.setattr(base, "_FACTORIES", {})
+        compared = prc(folder, "--real", dest, *common[:2], "--detector", "corner", *given,
+                       "--metrics", "precision", "--device", "cpu")  # fmt: skip
+        for one in (done, compared):
+            if fits:
+                assert one.exit_code == 0, one.output
+            else:
+                fails_with(one, "its features of corner were made with other weights (w1, sha256")
+    # Where a file names no weights, nothing is compared.
+    arrays = {**np.load(dest)}
+    for about in ("{}", '{"detectors": 3}', '{"detectors": [3, {"name": "corner"}]}', "[]"):
+        np.savez(dest, **{**arrays, "about": np.array(about)})
+        monkeypatch.setattr(base, "_FACTORIES", {})
+        done = run("calc", "--images", folder, "--ref", dest, "--num", 60, *common,
+                   "--detector-weights", f"corner={second}")  # fmt: skip
+        assert done.exit_code == 0, done.output
     done = run("ref", "--data", folder, "--dest", dest, "--plugin", tmp_path / "nowhere.py")
     assert "cannot import" in done.output

@@ -6,8 +6,9 @@ own with `register_detector`.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,7 +16,10 @@ import torch
 from torch import Tensor
 
 from erk_guid.common.errors import ErkGuidError, printable
-from erk_guid.common.files import user_path
+from erk_guid.common.files import sha256_of, user_path
+
+OWN = "the detector's own"
+"""Said of what a detector does not name."""
 
 
 class DetectorError(ErkGuidError):
@@ -123,7 +127,15 @@ def load_detector(
     detector = _FACTORIES[name](torch.device(device), path)
     if detector.name != name:
         raise DetectorError(f"the detector registered as {name!r} calls itself {detector.name!r}")
+    if path is not None and not hasattr(detector, "weights"):
+        with contextlib.suppress(AttributeError):  # __slots__
+            detector.weights = identify(path)  # type: ignore[attr-defined]
     return detector
+
+
+def identify(path: Path) -> dict[str, str]:
+    """Return what identifies a file, in JSON's types."""
+    return {"file": path.name, "sha256": sha256_of(path)}
 
 
 def describe(detector: Detector) -> dict[str, Any]:
@@ -131,9 +143,47 @@ def describe(detector: Detector) -> dict[str, Any]:
     return {
         "name": detector.name,
         "feature_dim": detector.feature_dim,
-        "preprocessing": getattr(detector, "preprocessing", "the detector's own"),
-        "weights": getattr(detector, "weights", "the detector's own"),
+        "preprocessing": getattr(detector, "preprocessing", OWN),
+        "weights": getattr(detector, "weights", OWN),
+        **_program_of(detector),
     }
+
+
+def _program_of(detector: Detector) -> dict[str, Any]:
+    """Return what identifies the file of a detector that is none of ours."""
+    code = getattr(type(detector).__call__, "__code__", None)
+    path = Path(getattr(code, "co_filename", ""))
+    if type(detector).__module__.startswith("erk_guid.") or not path.is_file():
+        return {}
+    return {"program": identify(path)}
+
+
+def refuse_others(source: str, about: Mapping[str, Any], detector: Detector) -> None:
+    """Refuse features that were made with other weights than those of a detector.
+
+    Args:
+        source: of the features, for the message.
+        about: what their file says of its origin; nothing is refused where it says nothing.
+        detector: the one that they are to be compared with.
+
+    Raises:
+        DetectorError: the message names both.
+    """
+    made = about.get("detectors", []) if isinstance(about, dict) else []
+    for one in made if isinstance(made, list) else []:
+        if not isinstance(one, dict) or one.get("name") != detector.name:
+            continue
+        theirs, ours = one.get("weights"), describe(detector)["weights"]
+        if not isinstance(theirs, dict) or not isinstance(ours, dict):
+            continue
+        if theirs.get("sha256") != ours["sha256"]:
+            raise DetectorError(
+                f"{source}: its features of {detector.name} were made with other weights "
+                f"({printable(theirs.get('file'), 60)}, sha256 "
+                f"{printable(theirs.get('sha256'), 17)}) than those of now "
+                f"({printable(ours['file'], 60)}, {printable(ours['sha256'], 17)}); take the same, "
+                "or make it again with 'ref'"
+            )
 
 
 def run_detector(

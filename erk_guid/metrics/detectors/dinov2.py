@@ -10,8 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from erk_guid.metrics.detectors.base import DetectorError, in_colour, register_detector
-from erk_guid.metrics.detectors.weights import check_weights, fetch_weights, first_line, identify
+from erk_guid.metrics.detectors.base import (
+    DetectorError,
+    identify,
+    in_colour,
+    register_detector,
+)
+from erk_guid.metrics.detectors.weights import check_weights, fetch_weights, first_line
 
 DINO_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
 DINO_COMMIT = "b8931f7bf91576930313be2c6d6af376033b35f0"

@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 
 from erk_guid.common.errors import MissingExtraError
-from erk_guid.metrics.detectors.base import Detector, DetectorError, in_colour, register_detector
-from erk_guid.metrics.detectors.weights import check_weights, fetch_weights, identify
+from erk_guid.metrics.detectors.base import (
+    Detector,
+    DetectorError,
+    identify,
+    in_colour,
+    register_detector,
+)
+from erk_guid.metrics.detectors.weights import check_weights, fetch_weights
 
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"

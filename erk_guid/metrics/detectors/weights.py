@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from erk_guid.common.errors import ErkGuidError, printable
-from erk_guid.common.files import sha256_of
 from erk_guid.metrics.detectors.base import DetectorError
 from erk_guid.models.checkpoints.download import download
 
@@ -56,7 +55,3 @@ def check_weights(name: str, path: Path) -> dict[str, Tensor]:
 def first_line(error: Exception) -> str:
     text = str(error).strip().split("\n", 1)[0]
     return (text or type(error).__name__)[:160]
-
-
-def identify(path: Path) -> dict[str, str]:
-    return {"file": path.name, "sha256": sha256_of(path)}
