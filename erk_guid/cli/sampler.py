@@ -286,7 +286,8 @@ def _from_file(
         noise = f" with eta {options['eta']:g}" if options.get("eta") else ""
         click.echo(
             f"--settings {path}: w_stiff {chosen}, solver {options['solver']}{noise}, "
-            f"{count} noise levels"
+            f"{count} noise levels",
+            err=True,
         )
     return found.guidance, options
 
@@ -357,6 +358,7 @@ def _by_word(word: str, w_con: float | None, num_steps: int, preset: str | None)
     if launched_rank() == 0:
         click.echo(
             f"--w_stiff {word}: {whose}, w_stiff {chosen.w_stiff:g}, w_con {chosen.w_con:g}"
-            + ("" if w_con is None else f"; --w_con {w_con:g} as given")
+            + ("" if w_con is None else f"; --w_con {w_con:g} as given"),
+            err=True,
         )
     return chosen

@@ -104,7 +104,10 @@ def for_pipeline(
     if isinstance(found, (str, Path)):
         found = read_settings(found, times=True)
     if found is not None:
-        options = _options_of(found, solver, family) | options
+        of_settings = _options_of(found, solver, family)
+        if options.get("levels") is not None and "levels" in of_settings:
+            raise ValueError("the settings hold the noise levels: leave levels out")
+        options = of_settings | options
         idle = [name for name in SPACING if options.get(name) and options.get("levels")]
         if idle:
             raise ValueError(f"the settings hold the noise levels: leave {idle[0]} out")
@@ -358,6 +361,8 @@ def fit(
                                ("batch", batch, 1), ("seed", seed, 0)):  # fmt: skip
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{what} must be a whole number of at least {least}, got {value!r}")
+    if prompts is None and "batch_size" not in inspect.signature(type(pipe).__call__).parameters:
+        raise ValueError(f"{type(pipe).__name__} takes no batch_size: give prompts")
     given_twice = {**GIVEN, argument: "prompts says it", "batch_size": "batch says it"}
     for key in call or {}:
         if key in given_twice:

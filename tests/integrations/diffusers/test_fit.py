@@ -373,4 +373,14 @@ def test_levels_of_a_model_with_more_noise(tmp_path: Path) -> None:
         ({"call": {"num_images_per_prompt": 2}}, "leave num_images_per_prompt out"),
     ):
         with pytest.raises(ValueError, match=message):
-            fit(scheduler, None, **options)
+            fit(flow_of(), None, **options)
+    settings = Settings(ERKGuidance(), {"solver": "modal", "schedule": [14.0, 2.0, 0.1]})
+    with pytest.raises(ValueError, match="the settings hold the noise levels: leave levels out"):
+        for_pipeline(scheduler, settings=settings, levels=[9.0, 1.0, 0.0])
+
+    class Unasked(FlowPipeline):
+        def __call__(self, prompt: Any, num_inference_steps: int = 5) -> Any:
+            return None
+
+    with pytest.raises(ValueError, match="Unasked takes no batch_size: give prompts"):
+        fit(Unasked(Curved(), FlowMatchEulerDiscreteScheduler()), None)
