@@ -249,8 +249,8 @@ def gen_command(
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Also keep the features (float16) of this many images, or of all if there are fewer, for "
-    "precision and recall.",
+    help="Also keep the features (as float16, if that keeps them apart) of this many images, or of "
+    "all if there are fewer, for precision and recall.",
 )
 @options(METRICS, BATCH, WORKERS, DEVICE, WEIGHTS, PLUGIN)
 @reporting_errors

@@ -241,7 +241,8 @@ def make_reference(
         dest: `.npz` (ours) or `.pkl` (what EDM2's programs read).
         scoring: its `num` and `seed` are not used.
         first, last: use only images ``first ... last - 1``, in the order of their names.
-        keep: how many images' features to keep as float16, for precision and recall.
+        keep: how many images' features to keep, for precision and recall: as float16, or as
+            they are where that would round them by more than `COARSE` of how far they scatter.
 
     Returns:
         Number of images by metric. On ranks other than 0 an empty dict.
@@ -285,7 +286,7 @@ def make_reference(
             return {}
         rng = np.random.default_rng(scoring.seed)
         features = {
-            name: rows[np.sort(rng.permutation(len(rows))[:keep])].astype(np.float16)
+            name: _short(rows[np.sort(rng.permutation(len(rows))[:keep])])
             for name, rows in collected.features.items()
         }
         about = {
@@ -366,6 +367,20 @@ def read_blocks(
 ) -> Iterator[Block]:
     for part, images in zip(parts, source.batches(parts, workers), strict=True):
         yield part, torch.from_numpy(images)
+
+
+COARSE = 1 / 256
+"""Largest rounding error of kept features, as a share of their scatter."""
+
+
+def _short(rows: np.ndarray) -> np.ndarray:
+    """Return features as float16 if that keeps what tells them apart."""
+    with np.errstate(over="ignore"):
+        short = rows.astype(np.float16)
+    apart = np.linalg.norm(rows - rows.mean(axis=0, dtype=np.float64))
+    if np.isfinite(short).all() and np.linalg.norm(short - rows) <= COARSE * apart:
+        return short
+    return rows.astype(np.float32)
 
 
 def _check_reference(scoring: Scoring, reference: Reference, detectors: Sequence[Detector]) -> None:

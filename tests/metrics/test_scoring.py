@@ -33,7 +33,7 @@ from erk_guid.metrics import (
     write_reference,
 )
 from erk_guid.metrics.scores import base as scores_base
-from erk_guid.metrics.scoring import subset
+from erk_guid.metrics.scoring import _short, subset
 from erk_guid.metrics.statistics.references import locate_reference
 
 
@@ -722,6 +722,22 @@ def test_options_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     fails_with(run("calc", "--images", "~nobody-here/x", *COMMON), "home")
     done = prc(folder, "--real", "digits")  # whose features are not those of the default
     fails_with(done, "digits holds no features of vgg16; it has fd_digits (see --detector)")
+
+
+@pytest.mark.parametrize(("scale", "offset", "dtype"), [
+    (1, 0, np.float16), (0.3, 0.5, np.float16), (1e-3, 0.5, np.float32), (1e-9, 0, np.float32), (1e6, 0, np.float32),
+    (0.1, 2000, np.float32),
+])  # fmt: skip
+def test_kept_features_are_rounded_where_that_keeps_them_apart(
+    scale: float, offset: float, dtype: type
+) -> None:
+    # Before: always to float16, where small ones are 0, large ones infinite, and those of a common
+    # offset equal. All with exit code 0.
+    rows = np.random.default_rng(0).standard_normal((50, 8)).astype(np.float32) * scale + offset
+    kept = _short(rows)
+    assert kept.dtype == dtype
+    scatter = np.linalg.norm(rows - rows.mean(0))
+    assert np.linalg.norm(kept.astype(np.float64) - rows) < 0.005 * scatter
 
 
 PLUGIN = """

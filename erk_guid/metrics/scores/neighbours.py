@@ -34,7 +34,8 @@ def precision_recall(
     point's k-th nearest neighbour in the set. Precision is the share of the generated points
     in the manifold of the real ones. Recall is the share of the real points in the manifold of
     the generated ones. Distances are float32 and computed in tiles: memory does not grow with
-    the square of the number of features. The values equal torch-fidelity's up to ties.
+    the square of the number of features. The values equal torch-fidelity's up to ties and its
+    rounding, which is coarse where all features have a common offset.
 
     Args:
         real, generated: features, [n, d] and [m, d], arrays or tensors.
@@ -56,7 +57,8 @@ def precision_recall(
             "come from one detector"
         )
     where = torch.device(device) if device is not None else a.device
-    a, b = a.to(where), b.to(where)
+    centre = a.mean(dim=0, dtype=torch.float64).to(b.device)
+    a, b = (_about(centre, one).to(where) for one in (a, b))
     done = progress or (lambda rows: None)
     precision = _share_inside(b, a, _radii(a, k, done), done)
     recall = _share_inside(a, b, _radii(b, k, done), done)
@@ -77,10 +79,16 @@ def _features(value: np.ndarray | Tensor, name: str, k: int) -> Tensor:
             f"the {k}-th nearest neighbour needs at least {max(k, 1) + 1} {name} images, got "
             f"{len(features)}; k must be at least 1"
         )
-    features = features.to(torch.float32)
+    if features.dtype != torch.float64:
+        features = features.to(torch.float32)
     if not features.isfinite().all():
         raise ValueError(f"{name} features have values that are not finite")
     return features
+
+
+def _about(centre: Tensor, features: Tensor) -> Tensor:
+    """Return features as float32, relative to a point: distances stay, and keep their digits."""
+    return (features - centre.to(features)).to(torch.float32)
 
 
 def _tiles(rows: Tensor, columns: Tensor) -> list[Tensor]:
