@@ -725,8 +725,8 @@ def test_options_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("scale", "offset", "dtype"), [
-    (1, 0, np.float16), (0.3, 0.5, np.float16), (1e-3, 0.5, np.float32), (1e-9, 0, np.float32), (1e6, 0, np.float32),
-    (0.1, 2000, np.float32),
+    (1, 0, np.float16), (0.3, 0.5, np.float16), (1e-3, 0.5, np.float32), (1e-9, 0, np.float32),
+    (1e6, 0, np.float32), (0.1, 2000, np.float32),
 ])  # fmt: skip
 def test_kept_features_are_rounded_where_that_keeps_them_apart(
     scale: float, offset: float, dtype: type
