@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
+import functools
 import glob
 import hashlib
 import os
 import secrets
 import stat
 from collections.abc import Iterator, Sequence
+from importlib.resources import as_file, files
 from pathlib import Path
 
 from erk_guid.common.errors import ErkGuidError, printable
@@ -30,6 +33,17 @@ MARKDOWN = f"<!-- Written by {OWN}. -->\n\n"
 
 PARTIAL = ".partial"
 """Part of the name of every file that is being written (never of a finished one)."""
+
+
+@functools.cache
+def shipped_file(name: str) -> Path:
+    """Return a file of `erk_guid/data`.
+
+    Where the package is run from a zip it is unpacked, and deleted when the program ends.
+    """
+    unpacked = contextlib.ExitStack()
+    atexit.register(unpacked.close)
+    return unpacked.enter_context(as_file(files("erk_guid") / "data" / name))
 
 
 @contextlib.contextmanager

@@ -109,6 +109,26 @@ def test_the_commands_and_the_shipped_model(run: Run, tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").glob("*.png"))) == 2
 
 
+def test_it_runs_out_of_a_zip(wheel: Path, tmp_path: Path) -> None:
+    # Before: the shipped network and reference were unpacked, and deleted before they were read.
+    environment = {**os.environ, "PYTHONPATH": str(wheel), "TMPDIR": str(tmp_path)}
+    where = [sys.executable, "-c", "import erk_guid; print(erk_guid.__file__)"]
+    found = subprocess.check_output(where, env=environment, cwd=tmp_path, text=True)
+    assert found.startswith(str(wheel))
+    for command in (
+        ["generate", "--preset=digits", "--outdir=out", "--seeds=0-1", "--schedule=fitted",
+         "--steps=6", "--device=cpu"],
+        ["metrics", "gen", "--preset=digits", "--ref=digits", "--metrics=fd_digits", "--num=2",
+         "--steps=2", "--device=cpu"],
+    ):  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "erk_guid", *command], env=environment, cwd=tmp_path,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}  # nothing unpacked is left
+
+
 def test_the_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()

@@ -12,14 +12,20 @@ import json
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from erk_guid.common.errors import ErkGuidError, printable
-from erk_guid.common.files import NPZ_START, check_writable, replacing, sha256_of, user_path
+from erk_guid.common.files import (
+    NPZ_START,
+    check_writable,
+    replacing,
+    sha256_of,
+    shipped_file,
+    user_path,
+)
 from erk_guid.common.npz import npz_names, read_npz
 from erk_guid.metrics.statistics.moments import Statistics
 from erk_guid.models.checkpoints.download import download, how_to_refetch, is_url
@@ -109,8 +115,7 @@ def _place(source: str) -> Path | str:
     except OSError as error:
         raise ReferenceFileError(f"{source[:60]}: {error.strerror}") from error
     if source == SHIPPED:
-        with as_file(files("erk_guid") / "data" / "digits-refs.npz") as shipped:
-            return shipped
+        return shipped_file("digits-refs.npz")
     if source in PUBLISHED:
         beside = FOLDER / f"{source}.pkl"
         return beside if beside.is_file() else EDM2_URL.format(source)

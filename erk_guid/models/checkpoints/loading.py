@@ -7,7 +7,6 @@ import sys
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import nn
 
 from erk_guid.common.datasets import refuse_overwriting
 from erk_guid.common.errors import CheckpointError, ErkGuidError, printable, reason_of
-from erk_guid.common.files import check_writable, sha256_of, with_home
+from erk_guid.common.files import check_writable, sha256_of, shipped_file, with_home
 from erk_guid.models.checkpoints.build import NETWORKS, own_memory
 from erk_guid.models.checkpoints.download import download, how_to_refetch, is_url
 from erk_guid.models.checkpoints.folder import (
@@ -224,8 +223,7 @@ def check_source(source: str) -> None:
 def _local(address: str) -> Path | None:
     """Return the file of a path or of a shipped network, or None if there is none."""
     if address.startswith(SHIPPED):
-        with as_file(files("erk_guid") / "data" / address.removeprefix(SHIPPED)) as shipped:
-            return shipped
+        return shipped_file(address.removeprefix(SHIPPED))
     if not address:
         raise ErkGuidError("the name of the network is empty")
     path = with_home(address)
