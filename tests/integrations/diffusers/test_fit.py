@@ -303,6 +303,37 @@ def test_the_reported_errors_are_those_of_the_pipeline(
     assert with_settings < (0.9 if kind == "even" else 1.03) * at_own_levels
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_image_to_image_is_refused(told: bool) -> None:
+    # Before: errors 14 times too small, of a run from noise, and levels that changed the strength.
+    class FromImage(FlowPipeline):
+        """Begins where the strength says, and may tell the scheduler so."""
+
+        @torch.no_grad()
+        def __call__(
+            self, batch_size: int = 1, num_inference_steps: int = 5, generator: Any = None,
+            output_type: str = "latent", strength: float = 0.5,
+        ) -> Any:  # fmt: skip
+            x = torch.cat([torch.randn(1, 4, 8, 8, generator=one) for one in generator])
+            self.scheduler.set_timesteps(num_inference_steps)
+            first = num_inference_steps - int(num_inference_steps * strength)
+            if told:
+                self.scheduler.set_begin_index(first)
+            for time in self.scheduler.timesteps[first:]:
+                predicted = self.transformer(x, time)
+                x = self.scheduler.step(predicted, time, x, return_dict=False)[0]
+            return (x,)
+
+    pipe = FromImage(Curved(), FlowMatchEulerDiscreteScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match=r"begins in mid-schedule.*strength=1"):
+        fit(pipe, None, steps=4, samples=16, batch=8, trials=2)
+    whole = fit(
+        pipe, None, steps=4, samples=16, batch=8, trials=2, solver=Modal(2), call={"strength": 1.0}
+    )
+    assert whole.fitted.evaluations == 4
+
+
 def test_heun_of_a_flow_fitted_in_noise_over_signal_is_refused() -> None:
     # As `erk_guid.fit(process=RectifiedFlow())` and earlier versions fit it: the scheduler's steps
     # are others.
