@@ -115,11 +115,20 @@ def within(interval: tuple[float, float] | None, sigma: Tensor) -> bool:
     """Return whether a noise level lies in the interval (low, high]; None is everywhere.
 
     The ends are rounded to the dtype of sigma, so that a level at an end is taken as written.
+
+    Raises:
+        ValueError: samples of different levels; k-diffusion's [N] of one level is none.
     """
     if interval is None:
         return True
     low, high = torch.tensor(interval, dtype=sigma.dtype).tolist()
-    return low < float(sigma) <= high
+    least, most = (float(level) for level in torch.aminmax(sigma))
+    if least != most:
+        raise ValueError(
+            f"an interval of model guidance needs one noise level for all samples, got {least:g} "
+            f"to {most:g}"
+        )
+    return low < least <= high
 
 
 class LevelDenoiser(ABC):

@@ -58,6 +58,15 @@ def test_an_interval_guides_inside_only_and_calls_the_guide_there_only() -> None
     for sigma, wanted in ((80, 3), (5.43, 3), (5.42, 4), (1, 4), (0.31, 4), (0.3, 3), (0.002, 3)):
         assert guided(x, torch.tensor(float(sigma))).tolist() == [[wanted] * 2], sigma
     assert asked == pytest.approx([5.42, 1, 0.31])
+    # k-diffusion's [N] of one level is one level. Before: torch's error about one element.
+    guided = erk_guid.ModelGuidance(
+        lambda x, sigma: x * 0 + 3, lambda x, sigma: x * 0 + 1, 1.5, interval=(0.3, 5.42)
+    )
+    x = torch.zeros(2, 1)
+    assert guided(x, torch.tensor([5.42, 5.42])).tolist() == [[4], [4]]
+    assert guided(x, torch.tensor([0.3, 0.3])).tolist() == [[3], [3]]
+    with pytest.raises(ValueError, match="one noise level for all samples, got 1 to 5"):
+        guided(x, torch.tensor([5.0, 1.0]))
 
 
 def test_a_run_with_an_interval_is_that_of_a_denoiser_written_by_hand() -> None:

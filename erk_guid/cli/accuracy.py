@@ -188,6 +188,12 @@ def accuracy_command(
         if settings:
             row = fitted_row(settings, sigma_min, sigma_max)
             unused = sorted(set(row.fits) - set(evaluations))
+            odd = [count for count in unused if count % 2]
+            if odd:
+                raise ValueError(
+                    f"--settings: one is for {odd[0]} evaluations; here even numbers are compared, "
+                    "for some methods take two at a time"
+                )
             if unused:
                 raise ValueError(
                     f"--settings: one is for {unused[0]} evaluations, which --evaluations lacks"

@@ -8,6 +8,7 @@ import click
 
 from erk_guid.cli.common import PathType, reporting_errors
 from erk_guid.models.checkpoints import convert
+from erk_guid.models.checkpoints.presets import PRESETS
 
 
 @click.command()
@@ -29,3 +30,10 @@ def convert_command(source: str, dest: Path, overwrite: bool) -> None:
     loaded = convert(source, dest, overwrite=overwrite)
     count = sum(p.numel() for p in loaded.net.parameters())
     click.echo(f"{dest}: {type(loaded.net).__name__}, {count / 1e6:.1f} M parameters")
+    preset = PRESETS.get(source)
+    if preset is not None and preset.gnet is not None:
+        click.echo(
+            f"Note: the guiding network of {source} stays apart: generate with --net={dest} "
+            f"--gnet={preset.gnet} --guidance={preset.guidance:g}",
+            err=True,
+        )

@@ -215,7 +215,7 @@ def fit_command(
         if config.guidance == 1
         else f", model guidance {config.guidance:g}"
         + (f" in {config.guidance_interval}" if config.guidance_interval else "")
-    )
+    ) + ("" if config.class_idx is None else f", class {config.class_idx}")
     searched, chosen, reported = fits[0].samples
     heading = (
         f"# Noise levels for {config.net}{guide}\n\n"

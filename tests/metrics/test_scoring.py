@@ -766,6 +766,16 @@ def test_a_detector_of_ones_own(
                "--metrics", "corner", "--device", "cpu")  # fmt: skip
     assert done.exit_code == 0, done.output
     assert read_reference(dest).of("corner").mu.shape == (2,)
+    # Before: a traceback for an array, and a distance of 0 for complex numbers.
+    for end, what in ((".numpy()", "ndarray of float64"), (".cfloat()", "of torch.complex64"),
+                      (".round().long()", "Tensor of torch.int64")):  # fmt: skip
+        odd = tmp_path / "odd.py"
+        odd.write_text(PLUGIN.format(name="corner").replace("[:, :2]", f"[:, :2]{end}"))
+        monkeypatch.setattr(base, "_FACTORIES", {})
+        done = run("ref", "--data", folder, "--dest", tmp_path / "odd.npz", "--plugin", odd,
+                   "--metrics", "corner", "--device", "cpu")  # fmt: skip
+        fails_with(done, "corner must return a floating-point tensor, got")
+        assert what in done.output
     # Which weights and which program made a reference is in it, and others are refused. Before:
     # another network's distance, without a word.
     first, second, out = tmp_path / "w1", tmp_path / "w2", tmp_path / "s.json"

@@ -192,7 +192,8 @@ def run_detector(
     """Return the features, and the logits if asked for.
 
     Raises:
-        DetectorError: features of another shape than promised or not finite, or no logits.
+        DetectorError: features that are no tensor of real numbers, of another shape than promised
+            or not finite, or no logits.
     """
     logits = None
     if with_logits:
@@ -203,6 +204,12 @@ def run_detector(
         features, logits = detector.features_and_logits(images)
     else:
         features = detector(images)
+    if not isinstance(features, Tensor) or not features.dtype.is_floating_point:
+        given = getattr(features, "dtype", None)
+        raise DetectorError(
+            f"{detector.name} must return a floating-point tensor, got {type(features).__name__}"
+            + ("" if given is None else f" of {given}")
+        )
     if tuple(features.shape) != (len(images), detector.feature_dim):
         raise DetectorError(
             f"{detector.name} promised [{len(images)}, {detector.feature_dim}] features and "

@@ -39,9 +39,14 @@ def kernel_distance(
         (mean, deviation over the subsets).
 
     Raises:
-        ValueError: features of different dimensions, not finite, or fewer than `subset_size`.
+        ValueError: features of different dimensions, not finite, or fewer than `subset_size`; no
+            subsets, or subsets of one.
         MissingExtraError: torch-fidelity is not installed.
     """
+    if subsets < 1 or subset_size < 2:
+        raise ValueError(
+            f"subsets must be at least 1 and subset_size 2, got {subsets} and {subset_size}"
+        )
     a, b = _rows(real, "real"), _rows(generated, "generated")
     if a.shape[1] != b.shape[1]:
         raise ValueError(

@@ -49,7 +49,7 @@ def magnitude(x: Tensor, dim: Sequence[int] | int | None = None, eps: float = 1e
             x, dim=dim, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
         )
     # sqrt(norms / elements) turns the Euclidean norm into a root mean square.
-    norm = eps + norm * math.sqrt(norm.numel() / x.numel())
+    norm = eps + norm * math.sqrt(norm.numel() / max(x.numel(), 1))
     return norm.to(x.dtype)
 
 

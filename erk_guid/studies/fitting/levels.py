@@ -311,6 +311,8 @@ def fit_each(
         spent = Cost(memory.spent - before, of_reference // fits, time.monotonic() - began)
         began = time.monotonic()
         fitted.append(replace(found, cost=spent))
+    if progress is not None:
+        progress(memory.spent, memory.spent)
     return fitted
 
 

@@ -47,3 +47,6 @@ def test_the_kernel_distance_names_what_is_wrong() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             kernel_distance(real, made, subset_size=10)
+    for numbers in ({"subsets": 0}, {"subset_size": 1}):  # before: NaN, with a warning of numpy's
+        with pytest.raises(ValueError, match="subsets must be at least 1 and subset_size 2"):
+            kernel_distance(x, x, **numbers)

@@ -243,6 +243,16 @@ def test_every_kind_of_method_spends_no_more_than_asked(
     assert (found.sigmas[-1] == 0) == to_zero
 
 
+def test_progress_ends_with_all_of_it() -> None:
+    seen: list[tuple[int, int]] = []
+    fit(
+        MIXTURE, start(16), evaluations=6, solver=Modal(2), trials=3,
+        progress=lambda done, expected: seen.append((done, expected)),
+    )  # fmt: skip
+    assert seen == sorted(seen, key=lambda pair: pair[0])
+    assert seen[-1][0] == seen[-1][1]
+
+
 def test_best_chooses_a_solver() -> None:
     found = fit(MIXTURE, start(48), evaluations=6, trials=40)
     named = fit(MIXTURE, start(48), evaluations=6, solver="dpmpp", trials=40)
