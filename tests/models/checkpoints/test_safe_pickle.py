@@ -467,7 +467,7 @@ def little_memory(more: int = 2**30) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-LONG = {  # megabytes of instructions
+LENGTHY = {  # megabytes of instructions
     "three million nested tuples", "a million nested tuples as the settings",
     "archives inside archives",
 }  # fmt: skip
@@ -475,7 +475,7 @@ LONG = {  # megabytes of instructions
 
 @pytest.mark.parametrize(
     "what",
-    [pytest.param(one, marks=pytest.mark.slow if one in LONG else ()) for one in FILES],
+    [pytest.param(one, marks=pytest.mark.slow if one in LENGTHY else ()) for one in FILES],
 )
 def test_hostile_pickles(what: str, tmp_path: Path) -> None:
     make, expected = FILES[what]
