@@ -281,6 +281,8 @@ def fit_each(
         )
     lowest = sigma_min if floor is None else floor
     problem = _problem(denoiser, x, labels, lowest, sigma_max, process, batch)
+    if not sigma_min < problem.high:
+        raise ValueError(f"sigma_min {sigma_min} must be below sigma_max {problem.high}")
     problem.low, problem.floor = float(sigma_min), floor
     problem.more = dict(spacings or {})
     memory = Journal.open(
@@ -680,7 +682,8 @@ class _Fitting:
         spacing, response = point.spacing, point.response
         changed = []
         levels = spacing.levels
-        for i in range(1, len(levels) - (not spacing.open)):
+        moving = range(1, len(levels) if spacing.open else len(levels) - 1)
+        for i in moving:
             # Not as far as the level above.
             by = min(DIFFERENCE, math.log(levels[i - 1] / levels[i]) / 2)
             moved = [*levels[:i], levels[i] * math.exp(by), *levels[i + 1 :]]

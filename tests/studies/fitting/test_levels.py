@@ -337,6 +337,10 @@ def test_a_journal_of_another_denoiser_is_refused(tmp_path: Path) -> None:
         ({"evaluations": 8, "batch": 7.5}, "batch must be a whole number"),
         ({"evaluations": 8, "sigma_min": 90}, "must be above 0 and below"),
         ({"evaluations": 8, "floor": 0.001}, "floor 0.001 must be above 0 and below sigma_min"),
+        (
+            {"evaluations": 8, "floor": 0.01, "sigma_min": 90, "denoise_to_zero": True},
+            "sigma_min 90 must be below sigma_max 80",
+        ),
         ({"evaluations": 8, "floor": 0.01, "denoise_to_zero": True}, "floor 0.01 must be above 0"),
         ({"evaluations": 8, "labels": torch.zeros(3)}, "3 labels for 16"),
         ({"evaluations": 8, "solver": Modal(response=(0.5,))}, "the response is fitted"),
