@@ -98,24 +98,14 @@ class _Probe(Family):
         if index < self.calls:
             self.timesteps[index] = timestep_of(self, t)
 
-    def _advance(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        generator: Generators,
-        dtype: torch.dtype,
-        denoised: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Refuse a run that begins in mid-schedule, and go on as the others do."""
-        if self._step_index is None:
-            skipped = self._begin_index != 0 or float(timestep) != float(self.timesteps[0])
-            if skipped:
-                raise ValueError(
-                    "the pipeline begins in mid-schedule, from an image with noise: fit needs runs "
-                    "that begin with noise alone (image to image with strength=1)"
-                )
-        return super()._advance(model_output, timestep, sample, generator, dtype, denoised)
+    def _init_step_index(self, timestep: float | Tensor) -> None:
+        """Begin a run, from `step` or from `scale_model_input`; refuse one in mid-schedule."""
+        if self._begin_index != 0 or float(timestep) != float(self.timesteps[0]):
+            raise ValueError(
+                "the pipeline begins in mid-schedule, from an image with noise: fit needs runs "
+                "that begin with noise alone (image to image with strength=1)"
+            )
+        super()._init_step_index(timestep)  # type: ignore[misc]
 
     def _move(
         self, x: Tensor, denoised: Tensor, index: int, sample: Tensor, generator: Generators

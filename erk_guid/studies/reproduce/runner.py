@@ -197,7 +197,9 @@ def _hash_of_real(real: str | None) -> str | None:
             return sha256_of(path)
         digest = hashlib.sha256()
         for name in open_images(path).names:
-            digest.update(f"{name}\n{sha256_of(path / name)}\n".encode())
+            # Names that are not UTF-8 have halves of characters in them.
+            line = f"{name}\n{sha256_of(path / name)}\n"
+            digest.update(line.encode(errors="surrogatepass"))
         return digest.hexdigest()
     except (ErkGuidError, OSError):
         return None  # what compares with them says why they cannot be read

@@ -303,8 +303,9 @@ def test_the_reported_errors_are_those_of_the_pipeline(
     assert with_settings < (0.9 if kind == "even" else 1.03) * at_own_levels
 
 
+@pytest.mark.parametrize("scales", [True, False])
 @pytest.mark.parametrize("told", [True, False])
-def test_image_to_image_is_refused(told: bool) -> None:
+def test_image_to_image_is_refused(told: bool, scales: bool) -> None:
     # Before: errors 14 times too small, of a run from noise, and levels that changed the strength.
     class FromImage(FlowPipeline):
         """Begins where the strength says, and may tell the scheduler so."""
@@ -319,12 +320,16 @@ def test_image_to_image_is_refused(told: bool) -> None:
             first = num_inference_steps - int(num_inference_steps * strength)
             if told:
                 self.scheduler.set_begin_index(first)
+            x = x * self.scheduler.init_noise_sigma if scales else x
             for time in self.scheduler.timesteps[first:]:
-                predicted = self.transformer(x, time)
+                seen = self.scheduler.scale_model_input(x, time) if scales else x
+                predicted = self.transformer(seen, time)
                 x = self.scheduler.step(predicted, time, x, return_dict=False)[0]
             return (x,)
 
-    pipe = FromImage(Curved(), FlowMatchEulerDiscreteScheduler())
+    # With betas `scale_model_input` begins the run, not `step`.
+    scheduler = diffusers.EulerDiscreteScheduler() if scales else FlowMatchEulerDiscreteScheduler()
+    pipe = FromImage(Curved(), scheduler)
     pipe.set_progress_bar_config(disable=True)
     with pytest.raises(ValueError, match=r"begins in mid-schedule.*strength=1"):
         fit(pipe, None, steps=4, samples=16, batch=8, trials=2)
