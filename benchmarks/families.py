@@ -27,7 +27,7 @@ from erk_guid.schedules import make_sigmas
 from erk_guid.solvers import DEIS, IPNDMV, DPMpp, Heun, Modal, Solver, UniPC
 from erk_guid.studies.accuracy import make_problem
 from erk_guid.studies.fitting import fit
-from erk_guid.studies.fitting.levels import bootstrap_ratio
+from erk_guid.studies.fitting.results import bootstrap_ratio
 from erk_guid.studies.fitting.trials import Method
 
 PUBLISHED: tuple[Solver, ...] = (

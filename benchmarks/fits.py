@@ -25,7 +25,7 @@ from erk_guid.schedules import make_sigmas
 from erk_guid.solvers import DEIS, IPNDM, IPNDMV, RES, DPMpp, Heun, Modal, Solver, UniPC
 from erk_guid.studies.fitting import fit_each
 from erk_guid.studies.fitting.fit_files import fits_csv, settings_of_fit, table
-from erk_guid.studies.fitting.levels import bootstrap_mean, bootstrap_ratio
+from erk_guid.studies.fitting.results import bootstrap_mean, bootstrap_ratio
 from erk_guid.studies.fitting.trials import Method
 
 PUBLISHED: tuple[Solver, ...] = (

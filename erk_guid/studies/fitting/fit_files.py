@@ -22,7 +22,7 @@ from erk_guid.processes import Process, RectifiedFlow
 from erk_guid.sampling import sample
 from erk_guid.schedules import RHO, make_sigmas
 from erk_guid.solvers import Modal, Solver, name_of, options_of, record_of
-from erk_guid.studies.fitting.levels import Fitted
+from erk_guid.studies.fitting.results import Fitted
 from erk_guid.studies.fitting.trials import Method
 
 FILES = ("fit.md", "fit.csv", "levels.svg", "errors.svg")

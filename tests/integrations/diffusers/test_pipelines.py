@@ -45,7 +45,7 @@ from erk_guid.integrations.diffusers import (
 )
 from erk_guid.solvers import DPMpp, Modal
 from erk_guid.studies.fitting.fit_files import to_paste
-from erk_guid.studies.fitting.levels import Cost, Fitted, Interval
+from erk_guid.studies.fitting.results import Cost, Fitted, Interval
 
 
 def tiny_tokenizer(folder: Path) -> Any:

@@ -25,7 +25,7 @@ from erk_guid.solvers import DPM2, Heun, Modal, Solver, UniPC
 from erk_guid.studies.accuracy.problems import high_dimensional_mixture
 from erk_guid.studies.fitting import Fitted, fit, fit_each
 from erk_guid.studies.fitting.fit_files import settings_of_fit, to_paste
-from erk_guid.studies.fitting.levels import bootstrap_ratio
+from erk_guid.studies.fitting.results import bootstrap_ratio
 from erk_guid.studies.fitting.spacing import Spacing
 from erk_guid.studies.fitting.sweep import Task
 from erk_guid.studies.fitting.trials import DIFFERENCE, Changed, Method, Trials
