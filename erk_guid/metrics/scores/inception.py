@@ -14,6 +14,8 @@ from erk_guid.metrics.scores.base import Observed, Score, register_score, requir
 SPLITS = 10
 RNG_SEED = 2020
 """Both are torch-fidelity's values."""
+WIDEST = 700.0
+"""How far logits may be apart: float64 holds exp of its negative. What lies below counts as 0."""
 
 
 def inception_score(
@@ -42,6 +44,9 @@ def inception_score(
         from torch_fidelity.metric_isc import isc_features_to_metric
     except ImportError as error:
         raise MissingExtraError("torch-fidelity", "metrics", "the inception score") from error
+    # A class of probability 0 in all images would be 0 times infinity.
+    rows = rows.double()
+    rows = torch.maximum(rows, rows.amax(dim=1, keepdim=True) - WIDEST)
     found = isc_features_to_metric(rows, splits, True, rng_seed)
     return found["inception_score_mean"], found["inception_score_std"]
 

@@ -21,6 +21,11 @@ def test_inception_score_of_certain_and_uncertain_classifiers() -> None:
     # (10 - 1) / (2 * 200) of entropy.
     assert mean == pytest.approx(10 * np.exp(-9 / 400), rel=0.01)
     assert 0 < deviation < 0.2
+    # Classes that no image is of: 0 times infinity, without care.
+    sure = np.where(certain == certain.max(1, keepdims=True), 1e5, -1e5)
+    assert inception_score(np.hstack([sure, np.full((len(sure), 3), -1e5)]))[0] == (
+        pytest.approx(mean)
+    )
     assert inception_score(np.zeros((100, 10)))[0] == pytest.approx(1)
     logits = torch.from_numpy(rng.standard_normal((105, 10)))
     expected = isc_features_to_metric(logits, 10, True, 2020)
