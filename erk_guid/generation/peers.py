@@ -185,7 +185,7 @@ def _store(keeps: bool) -> Any:
         return dist.TCPStore(  # type: ignore[attr-defined]
             host, port, is_master=keeps, timeout=JOINING, wait_for_workers=False
         )
-    except LOST as error:
+    except RuntimeError as error:  # LOST is of this kind; torch 2.4 gives a port in use no other
         if keeps:
             reason = str(error).split(". ")[0]
             raise ErkGuidError(

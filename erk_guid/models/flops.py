@@ -40,6 +40,7 @@ def count(net: Network) -> Cost:
             shapes = kind(**getattr(net, "config")).eval()  # noqa: B009 (not in the protocol)
     else:
         shapes = copy.deepcopy(net).to("meta")
+    shapes.requires_grad_(False)  # torch 2.4's counter looks for gradients even in no_grad
     size = [1, net.img_channels, net.img_resolution, net.img_resolution]
     x, sigma = torch.empty(size, device="meta"), torch.empty([1], device="meta")
     labels = torch.empty([1, net.label_dim], device="meta") if net.label_dim else None

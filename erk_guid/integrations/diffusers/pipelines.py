@@ -113,6 +113,11 @@ def for_pipeline(
             raise ValueError(f"the settings hold the noise levels: leave {idle[0]} out")
         solver = name_of(found.solver())
     solver = DEFAULT_SOLVER if solver is None else solver
+    if jumps(pipe):
+        raise ValueError(
+            f"the network of {type(pipe).__name__} says where to jump to (use_meanflow), which is "
+            "no derivative: the pipeline's own steps are exact; keep its scheduler"
+        )
     if solver == "heun" and hasattr(pipe, "scheduler") and forgets_order(type(pipe)):
         raise ValueError(
             f"{type(pipe).__name__} counts calls where it means steps, so that with Heun's two "
@@ -170,6 +175,15 @@ def keeps_unit_variance(pipe: Any) -> bool:
     """
     scheduler = getattr(pipe, "scheduler", pipe)
     return float(getattr(scheduler, "init_noise_sigma", 0.0)) == 1.0
+
+
+def jumps(pipe: Any) -> bool:
+    """Return whether a pipeline's network gives the mean velocity up to the next timestep.
+
+    Such networks (MeanFlow, arXiv 2505.13447; HunyuanImage distilled) are not for solvers.
+    """
+    configs = [getattr(part, "config", None) for part in vars(pipe).values()]
+    return any(isinstance(one, Mapping) and one.get("use_meanflow") for one in configs)
 
 
 def scales_nothing(kind: type[Any]) -> bool:
@@ -398,12 +412,18 @@ def fit(
     process = flow_process(chosen[0], guidance) if in_flow else VE()
     probed = for_pipeline(pipe, "modal")
     evaluations = steps if name == "modal" else 2 * steps - 1
-    once = PipelineDenoiser(pipe, type(probed), probed.config, arguments, times[0], evaluations)
+    asking = functools.partial(
+        PipelineDenoiser, pipe, type(probed), probed.config, arguments, times[0], steps
+    )
+    denoiser = asking()
+    once = asking(evaluations)
     try:
-        once.check_steps()
+        once.check_steps(denoiser, times)
+    except BaseException:
+        denoiser.close()
+        raise
     finally:
         once.close()
-    denoiser = PipelineDenoiser(pipe, type(probed), probed.config, arguments, times[0])
     try:
         rows = [range(i, min(i + batch, samples)) for i in range(0, samples, batch)]
         x = torch.cat([denoiser.starts(part) for part in rows])

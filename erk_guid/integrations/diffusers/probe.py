@@ -189,6 +189,7 @@ class PipelineDenoiser:
         config: for it.
         arguments: for some rows, what the pipeline is called with.
         first: time at which runs begin.
+        steps: `num_inference_steps` that the pipeline is told; guidance may depend on it.
         calls: of one run of the pipeline's loop; by default very many.
     """
 
@@ -199,9 +200,10 @@ class PipelineDenoiser:
         config: Mapping[str, Any],
         arguments: Callable[[Sequence[int]], Mapping[str, Any]],
         first: float,
+        steps: int,
         calls: int | None = None,
     ) -> None:
-        self._pipe, self._arguments, self._first = pipe, arguments, first
+        self._pipe, self._arguments, self._first, self._steps = pipe, arguments, first, steps
         self._config, self._calls = config, CALLS if calls is None else calls
         probe = type(kind.__name__, (_Probe, kind), {})
         self._kind: Any = probe
@@ -216,14 +218,18 @@ class PipelineDenoiser:
         scheduler = self._kind.from_config(self._config)
         scheduler.exchange, scheduler.first = exchange, self._first
         scheduler.calls = self._calls
-        called(self._pipe, scheduler, self._calls, self._arguments(rows))
+        called(self._pipe, scheduler, self._steps, self._arguments(rows))
 
     def starts(self, rows: Sequence[int]) -> Tensor:
         """Return the samples with which the pipeline begins, [rows, ...], float32."""
         return self._session(tuple(rows)).start.x
 
-    def check_steps(self) -> None:
-        """Ask the same at every step of one run of the pipeline's loop.
+    def check_steps(self, longer: PipelineDenoiser, times: Sequence[float]) -> None:
+        """Ask the same at every step of one run of the pipeline's loop, and in a longer loop.
+
+        Args:
+            longer: the same with other `calls`.
+            times: at which it is asked, too.
 
         Raises:
             ValueError: the answers differ.
@@ -239,6 +245,16 @@ class PipelineDenoiser:
                     f"number of the step (step {step} of {self._calls} is {apart:.2g} from step "
                     "0). A callback, guidance that begins or ends at a part of the run, or random "
                     "numbers do that, and fit asks in another order: leave it out of call"
+                )
+        other = longer._session((0,))
+        for time in times:
+            answers = [each.denoised(x, time) for each in (session, other)]
+            apart = float((answers[1] - answers[0]).norm() / answers[0].norm())
+            if apart > STEPS_AGREE:
+                raise ValueError(
+                    "what the pipeline makes of the same sample at the same time depends on how "
+                    f"many timesteps its scheduler has ({self._calls} or {longer._calls}: "
+                    f"{apart:.2g} apart), and fit asks at many: leave out of call what does that"
                 )
 
     def __call__(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:

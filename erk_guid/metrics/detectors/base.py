@@ -159,7 +159,7 @@ def _program_of(detector: Detector) -> dict[str, Any]:
 
 
 def refuse_others(source: str, about: Mapping[str, Any], detector: Detector) -> None:
-    """Refuse features that were made with other weights than those of a detector.
+    """Refuse features that were made with other weights, or by another program, than a detector's.
 
     Args:
         source: of the features, for the message.
@@ -173,17 +173,19 @@ def refuse_others(source: str, about: Mapping[str, Any], detector: Detector) -> 
     for one in made if isinstance(made, list) else []:
         if not isinstance(one, dict) or one.get("name") != detector.name:
             continue
-        theirs, ours = one.get("weights"), describe(detector)["weights"]
-        if not isinstance(theirs, dict) or not isinstance(ours, dict):
-            continue
-        if theirs.get("sha256") != ours["sha256"]:
-            raise DetectorError(
-                f"{source}: its features of {detector.name} were made with other weights "
-                f"({printable(theirs.get('file'), 60)}, sha256 "
-                f"{printable(theirs.get('sha256'), 17)}) than those of now "
-                f"({printable(ours['file'], 60)}, {printable(ours['sha256'], 17)}); take the same, "
-                "or make it again with 'ref'"
-            )
+        now = describe(detector)
+        for what, other in (("weights", "with other weights"), ("program", "by another program")):
+            theirs, ours = one.get(what), now.get(what)
+            if not isinstance(theirs, dict) or not isinstance(ours, dict):
+                continue
+            if theirs.get("sha256") != ours["sha256"]:
+                raise DetectorError(
+                    f"{source}: its features of {detector.name} were made {other} "
+                    f"({printable(theirs.get('file'), 60)}, sha256 "
+                    f"{printable(theirs.get('sha256'), 17)}) than that of now "
+                    f"({printable(ours['file'], 60)}, {printable(ours['sha256'], 17)}); take the "
+                    "same, or make it again with 'ref'"
+                )
 
 
 def run_detector(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -216,7 +217,8 @@ def plan(job: Reproduction, row: Row) -> Plan:
         "device": device,  # each kind has its own random numbers
         "files": _fingerprints(
             [*model, ref, *job.detector_weights.values(), *job.plugin, _levels(row)]
-        ),
+        )
+        | _programs(job.plugin),
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     standard = _known_scoring(row.model)
@@ -416,6 +418,21 @@ def _fingerprints(options: Sequence[str]) -> dict[str, str]:
         path = user_path(name) if name else None
         if path is not None and os.path.isfile(path):
             found[value] = sha256_of(path)
+    return found
+
+
+def _programs(plugins: Sequence[str]) -> dict[str, str]:
+    """Return the SHA-256 of plugins that are named as modules; of a package's files together."""
+    found = {}
+    for plugin in plugins:
+        spec = None if plugin.endswith(".py") else importlib.util.find_spec(plugin)
+        if spec is None:
+            continue  # a file, which is known by its path
+        folders = spec.submodule_search_locations
+        files = [Path(spec.origin)] if spec.origin is not None and not folders else []
+        files += [path for folder in folders or () for path in Path(folder).rglob("*.py")]
+        digests = sorted(sha256_of(path) for path in files if path.is_file())
+        found[plugin] = hashlib.sha256("".join(digests).encode()).hexdigest()
     return found
 
 

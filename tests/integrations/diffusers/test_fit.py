@@ -27,7 +27,7 @@ from erk_guid.generation.settings import Settings, read_settings
 from erk_guid.guidance import settings_of
 from erk_guid.integrations.diffusers import ModalScheduler, fit, for_pipeline, probe
 from erk_guid.integrations.diffusers.probe import PipelineDenoiser, usual_times
-from erk_guid.solvers import Modal
+from erk_guid.solvers import Heun, Modal
 
 
 def unconditional() -> Any:
@@ -69,7 +69,7 @@ def test_the_denoiser_is_the_pipelines_with_its_guidance(
     scheduler = for_pipeline(pipe)
     scheduler.set_timesteps(5)
     assert times == scheduler.sigmas[:-1].tolist()
-    denoiser = PipelineDenoiser(pipe, ModalScheduler, config, arguments, times[0])
+    denoiser = PipelineDenoiser(pipe, ModalScheduler, config, arguments, times[0], 5)
     begun = denoiser.starts([0, 1])
     expected = torch.cat(
         [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(k)) for k in range(2)]
@@ -301,6 +301,60 @@ def test_the_reported_errors_are_those_of_the_pipeline(
     at_own_levels = error(solver=solver, **own)
     assert at_own_levels == pytest.approx(found.fitted.usual["pipeline"], rel=0.03)
     assert with_settings < (0.9 if kind == "even" else 1.03) * at_own_levels
+
+
+class ByNumber(FlowPipeline):
+    """Guidance that depends on the number of steps, as CogVideoX's dynamic one does.
+
+    Attributes:
+        of_timesteps: whether the number is that of the scheduler's timesteps.
+    """
+
+    of_timesteps = False
+
+    @torch.no_grad()
+    def __call__(
+        self, batch_size: int = 1, num_inference_steps: int = 5, generator: Any = None,
+        output_type: str = "latent",
+    ) -> Any:  # fmt: skip
+        x = torch.cat([torch.randn(1, 4, 8, 8, generator=one) for one in generator])
+        self.scheduler.set_timesteps(num_inference_steps)
+        number = len(self.scheduler.timesteps) if self.of_timesteps else num_inference_steps
+        for time in self.scheduler.timesteps:
+            predicted = (1 + 4 / number) * self.transformer(x, time)
+            x = self.scheduler.step(predicted, time, x, return_dict=False)[0]
+        return (x,)
+
+
+def by_number() -> Any:
+    pipe = ByNumber(Curved(), FlowMatchEulerDiscreteScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("solver", ["modal", "heun"])
+def test_guidance_that_depends_on_the_number_of_steps(solver: str) -> None:
+    # A pipeline that was told 4 steps, and whose scheduler takes 300, is the fine solution. Before:
+    # a fit told it 4096, so that another guidance was fitted.
+    chosen = Modal(2) if solver == "modal" else Heun()
+    found = fit(by_number(), None, steps=4, solver=chosen, samples=16, batch=8, trials=4)
+
+    def end(timesteps: int, **options: Any) -> torch.Tensor:
+        pipe = by_number()
+        pipe.scheduler = for_pipeline(pipe, **options)
+        own = pipe.scheduler.set_timesteps
+        pipe.scheduler.set_timesteps = lambda steps: own(timesteps)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(8, 16)]
+        found: torch.Tensor = pipe(8, 4, generators)[0]
+        return found
+
+    fine = end(300)
+    error = float((end(4, settings=found) - fine).flatten(1).norm(dim=1).mean())
+    assert error == pytest.approx(found.fitted.after.mean, rel=0.03)
+    pipe = by_number()
+    pipe.of_timesteps = True
+    with pytest.raises(ValueError, match="depends on how many timesteps its scheduler has"):
+        fit(pipe, None, steps=4, solver=chosen, samples=16, batch=8, trials=4)
 
 
 @pytest.mark.parametrize("scales", [True, False])
