@@ -134,6 +134,8 @@ def name_and_path(
         name, equals, path = value.partition("=")
         if not name or not equals or not path:
             raise click.BadParameter(f"{value!r} is not NAME=FILE", ctx, param)
+        if found.get(name, path) != path:
+            raise click.BadParameter(f"{name} has two files, {found[name]} and {path}", ctx, param)
         found[name] = path
     return found
 

@@ -34,6 +34,9 @@ from erk_guid.sampling import check_churn
 from erk_guid.schedules import edm_sigmas, make_sigmas
 from erk_guid.solvers import Solver, Step, make_solver, same_as_recorded
 
+NOISE = "eta"
+"""Option of solvers that may be added to settings: the levels stay those of the same solver."""
+
 
 def config_fields(
     preset: str | None,
@@ -61,8 +64,9 @@ def config_fields(
         elif settings is not None:
             erk, options = _from_file(settings, options)
         else:
-            _refuse_idle(options)
+            _refuse_other_count(options)
             erk = _erk(w_stiff, w_con, bound, gate, options["num_steps"], preset)
+        _refuse_idle(options)
         levels = _checked_levels(options)
         name = options.pop("solver")
         solver = make_solver(name, **{o: options.pop(o, None) for o in SOLVER_OPTIONS})
@@ -99,9 +103,18 @@ def _refuse_idle(options: dict[str, Any]) -> None:
     for name in idle:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise ValueError(f"--{name} has nothing to act on {beside}; leave it out")
-    if isinstance(schedule, str) or not _given("num_steps"):
+
+
+def _refuse_other_count(options: dict[str, Any]) -> None:
+    """Refuse a number of steps that is not that of the noise levels on the command line.
+
+    Raises:
+        ValueError: naming both.
+    """
+    schedule = options["schedule"]
+    if isinstance(schedule, str) or click.get_current_context(silent=True) is None:
         return
-    if options["num_steps"] != len(schedule):
+    if _given("num_steps") and options["num_steps"] != len(schedule):
         raise ValueError(
             f"--steps {options['num_steps']} and {len(schedule)} noise levels in --schedule "
             "contradict each other; leave --steps out"
@@ -252,10 +265,14 @@ def _from_file(
     typed = {name: value for name, value in options.items() if _given(name)}
     made_for = same_as_recorded(found.made_for)
     typed = same_as_recorded({"solver": made_for.get("solver", options.get("solver")), **typed})
-    for name, value in found.made_for.items():
+    solver = found.solver()
+    # What a file leaves out of its solver's options is at its default.
+    silent = {name: getattr(solver, name) for name in SOLVER_OPTIONS
+              if "solver" in made_for and name != NOISE and hasattr(solver, name)}  # fmt: skip
+    for name, value in {**silent, **found.made_for}.items():
         if name in leave_out:
             continue
-        if name in typed and _given(name) and typed[name] != made_for[name]:
+        if name in typed and _given(name) and typed[name] != made_for.get(name):
             option = f"--{shown.get(name, name)}"
             raise ValueError(
                 f"{option} {options[name]}: {path} was made for {option} {value}; leave {option} "

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.resources import as_file
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from erk_guid.cli.common import reporting_errors
 from erk_guid.cli.generate import generate_command
 from erk_guid.common.errors import ErkGuidError
 from erk_guid.generation.config import GenerationConfig
+from erk_guid.generation.fits import shipped_fit
 from erk_guid.generation.trace import read_trace
 
 COND, GUIDE = str(DATA / "edm2_cond.pkl"), str(DATA / "edm2_guide.pkl")
@@ -206,6 +208,27 @@ def test_noise_in_a_file_of_settings(tmp_path: Path) -> None:
                      tmp_path / "c")  # fmt: skip
     assert other.exit_code == 2
     assert "--eta 0.2: " in other.output
+
+
+@pytest.mark.parametrize(("typed", "said"), [
+    (["--sigma_max=40"], "--sigma_max has nothing to act on beside a list of noise levels"),
+    (["--sigma_min=0.1"], "--sigma_min has nothing to act on"),
+    (["--rho=5"], "--rho has nothing to act on"),
+    (["--order=1"], "was made for --order 4"),
+    (["--order=4"], None), (["--eta=0.5"], None),
+])  # fmt: skip
+@pytest.mark.parametrize("shipped", [True, False])
+def test_options_that_fitted_levels_leave_no_room_for(
+    typed: list[str], said: str | None, shipped: bool, tmp_path: Path
+) -> None:
+    # Before: dropped without a word, or (another order) levels of another solver; `fit` writes no
+    # option that is at its default.
+    with as_file(shipped_fit("digits", 6)) as file:
+        levels = ["--schedule=fitted", "--steps=6"] if shipped else [f"--settings={file}"]
+        done = generate("--preset=digits", "--seeds=0", *levels, *typed, "--outdir", tmp_path / "o")
+    assert done.exit_code == (0 if said is None else 2), done.output
+    assert said is None or said in done.output
+    assert (tmp_path / "o").exists() == (said is None)
 
 
 def test_resume_makes_what_is_missing_or_truncated(tmp_path: Path) -> None:

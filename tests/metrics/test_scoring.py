@@ -702,6 +702,8 @@ def test_options_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     )
     done = run(*calc, "--metrics", "fd_digits", "--detector-weights", "fid")
     assert "'fid' is not NAME=FILE" in done.output
+    done = run(*calc, "--detector-weights", "fid=x", "--detector-weights", "fid=y")
+    assert "fid has two files, x and y" in done.output
     assert "single commas" in run(*calc, "--metrics", "fid,,fd_digits").output
     done = prc(folder, "--metrics", "precision,f1")
     assert "choose from precision, recall, is" in done.output
@@ -802,6 +804,18 @@ def test_a_detector_of_ones_own(
                 assert one.exit_code == 0, one.output
             else:
                 fails_with(one, "its features of corner were made with other weights (w1, sha256")
+    # Weights that are named on one side only, and another program of the same name.
+    given = ["--detector-weights", f"corner={first}"]
+    program = (tmp_path / "plugin.py").read_text()
+    for options, text, said in (
+        ([], program, "with other weights (w1, sha256"),
+        (given, program + "# mended\n", "by another program (plugin.py, sha256"),
+    ):
+        (tmp_path / "plugin.py").write_text(text)
+        monkeypatch.setattr(base, "_FACTORIES", {})
+        done = run("calc", "--images", folder, "--ref", dest, "--num", 60, *common, *options)
+        fails_with(done, f"its features of corner were made {said}")
+    (tmp_path / "plugin.py").write_text(program)
     # Where a file names no weights, nothing is compared.
     arrays = {**np.load(dest)}
     for about in ("{}", '{"detectors": 3}', '{"detectors": [3, {"name": "corner"}]}', "[]"):

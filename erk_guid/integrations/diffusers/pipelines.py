@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ MOST_STEPS = 1000
 ENDS_HIGH = 0.9
 """A level with which a pipeline's finest run ends, as a part of the one with which its run ends,
 below which the last level of a fit is fitted, too."""
+_INDEXED = re.compile(r"(?<!inverse_scheduler\.)alphas_cumprod\[time")
 SAMPLES = 64
 BATCH = 4
 
@@ -117,6 +119,11 @@ def for_pipeline(
         raise ValueError(
             f"the network of {type(pipe).__name__} says where to jump to (use_meanflow), which is "
             "no derivative: the pipeline's own steps are exact; keep its scheduler"
+        )
+    if hasattr(pipe, "scheduler") and needs_whole_times(type(pipe)):
+        raise ValueError(
+            f"{type(pipe).__name__} looks its own numbers up by the scheduler's timesteps, which "
+            "must be whole for that; ours are not. Keep its scheduler"
         )
     if solver == "heun" and hasattr(pipe, "scheduler") and forgets_order(type(pipe)):
         raise ValueError(
@@ -212,6 +219,15 @@ def forgets_order(kind: type[Any]) -> bool:
     program = "" if base is None else _program(base)
     strength = "timesteps[t_start" in program and "t_start * self.scheduler" not in program
     return strength or "i < int(num_inference_steps *" in program
+
+
+def needs_whole_times(kind: type[Any]) -> bool:
+    """Return whether a class of pipelines indexes a table by the scheduler's timesteps.
+
+    Kandinsky 2.1's image to image, SAG and LEDITS++ do.
+    """
+    base = _loop(kind)
+    return base is not None and bool(_INDEXED.search(_program(base)))
 
 
 def _loop(kind: type[Any]) -> type[Any] | None:
@@ -385,6 +401,11 @@ def fit(
         raise ValueError(
             f"{type(pipe).__name__} calls its scheduler twice for each point, which fit cannot "
             "follow; fit its network as a denoiser with erk_guid.fit"
+        )
+    if any(getattr(part, "is_cache_enabled", False) for part in vars(pipe).values()):
+        raise ValueError(
+            "the network's cache answers from calls before, and fit asks in another order: fit "
+            "without it (disable_cache), and look whether the levels help with it"
         )
     chosen = _candidates(solver)
     config = _config(pipe)

@@ -163,7 +163,7 @@ def refuse_others(source: str, about: Mapping[str, Any], detector: Detector) -> 
 
     Args:
         source: of the features, for the message.
-        about: what their file says of its origin; nothing is refused where it says nothing.
+        about: what their file says of its origin; where it says nothing, nothing is refused.
         detector: the one that they are to be compared with.
 
     Raises:
@@ -176,16 +176,20 @@ def refuse_others(source: str, about: Mapping[str, Any], detector: Detector) -> 
         now = describe(detector)
         for what, other in (("weights", "with other weights"), ("program", "by another program")):
             theirs, ours = one.get(what), now.get(what)
-            if not isinstance(theirs, dict) or not isinstance(ours, dict):
-                continue
-            if theirs.get("sha256") != ours["sha256"]:
+            if theirs is not None and ours is not None and _told(theirs) != _told(ours):
                 raise DetectorError(
                     f"{source}: its features of {detector.name} were made {other} "
-                    f"({printable(theirs.get('file'), 60)}, sha256 "
-                    f"{printable(theirs.get('sha256'), 17)}) than that of now "
-                    f"({printable(ours['file'], 60)}, {printable(ours['sha256'], 17)}); take the "
-                    "same, or make it again with 'ref'"
+                    f"({_told(theirs)}) than now ({_told(ours)}); take the same, or make it again "
+                    "with 'ref'"
                 )
+
+
+def _told(given: object) -> str:
+    """Return which file is meant, in words."""
+    if isinstance(given, dict):
+        name, digest = printable(given.get("file"), 60), printable(given.get("sha256"), 64)
+        return f"{name}, sha256 {digest}"
+    return printable(given, 60)
 
 
 def run_detector(

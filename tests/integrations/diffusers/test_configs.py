@@ -176,7 +176,9 @@ DECLINED = {
 def test_every_scheduler_of_the_newest_version_is_understood_or_declined() -> None:
     # Catches: usual betas invented for a scheduler that has none (consistency models, UnCLIP, score
     # SDEs). Fails when a new version brings a scheduler that nobody here has thought about.
-    names = {name for name in dir(diffusers) if name.endswith("Scheduler")}
+    flax = "Flax"  # those of earlier versions, for another framework
+    names = {name for name in dir(diffusers)
+             if name.endswith("Scheduler") and not name.startswith(flax)}  # fmt: skip
     assert names <= UNDERSTOOD | DECLINED
     assert not UNDERSTOOD & DECLINED
     for name in DECLINED:

@@ -357,6 +357,16 @@ def test_guidance_that_depends_on_the_number_of_steps(solver: str) -> None:
         fit(pipe, None, steps=4, solver=chosen, samples=16, batch=8, trials=4)
 
 
+def test_a_network_with_a_cache_is_refused() -> None:
+    # Before: sizes of tensors that do not match, in diffusers; the cache keeps the last call's.
+    if not hasattr(diffusers, "FirstBlockCacheConfig"):
+        pytest.skip("this diffusers has no such cache")
+    pipe, _ = flux_pipeline(FlowMatchEulerDiscreteScheduler())
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.3))
+    with pytest.raises(ValueError, match=r"fit without it \(disable_cache\)"):
+        fit(pipe, ["a cat"], steps=4, samples=16)
+
+
 @pytest.mark.parametrize("scales", [True, False])
 @pytest.mark.parametrize("told", [True, False])
 def test_image_to_image_is_refused(told: bool, scales: bool) -> None:

@@ -170,7 +170,7 @@ def test_precision(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     # The caller's force_fp32 is stronger, as in EDM2; weights of 8 bits cannot do what it asks.
     thawed = erk_guid.load(source, precision="bfloat16", freeze=False).net
     forced = thawed(2 * x, torch.tensor(2.0), labels, force_fp32=True)  # type: ignore[call-arg]
-    assert relative(forced, found[None]) < 1e-6
+    assert relative(forced, found[None]) < 2e-6  # 1.2e-6 with torch 2.4
     with pytest.raises(ValueError, match=r"weights were frozen in torch\.bfloat16"):
         nets["bfloat16"](2 * x, torch.tensor(2.0), labels, force_fp32=True)  # type: ignore[call-arg]
     half = erk_guid.load(source, precision="float16").net

@@ -556,6 +556,27 @@ def test_table_4_on_a_tiny_edm_checkpoint(tmp_path: Path) -> None:
     assert "4 | dpm2, ERK-Guid 0.3 / 0" in (tmp_path / "out" / "report.md").read_text()
 
 
+@pytest.mark.parametrize("named", ["mine_plugin.py", "mine_plugin", "mine_package.inner"])
+def test_a_plugin_that_changes_makes_another_row(
+    named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Before: only files were looked at, so a row of a module's old detector was kept as current.
+    folder = tmp_path / "mine_package" / "inner"
+    folder.mkdir(parents=True)
+    files = [tmp_path / "mine_plugin.py", folder / "part.py"]
+    for path in (*files, folder / "__init__.py", folder.parent / "__init__.py"):
+        path.write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (row,) = choose_rows([], ["2-8-plain"])
+    job = Reproduction(outdir=tmp_path, rows=[row], model="digits", plugin=(named,))
+    before = plan(job, row).key["files"]
+    assert plan(job, row).key["files"] == before
+    for path in files:
+        path.write_text("# other")
+    assert plan(job, row).key["files"] != before
+
+
 @pytest.mark.slow
 def test_a_fit_is_a_row(tmp_path: Path) -> None:
     """Made, scored and reported, by the file's solver and levels; nothing else is run."""
