@@ -129,7 +129,7 @@ def name_and_path(
     ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 ) -> dict[str, str]:
     """Read a repeatable option such as ``--detector-weights NAME=FILE`` (click callback)."""
-    found = {}
+    found: dict[str, str] = {}
     for value in values:
         name, equals, path = value.partition("=")
         if not name or not equals or not path:
