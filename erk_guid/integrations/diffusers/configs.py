@@ -98,6 +98,7 @@ DISTILLED = ("LCM", "TCD", "SCM", "CMStochastic", "Consistency", "HeliosDMD", "F
 """Parts of the names of schedulers for distilled models."""
 ONLY_DISTILLED = "original_inference_steps"
 """Setting that only they have; a config need not name its class."""
+FLOW_PREDICTION = "flow_prediction"
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 """Values of beta_schedule that diffusers' Euler and Heun know."""
 
@@ -107,7 +108,7 @@ def family_of(config: Mapping[str, Any]) -> str:
     name = str(config.get("_class_name", ""))
     if name in OWN:
         return OWN[name]
-    if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+    if config.get("use_flow_sigmas") or config.get("prediction_type") == FLOW_PREDICTION:
         return "flow"
     if name.startswith("FlowMatch") or ("shift" in config and "beta_start" not in config):
         return "flow"
@@ -187,6 +188,12 @@ def _flow(config: dict[str, Any], name: str) -> dict[str, Any]:
     if not config.pop("use_flow_sigmas", False):
         config.pop("flow_shift", None)
         return config
+    predicted = config.get("prediction_type", FLOW_PREDICTION)
+    if predicted != FLOW_PREDICTION:
+        raise ValueError(
+            f"{name or 'this scheduler'} has a network that predicts {predicted!r} over the levels "
+            f"of a flow; ours take {FLOW_PREDICTION!r} alone: keep it"
+        )
     shift = config.pop("flow_shift", 1.0)
     config.pop("trained_betas", None)
     config.pop("rescale_betas_zero_snr", None)
