@@ -8,6 +8,7 @@ command does, and hands on to the command what it finds nothing wrong with.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from functools import cache
@@ -29,7 +30,8 @@ def described(command: click.Command) -> dict[str, Any]:
     """Return what is stored of a command, in JSON's types."""
     context = click.Context(command)
     common = {
-        "help": command.help,
+        # Python 3.13 strips the indentation of docstrings.
+        "help": None if command.help is None else inspect.cleandoc(command.help),
         "no_args_is_help": command.no_args_is_help,
         "help_option_names": command.context_settings.get("help_option_names"),
     }

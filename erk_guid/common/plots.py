@@ -171,6 +171,7 @@ def _drawing(title: str, height: float, wanted_by: str) -> Iterator[tuple[Any, A
     settings: Any = {
         "font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
         "svg.fonttype": "none", "svg.hashsalt": "erk_guid", "font.family": "sans-serif",
+        "text.parse_math": False,  # names may hold "$"
     }  # fmt: skip
     svg = io.BytesIO()
     with matplotlib.rc_context(settings):

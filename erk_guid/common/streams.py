@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -27,7 +28,13 @@ def open_streams() -> None:
 
 @contextlib.contextmanager
 def checked_output() -> Iterator[None]:
-    """End the program with one line where its standard output cannot be written (a full disk)."""
+    """End the program with one line where its standard output cannot be written (a full disk).
+
+    What the output's encoding has no character for (bytes of a name that is not UTF-8) is written
+    with a backslash, as standard error does by itself.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             yield

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from erk_guid.common.errors import ErkGuidError, MissingExtraError
+from erk_guid.common.errors import ErkGuidError, MissingExtraError, printable
 from erk_guid.common.files import OWN
 from erk_guid.generation.trace import COLUMNS
 
+LONGEST = 120
+"""Characters of a title."""
 QUANTILES = (0.05, 0.5, 0.95)
 QUANTITIES = ("stiffness", "h_stiffness", "relative_correction", "step_size", "correction_size")
 
@@ -78,11 +80,11 @@ def draw_trace(summary: np.ndarray, title: str) -> bytes:
     )
     settings: Any = {
         "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
-        "font.family": "sans-serif",
+        "font.family": "sans-serif", "text.parse_math": False,  # names of files may hold "$"
     }  # fmt: skip
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(9, 6.4), layout="constrained")
-        figure.suptitle(title.replace("$", r"\$"), x=0.02, ha="left", fontsize=12)
+        figure.suptitle(printable(title, LONGEST), x=0.02, ha="left", fontsize=12)
         for axes, (name, label, logarithmic) in zip(
             figure.subplots(2, 2).flat, panels, strict=True
         ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from erk_guid.cli import main
-from erk_guid.common.errors import ErkGuidError
+from erk_guid.common.errors import ErkGuidError, printable
+from erk_guid.common.plots import Curve, draw, draw_bars
 from erk_guid.generation.trace import ROW, read_trace, write_trace
 from erk_guid.generation.trace_plot import SUMMARY, summarize
 
@@ -87,6 +89,21 @@ def test_what_is_no_trace(name: str, text: str | None, message: str, tmp_path: P
     assert done.exit_code == 1
     assert message in done.output
     assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize("name", [b"n\xff$\\frac{$.csv", b"$_{$ & <b>.csv"])
+def test_names_that_cannot_be_written_in_a_picture(name: bytes, tmp_path: Path) -> None:
+    # Before: matplotlib's traceback, about a name that is not UTF-8. "$" begins a formula there.
+    trace = tmp_path / os.fsdecode(name)
+    write_trace(trace, np.zeros(3, ROW))
+    for title in ([], [f"--title={trace.name}"]):
+        done = CliRunner().invoke(main, ["plot-trace", str(trace), *title])
+        assert done.exit_code == 0, done.output
+        assert trace.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+        trace.with_suffix(".png").unlink()
+    stem = printable(trace.stem)
+    assert b"<svg" in draw_bars(stem, [(stem, 1.0)], stem)
+    assert b"<svg" in draw(stem, [Curve(stem, [1.0, 2.0], [1.0, 2.0], [0.0, 0.0])], "x", "y")
 
 
 def test_neither_the_trace_nor_a_folder_is_overwritten(tmp_path: Path) -> None:

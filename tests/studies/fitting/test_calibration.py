@@ -91,7 +91,7 @@ def test_how_far_it_is() -> None:
     assert said[0][1] < 4 * found.nfe  # an estimate, and not any large number
     assert len(kept) > 4
     assert [len(trials) for trials in kept] == sorted(map(len, kept))
-    assert kept[-1] == found.trials
+    assert repr(kept[-1]) == repr(found.trials)  # NaN equals nothing
     assert PLAIN in [trial.guidance for trial in kept[0]]
 
 
