@@ -293,6 +293,7 @@ class Models:
 
     def record(self) -> dict[str, Any]:
         """Return what the images depend on, in JSON's types (reads the files to hash them)."""
+        vae = self.encoder if isinstance(self.encoder, StabilityVAEEncoder) else None
         return {
             "net_sha256": self.loaded.fingerprint,
             "gnet_sha256": self.guide.fingerprint if self.guide else None,
@@ -302,7 +303,7 @@ class Models:
                 "class": type(self.encoder).__name__,
                 **{k: v for k, v in self.encoder.config.items() if k != "batch_size"},
                 # Earlier versions decoded differently: do not add to their images.
-                **({"pixels": PIXELS} if isinstance(self.encoder, StabilityVAEEncoder) else {}),
+                **({"pixels": PIXELS, "vae_sha256": vae.fingerprint} if vae else {}),
             },
             "device": self.device.type,  # each kind of device has its own random numbers
         }

@@ -5,6 +5,7 @@ Final latents are what networks see (standard deviation 0.5); pixels are uint8 [
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -126,6 +127,20 @@ class StabilityVAEEncoder:
             ErkGuidError: it cannot be fetched, or diffusers is not installed.
         """
         self._load(device)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """SHA-256 of the VAE's weights; None before it was fetched.
+
+        A folder's name, and that of a repository, may come to mean other weights.
+        """
+        if self._vae is None:
+            return None
+        digest = hashlib.sha256()
+        for name, value in sorted(self._vae.state_dict().items()):
+            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of the VAE's posterior (raw latents, not whitened).

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import torch
 from click.testing import CliRunner, Result
 from conftest import DATA, ROOT, golden
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from erk_guid.cli import main
 from erk_guid.cli.common import reporting_errors
@@ -29,6 +31,9 @@ from erk_guid.common.errors import ErkGuidError
 from erk_guid.generation.config import GenerationConfig
 from erk_guid.generation.fits import shipped_fit
 from erk_guid.generation.trace import read_trace
+from erk_guid.models.checkpoints import save_network
+from erk_guid.models.encoders import StabilityVAEEncoder
+from erk_guid.models.networks.edm2 import Precond
 
 COND, GUIDE = str(DATA / "edm2_cond.pkl"), str(DATA / "edm2_guide.pkl")
 
@@ -229,6 +234,28 @@ def test_options_that_fitted_levels_leave_no_room_for(
     assert done.exit_code == (0 if said is None else 2), done.output
     assert said is None or said in done.output
     assert (tmp_path / "o").exists() == (said is None)
+
+
+def test_another_vae_of_the_same_name_is_refused(tmp_path: Path) -> None:
+    # Before: run.json knew the VAE by its name alone, so that a folder held images of two.
+    pytest.importorskip("diffusers")
+    net = Precond(16, 4, 0, model_channels=8, channel_mult=[1], channels_per_head=8)
+    save_network(tmp_path / "net.safetensors", net, StabilityVAEEncoder())
+    vae = tmp_path / "vae"
+    shutil.copytree(DATA / "tiny_vae", vae)
+    args = ["--net", tmp_path / "net.safetensors", "--vae", vae, "--outdir", tmp_path / "o",
+            "--steps", 1, "--device", "cpu"]  # fmt: skip
+    assert generate(*args, "--seeds=0").exit_code == 0
+    assert generate(*args, "--seeds=0-1", "--resume").exit_code == 0
+    weights = vae / "diffusion_pytorch_model.safetensors"
+    other = load_file(weights)
+    other["decoder.conv_out.bias"] = other["decoder.conv_out.bias"] + 0.1
+    save_file(other, weights, {"format": "pt"})
+    for more in (["--resume"], []):
+        done = generate(*args, "--seeds=0-2", *more)
+        assert done.exit_code == 1, done.output
+        assert ("vae_sha256" if more else "holds 2 images of other settings") in done.output
+    assert not (tmp_path / "o" / "000002.png").exists()
 
 
 def test_resume_makes_what_is_missing_or_truncated(tmp_path: Path) -> None:
