@@ -18,7 +18,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import EDMEulerScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteSchedulerOutput,
@@ -69,7 +69,10 @@ class Family(Samples, ABC):
         known = cls._get_init_keys(cls)  # type: ignore[attr-defined]
         if isinstance(config, Mapping):
             wanted = {key: value for key, value in options.items() if key in known}
-            config = carried_over({**config, **wanted}, cls.name, cls.__name__, known)
+            given = {**config, **wanted}
+            config = carried_over(given, cls.name, cls.__name__, known)
+            if cls.name == Discrete.name:
+                config |= _ends_of_spacing(given)
             # diffusers would warn of them.
             idle = SOLVERS_OWN - known
             config = {key: value for key, value in config.items() if key not in idle}
@@ -252,6 +255,33 @@ class Discrete(UnitVariance, Family):
             limit = self.config.clip_sample_range
             denoised = denoised.clamp(-limit, limit)
         return denoised
+
+
+OVER_ALL = frozenset({
+    "DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
+    "SASolverScheduler", "UniPCMultistepScheduler",
+})  # fmt: skip
+"""Schedulers whose spaced levels span all that the network knows, whatever timestep_spacing says.
+
+Those of Euler's kind, as ours, space them between the first and the last of the timesteps.
+"""
+BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
+         "rescale_betas_zero_snr")  # fmt: skip
+SPACED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+
+
+def _ends_of_spacing(config: Mapping[str, Any]) -> dict[str, float]:
+    """Return the ends that a scheduler's spaced levels have, as settings of ours; or nothing."""
+    name = config.get("_class_name")
+    if name not in OVER_ALL or not any(config.get(option) for option in SPACED):
+        return {}
+    if config.get("sigma_min") is not None or config.get("sigma_max") is not None:
+        return {}
+    betas = {key: config[key] for key in BETAS if key in config}
+    euler: Any = EulerDiscreteScheduler(**betas)
+    kept = euler.alphas_cumprod.double()
+    levels = ((1 - kept) / kept).sqrt()
+    return {"sigma_min": float(levels[0]), "sigma_max": float(levels[-1])}
 
 
 def keep_shift(given: Any, made: Any) -> None:

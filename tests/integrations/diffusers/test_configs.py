@@ -160,6 +160,38 @@ def test_every_setting_of_the_newest_schedulers_is_honoured_or_refused(
         assert not unknown, f"{scheduler.__name__}: {sorted(unknown)}"
 
 
+@pytest.mark.parametrize(("levelled", "spacing", "solver"), [
+    ("karras", "leading", "modal"), ("karras", "trailing", "heun"),
+    ("exponential", "trailing", "modal"), ("beta", "trailing", "modal"),
+])  # fmt: skip
+@pytest.mark.parametrize("name", [
+    "DEISMultistep", "DPMSolverMultistep", "DPMSolverSinglestep", "SASolver", "UniPCMultistep",
+    "EulerDiscrete", "HeunDiscrete", "LMSDiscrete", "KDPM2Discrete",
+])  # fmt: skip
+def test_spaced_levels_are_those_of_the_pipelines_scheduler(
+    name: str, levelled: str, spacing: str, solver: str
+) -> None:
+    # Before: between Euler's timesteps, also after schedulers that span all of the range. With 20
+    # steps and "trailing" the last level was 0.22 in place of 0.03, and the error 6 times theirs.
+    if levelled == "beta":
+        pytest.importorskip("scipy")
+    kind: Any = getattr(diffusers, f"{name}Scheduler")
+    given = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+             "timestep_spacing": spacing, "steps_offset": 1, f"use_{levelled}_sigmas": True,
+             "lower_order_final": True}  # fmt: skip
+    theirs = kind(
+        **{key: value for key, value in given.items() if key in kind._get_init_keys(kind)}
+    )
+    ours = for_pipeline(theirs, solver)
+    for each in (theirs, ours, again := for_pipeline(ours, solver)):
+        each.set_timesteps(10)
+    # The last step of some goes to the last level once more; ours ends at 0.
+    assert len(levels(ours)) == 11
+    wanted = levels(theirs)[levels(theirs) > 0]
+    torch.testing.assert_close(levels(ours)[:-1], wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(levels(again), levels(ours))
+
+
 @pytest.mark.parametrize("predicted", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("solver", ["modal", "heun"])
 def test_flows_of_another_prediction_are_refused(predicted: str, solver: str) -> None:
