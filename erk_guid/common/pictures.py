@@ -22,7 +22,7 @@ INK, PAPER, GREY = (24, 24, 27), (255, 255, 255), (113, 113, 122)
 
 
 def to_pil(pixels: np.ndarray) -> Image.Image:
-    """Turn uint8 [C, H, W] with 1 or 3 channels (of 4 or more: the first 3) into a picture."""
+    """Turn uint8 [C, H, W] with 1 or 3 channels into a picture (of others: the first, or 3)."""
     if pixels.shape[0] in (1, 2):
         return Image.fromarray(pixels[0], "L")
     return Image.fromarray(np.ascontiguousarray(pixels[:3].transpose(1, 2, 0)), "RGB")

@@ -18,7 +18,13 @@ from erk_guid.generation.peers import Agreeing
 from erk_guid.guidance import ERKGuidance, Guidance, ParameterFreeGuidance, settings_of
 from erk_guid.models.checkpoints import Checkpoint, load
 from erk_guid.models.checkpoints.loading import UNCONDITIONAL, check_source, locate
-from erk_guid.models.encoders import GENERATION_VAE_BATCH, PIXELS, Encoder, StabilityVAEEncoder
+from erk_guid.models.encoders import (
+    GENERATION_VAE_BATCH,
+    PIXELS,
+    Encoder,
+    StabilityVAEEncoder,
+    StandardRGBEncoder,
+)
 from erk_guid.models.networks import Unconditional
 from erk_guid.schedules import RHO, SIGMA_MAX, SIGMA_MIN
 from erk_guid.solvers import Heun, Modal, Solver, name_of, options_of, record_of
@@ -207,6 +213,12 @@ class GenerationConfig:
         except ValueError as error:
             raise ErkGuidError(str(error)) from error
         encoder = self._encoder(loaded)
+        channels = loaded.net.img_channels
+        if decoding and isinstance(encoder, StandardRGBEncoder) and channels not in (1, 3):
+            raise ErkGuidError(
+                f"{self.net} makes {channels} channels, and its file names no VAE that turns them "
+                "into an image; images have 1 or 3"
+            )
         if decoding and isinstance(encoder, StabilityVAEEncoder):
             vae = encoder
             group.agree(lambda: vae.prepare(device))

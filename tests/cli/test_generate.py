@@ -236,6 +236,38 @@ def test_options_that_fitted_levels_leave_no_room_for(
     assert (tmp_path / "o").exists() == (said is None)
 
 
+@pytest.mark.parametrize("channels", [2, 4, 5])
+def test_images_of_odd_channels_are_refused(channels: int, tmp_path: Path) -> None:
+    # Before: the first one or three were written, and the others dropped without a word.
+    net = Precond(16, channels, 0, model_channels=8, channel_mult=[1], channels_per_head=8)
+    save_network(tmp_path / "net.safetensors", net)
+    gen = ["metrics", "gen", "--ref=digits", "--metrics=fd_digits", "--num=2"]
+    for command in (["generate", "--outdir", str(tmp_path / "o"), "--seeds=0"], gen):
+        done = CliRunner().invoke(main, [*command, f"--net={tmp_path / 'net.safetensors'}"])
+        assert done.exit_code == 1
+        assert f"makes {channels} channels" in done.output
+    assert not list(tmp_path.glob("o/*.png"))
+
+
+def test_the_settings_beside_weights_are_part_of_the_network(tmp_path: Path) -> None:
+    # diffusers' layout. Before: the weights alone were known, so images of two networks mixed.
+    net = Precond(16, 3, 0, model_channels=8, channel_mult=[1], channels_per_head=8)
+    save_network(tmp_path / "n.safetensors", net)
+    (tmp_path / "unet").mkdir()
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(tmp_path / "n.safetensors"), weights)
+    config = {"_class_name": "EDM2UNet2DModel", "channels_per_head": 8, "sigma_data": 0.5}
+    (weights.parent / "config.json").write_text(json.dumps(config))
+    args = ["--net", tmp_path, "--outdir", tmp_path / "o", "--steps=1", "--device=cpu"]
+    assert generate(*args, "--seeds=0").exit_code == 0
+    (weights.parent / "config.json").write_text(json.dumps({"_written_by": "x", **config}))
+    assert generate(*args, "--seeds=0-1", "--resume").exit_code == 0
+    (weights.parent / "config.json").write_text(json.dumps({**config, "sigma_data": 1.5}))
+    done = generate(*args, "--seeds=0-2", "--resume")
+    assert done.exit_code == 1
+    assert "net_sha256 was" in done.output
+
+
 def test_another_vae_of_the_same_name_is_refused(tmp_path: Path) -> None:
     # Before: run.json knew the VAE by its name alone, so that a folder held images of two.
     pytest.importorskip("diffusers")

@@ -8,6 +8,7 @@ are read from the tensors. config.json gives the rest, and must not contradict t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -103,18 +104,34 @@ def is_model(path: Path) -> bool:
     return path.suffix == ".safetensors" and (path.parent / CONFIG).is_file()
 
 
-def read_model(path: Path) -> tuple[Any, Encoder]:
-    """Read network and encoder from weights with a config.json beside them.
+def digest_of_settings(path: Path) -> str:
+    """Return "+" and a digest of the settings beside weights, which the network depends on too.
 
     Raises:
-        CheckpointError: a file is damaged, or the network is not EDM2's.
+        CheckpointError: their file is damaged.
     """
+    settings = {key: value for key, value in _read_config(path).items() if key[:1] != "_"}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return f"+{digest[:16]}"
+
+
+def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads((path.parent / CONFIG).read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"its {CONFIG} is damaged ({error})") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"its {CONFIG} is no dict")
+    return config
+
+
+def read_model(path: Path) -> tuple[Any, Encoder]:
+    """Read network and encoder from weights with a config.json beside them.
+
+    Raises:
+        CheckpointError: a file is damaged, or the network is not EDM2's.
+    """
+    config = _read_config(path)
     try:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -20,6 +20,7 @@ from erk_guid.common.files import check_writable, sha256_of, shipped_file, with_
 from erk_guid.models.checkpoints.build import NETWORKS, own_memory
 from erk_guid.models.checkpoints.download import download, how_to_refetch, is_url
 from erk_guid.models.checkpoints.folder import (
+    digest_of_settings,
     fetch_from_hub,
     hub_name,
     is_model,
@@ -75,7 +76,8 @@ class Checkpoint:
     @property
     def fingerprint(self) -> str:
         """The file's hash and how it is used; what the network computes depends on both."""
-        return (UNCONDITIONAL if self.unconditional else "") + self.sha256
+        beside = digest_of_settings(self.path) if self.format == "diffusers" else ""
+        return (UNCONDITIONAL if self.unconditional else "") + self.sha256 + beside
 
     def without_classes(self, source: str) -> Checkpoint:
         """Return the same network, run without classes, as `load(source)` would."""
