@@ -186,6 +186,11 @@ def carried_over(
 def _flow(config: dict[str, Any], name: str) -> dict[str, Any]:
     """Return the config of a flow with the names of diffusers' flow-matching schedulers."""
     if not config.pop("use_flow_sigmas", False):
+        if config.get("prediction_type") == FLOW_PREDICTION and "beta_start" in config:
+            raise ValueError(
+                f"{name or 'this scheduler'} takes {FLOW_PREDICTION!r} over levels from betas: set "
+                "use_flow_sigmas=True, or keep it"
+            )
         config.pop("flow_shift", None)
         return config
     predicted = config.get("prediction_type", FLOW_PREDICTION)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
 from erk_guid.common.errors import printable
@@ -115,6 +116,13 @@ def for_pipeline(
             raise ValueError(f"the settings hold the noise levels: leave {idle[0]} out")
         solver = name_of(found.solver())
     solver = DEFAULT_SOLVER if solver is None else solver
+    inner = [name for name, part in vars(pipe).items() if isinstance(part, DiffusionPipeline)]
+    if inner:
+        raise ValueError(
+            f"{type(pipe).__name__} runs other pipelines ({', '.join(inner)}), which keep the "
+            f"scheduler that they were made with: set pipe.{inner[-1]}.scheduler to "
+            f"for_pipeline(pipe.{inner[-1]})"
+        )
     if jumps(pipe):
         raise ValueError(
             f"the network of {type(pipe).__name__} says where to jump to (use_meanflow), which is "

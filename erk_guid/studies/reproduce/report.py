@@ -331,7 +331,7 @@ def _curves(findings: Findings) -> list[tuple[str, str, list[Curve], dict[str, A
                 of_name = [r for r in rows if r.title == name]
                 points = [(r.evaluations if several else r.steps, r) for r in of_name]
                 curve = replace(
-                    _curve(findings, metric, _for_plot(name), points),
+                    _curve(findings, metric, printable(name), points),
                     plain=of_name[0].solver == "heun" and not of_name[0].guided,
                     muted=not _in_front(of_name[0]),
                 )
@@ -382,11 +382,6 @@ def _curve(
     ]
     paper = [(x, p) for x, _, _, p in found if p is not None] if findings.comparable else []
     return Curve(name, [f[0] for f in found], [f[1] for f in found], [f[2] for f in found], paper)
-
-
-def _for_plot(text: str) -> str:
-    """Return a text in which no dollar begins a formula."""
-    return printable(text).replace("$", r"\$")
 
 
 def _short(table: str) -> str:

@@ -201,6 +201,9 @@ def test_flows_of_another_prediction_are_refused(predicted: str, solver: str) ->
         scheduler = kind(use_flow_sigmas=True, prediction_type=predicted)
         with pytest.raises(ValueError, match=f"predicts '{predicted}' over the levels of a flow"):
             for_pipeline(scheduler, solver)
+        mixed = kind(prediction_type="flow_prediction")  # over levels from betas
+        with pytest.raises(ValueError, match="set use_flow_sigmas=True, or keep it"):
+            for_pipeline(mixed, solver)
         right = kind(use_flow_sigmas=True, prediction_type="flow_prediction")
         assert for_pipeline(right, solver).name == "flow"
 

@@ -409,3 +409,19 @@ def test_networks_of_mean_velocities_are_refused() -> None:
     for solver in ("modal", "heun"):
         with pytest.raises(ValueError, match=r"says where to jump to \(use_meanflow\)"):
             for_pipeline(pipe, solver)
+
+
+def test_pipelines_around_others_are_refused() -> None:
+    # VisualCloze: the inner pipeline has the scheduler from the start. Before: nothing changed.
+    flux, _ = flux_pipeline(FlowMatchEulerDiscreteScheduler())
+
+    class Around(DiffusionPipeline):  # type: ignore[misc]
+        def __init__(self, transformer: Any, scheduler: Any) -> None:
+            super().__init__()
+            self.register_modules(transformer=transformer, scheduler=scheduler)
+            self.generation_pipe = flux
+
+    pipe = Around(flux.transformer, flux.scheduler)
+    with pytest.raises(ValueError, match=r"set pipe\.generation_pipe\.scheduler to"):
+        for_pipeline(pipe)
+    assert for_pipeline(pipe.generation_pipe).name == "flow"
