@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -410,7 +410,7 @@ def _device(job: Reproduction) -> list[str]:
 
 
 def _fingerprints(options: Sequence[str]) -> dict[str, str]:
-    """Return the SHA-256 of the local files among the options' values."""
+    """Return the SHA-256 of the local files among the options' values, and of models in folders."""
     found = {}
     for option in options:
         value = option.partition("=")[2] if option.startswith("--") else option
@@ -418,7 +418,17 @@ def _fingerprints(options: Sequence[str]) -> dict[str, str]:
         path = user_path(name) if name else None
         if path is not None and os.path.isfile(path):
             found[value] = sha256_of(path)
+        elif path is not None and os.path.isdir(path):
+            found[value] = _together(
+                each for suffix in ("json", "safetensors") for each in path.rglob(f"*.{suffix}")
+            )
     return found
+
+
+def _together(files: Iterable[Path]) -> str:
+    """Return one digest of several files, wherever they lie."""
+    digests = sorted(sha256_of(path) for path in files if path.is_file())
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _programs(plugins: Sequence[str]) -> dict[str, str]:
@@ -431,8 +441,7 @@ def _programs(plugins: Sequence[str]) -> dict[str, str]:
         folders = spec.submodule_search_locations
         files = [Path(spec.origin)] if spec.origin is not None and not folders else []
         files += [path for folder in folders or () for path in Path(folder).rglob("*.py")]
-        digests = sorted(sha256_of(path) for path in files if path.is_file())
-        found[plugin] = hashlib.sha256("".join(digests).encode()).hexdigest()
+        found[plugin] = _together(files)
     return found
 
 

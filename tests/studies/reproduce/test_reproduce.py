@@ -577,6 +577,24 @@ def test_a_plugin_that_changes_makes_another_row(
     assert plan(job, row).key["files"] != before
 
 
+def test_a_model_in_a_folder_that_changes_makes_another_row(tmp_path: Path) -> None:
+    # diffusers' layout. Before: only single files were looked at.
+    files = ["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json"]
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    (row,) = choose_rows([], ["2-8-plain"])
+    job = Reproduction(
+        outdir=tmp_path, rows=[row], model=str(tmp_path), metrics=["fd_digits"], ref="digits"
+    )
+    before = plan(job, row).key["files"]
+    for name in files:
+        (tmp_path / name).write_text("{ }")
+        after = plan(job, row).key["files"]
+        assert after != before
+        before = after
+
+
 @pytest.mark.slow
 def test_a_fit_is_a_row(tmp_path: Path) -> None:
     """Made, scored and reported, by the file's solver and levels; nothing else is run."""
