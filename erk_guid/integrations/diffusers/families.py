@@ -265,7 +265,7 @@ OVER_ALL = frozenset({
 
 Those of Euler's kind, as ours, space them between the first and the last of the timesteps.
 """
-BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
+BETA_SETTINGS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
          "rescale_betas_zero_snr")  # fmt: skip
 SPACED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
@@ -277,7 +277,7 @@ def _ends_of_spacing(config: Mapping[str, Any]) -> dict[str, float]:
         return {}
     if config.get("sigma_min") is not None or config.get("sigma_max") is not None:
         return {}
-    betas = {key: config[key] for key in BETAS if key in config}
+    betas = {key: config[key] for key in BETA_SETTINGS if key in config}
     euler: Any = EulerDiscreteScheduler(**betas)
     kept = euler.alphas_cumprod.double()
     levels = ((1 - kept) / kept).sqrt()
