@@ -791,7 +791,9 @@ def test_a_detector_of_ones_own(
     (made,) = read_reference(dest).about["detectors"]
     assert made["weights"] == {"file": "w1", "sha256": sha256_of(first)}
     assert made["program"] == {"file": "plugin.py", "sha256": sha256_of(tmp_path / "plugin.py")}
-    for weights, fits in ((first, True), (second, False)):
+    renamed = tmp_path / "w3"  # the same under another name
+    renamed.write_bytes(first.read_bytes())
+    for weights, fits in ((first, True), (renamed, True), (second, False)):
         given = ["--detector-weights", f"corner={weights}"]
         monkeypatch.setattr(base, "_FACTORIES", {})
         done = run("calc", "--images", folder, "--ref", dest, "--num", 60, *common, *given,
