@@ -235,10 +235,15 @@ class FlowPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
         even = [1 - k / num_inference_steps for k in range(num_inference_steps)]
         asked = {"sigmas": even} if self.even else {"num_inference_steps": num_inference_steps}
         self.scheduler.set_timesteps(**asked)
+        scale = self.factor(num_inference_steps)
         for time in self.scheduler.timesteps:
-            predicted = self.transformer(x, time)
+            predicted = scale * self.transformer(x, time)
             x = self.scheduler.step(predicted, time, x, return_dict=False)[0]
         return (x,)
+
+    def factor(self, steps: int) -> float:
+        """Return what the network's answers are multiplied by."""
+        return 1.0
 
 
 class Inverted(Curved):
@@ -312,18 +317,8 @@ class ByNumber(FlowPipeline):
 
     of_timesteps = False
 
-    @torch.no_grad()
-    def __call__(
-        self, batch_size: int = 1, num_inference_steps: int = 5, generator: Any = None,
-        output_type: str = "latent",
-    ) -> Any:  # fmt: skip
-        x = torch.cat([torch.randn(1, 4, 8, 8, generator=one) for one in generator])
-        self.scheduler.set_timesteps(num_inference_steps)
-        number = len(self.scheduler.timesteps) if self.of_timesteps else num_inference_steps
-        for time in self.scheduler.timesteps:
-            predicted = (1 + 4 / number) * self.transformer(x, time)
-            x = self.scheduler.step(predicted, time, x, return_dict=False)[0]
-        return (x,)
+    def factor(self, steps: int) -> float:
+        return 1 + 4 / (len(self.scheduler.timesteps) if self.of_timesteps else steps)
 
 
 def by_number() -> Any:
@@ -343,7 +338,7 @@ def test_guidance_that_depends_on_the_number_of_steps(solver: str) -> None:
         pipe = by_number()
         pipe.scheduler = for_pipeline(pipe, **options)
         own = pipe.scheduler.set_timesteps
-        pipe.scheduler.set_timesteps = lambda steps: own(timesteps)
+        pipe.scheduler.set_timesteps = lambda num_inference_steps: own(timesteps)
         generators = [torch.Generator().manual_seed(seed) for seed in range(8, 16)]
         found: torch.Tensor = pipe(8, 4, generators)[0]
         return found
