@@ -271,17 +271,16 @@ SPACED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
 def _ends_of_spacing(config: Mapping[str, Any]) -> dict[str, float]:
-    """Return the ends that a scheduler's spaced levels have, as settings of ours; or nothing."""
+    """Return the ends that a scheduler's spaced levels have, where its config does not say."""
     name = config.get("_class_name")
     if name not in OVER_ALL or not any(config.get(option) for option in SPACED):
-        return {}
-    if config.get("sigma_min") is not None or config.get("sigma_max") is not None:
         return {}
     betas = {key: config[key] for key in BETA_SETTINGS if key in config}
     euler: Any = EulerDiscreteScheduler(**betas)
     kept = euler.alphas_cumprod.double()
     levels = ((1 - kept) / kept).sqrt()
-    return {"sigma_min": float(levels[0]), "sigma_max": float(levels[-1])}
+    ends = {"sigma_min": float(levels[0]), "sigma_max": float(levels[-1])}
+    return {name: end for name, end in ends.items() if config.get(name) is None}
 
 
 def keep_shift(given: Any, made: Any) -> None:

@@ -192,6 +192,21 @@ def test_spaced_levels_are_those_of_the_pipelines_scheduler(
     torch.testing.assert_close(levels(again), levels(ours))
 
 
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("ends", [{"sigma_min": 0.05}, {"sigma_max": 10.0},
+                                  {"sigma_min": 0.05, "sigma_max": 10.0}])  # fmt: skip
+def test_spaced_levels_with_ends_of_their_own(ends: dict[str, float], spacing: str) -> None:
+    # Before: where one end was given, the other one was Euler's (0.49 in place of 0.03).
+    if "sigma_min" not in UNIPC._get_init_keys(UNIPC):
+        pytest.skip("this diffusers' UniPC has no ends of its own")
+    theirs = UNIPC(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                   use_karras_sigmas=True, timestep_spacing=spacing, **ends)  # fmt: skip
+    ours = for_pipeline(theirs)
+    for each in (theirs, ours):
+        each.set_timesteps(6)
+    torch.testing.assert_close(levels(ours), levels(theirs), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("predicted", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("solver", ["modal", "heun"])
 def test_flows_of_another_prediction_are_refused(predicted: str, solver: str) -> None:
