@@ -18,6 +18,7 @@ try:
 except ImportError as error:
     raise MissingExtraError("diffusers", "diffusers", "its schedulers") from error
 
+from erk_guid.integrations.diffusers.fitted import PipelineFit
 from erk_guid.integrations.diffusers.heun import (
     EDMERKGuidHeunScheduler,
     ERKGuidHeunScheduler,
@@ -28,7 +29,8 @@ from erk_guid.integrations.diffusers.modal import (
     FlowMatchModalScheduler,
     ModalScheduler,
 )
-from erk_guid.integrations.diffusers.pipelines import PipelineFit, fit, for_pipeline
+from erk_guid.integrations.diffusers.pipeline_fit import fit
+from erk_guid.integrations.diffusers.pipelines import for_pipeline
 
 __all__ = [
     "EDMERKGuidHeunScheduler",

@@ -450,6 +450,11 @@ class Flow(Family):
         """Set sigmas and timesteps of a run with one call a step."""
         fitted = chosen_levels(self.config.levels, num_inference_steps, sigmas, timesteps)
         if fitted is not None:
+            if sigmas is not None and timesteps is not None:
+                FlowMatchEulerDiscreteScheduler.set_timesteps(
+                    self, num_inference_steps, device, sigmas, mu, timesteps
+                )
+                self.check_told()
             self.sigmas = as_tensor([1 - t for t in fitted] if self.inverted else fitted)
             scale = self.config.num_train_timesteps
             self.timesteps = (self.sigmas[:-1] * scale).to(device)
@@ -476,6 +481,22 @@ class Flow(Family):
             times = list(dict.fromkeys(times))  # diffusers' own spacings may round to one number
         check_levels(torch.tensor(times, dtype=torch.float64))
 
+    def check_told(self) -> None:
+        """Refuse timesteps that are not those of the noise levels, where levels shall be changed.
+
+        Raises:
+            ValueError: they are others (CogView 4 shifts the levels alone).
+        """
+        scale = self.config.num_train_timesteps
+        own = self.sigmas[: len(self.timesteps)].cpu() * scale
+        apart = float((self.timesteps.cpu() - own).abs().max()) / scale
+        if apart > TOLD_APART:
+            raise ValueError(
+                "the pipeline tells its network other times than those of its noise levels "
+                f"(up to {apart:.2g} apart), so that nobody knows what to tell it at other "
+                "levels: it runs with its own alone, without fit and with levels=None"
+            )
+
     def _spaced(
         self,
         num_inference_steps: int | None,
@@ -496,6 +517,8 @@ class Flow(Family):
         self._step_index = self._begin_index = None
 
 
+TOLD_APART = 1.5e-3
+"""How far timesteps may be from their levels, as a part of all: schedulers round to whole ones."""
 SPACINGS = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler")
 """Schedulers whose spacing of flow-matching times `spaced_by` may name."""
 

@@ -100,8 +100,9 @@ def check_fitted(levels: Sequence[float] | None) -> None:
 def _named_by_the_pipeline(sigmas: Any, timesteps: Any) -> bool:
     """Return whether these are none, or what a pipeline names where its user names none.
 
-    In equal steps from 1 to 0, which is left out (FLUX, Qwen, HunyuanVideo); shares from 0 to 1
-    (Cosmos 2); or timesteps beside the same as sigmas, to 0 or to the timestep 1 (CogView 4).
+    In equal steps from 1 to 0, which is left out (FLUX, Qwen, HunyuanVideo), or to the timestep 1
+    of 1000 (Bria); shares from 0 to 1 (Cosmos 2); or timesteps beside the same as sigmas, to 0 or
+    to the timestep 1 (CogView 4).
     """
     if sigmas is None:
         return timesteps is None
@@ -109,7 +110,7 @@ def _named_by_the_pipeline(sigmas: Any, timesteps: Any) -> bool:
     count = len(found)
     if count == 0 or found.ndim != 1:
         return False
-    first, lasts = found[0], [found[0] / count]
+    first, lasts = found[0], [found[0] / count, 1e-3]
     if timesteps is not None:
         times = np.asarray(timesteps, dtype=np.float64)
         if times.shape != found.shape or not np.allclose(times, times[0] * found, atol=1e-3):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from erk_guid.integrations.diffusers.families import Discrete, Family, Generators, keep_shift
+from erk_guid.integrations.diffusers.families import Discrete, Family, Flow, Generators, keep_shift
 
 CALLS = 4096
 """Calls of one run of a pipeline's loop; then another run begins."""
@@ -86,7 +86,10 @@ class _Probe(Family):
     ) -> None:
         """Begin at the first level, whatever the pipeline asks for."""
         self.sigmas = torch.zeros(self.calls + 1)
-        self.timesteps = torch.zeros(self.calls, device=device)
+        if len(self.timesteps) != self.calls or self.timesteps.device != torch.device(
+            device or "cpu"
+        ):
+            self.timesteps = torch.zeros(self.calls, device=device)
         self.num_inference_steps = self.calls
         # Not found by its timestep: Mochi's first is 0, as those are that are not placed yet.
         self._step_index, self._begin_index = None, 0
@@ -284,6 +287,32 @@ def called(pipe: Any, scheduler: Any, steps: int, arguments: Mapping[str, Any]) 
     return copied(num_inference_steps=steps, output_type="latent", **arguments)
 
 
+def end_of_run(pipe: Any, scheduler: Any, steps: int, arguments: Mapping[str, Any]) -> Tensor:
+    """Return where a pipeline's run ends, [N, ...], in float32 and before it is scaled or decoded.
+
+    Args:
+        pipe: the pipeline.
+        scheduler: ours, for it. It is not changed.
+        steps: `num_inference_steps`.
+        arguments: what the pipeline is called with.
+    """
+    base: Any = type(scheduler)
+    found: list[Tensor] = []
+
+    def move(self: Any, *args: Any) -> Tensor:
+        moved: Tensor = base._move(self, *args)
+        found[:] = [moved]
+        return moved
+
+    recorder: Any = type(base.__name__, (base,), {"_move": move})
+    made = recorder.from_config(scheduler.config)
+    keep_shift(scheduler, made)
+    called(pipe, made, steps, arguments)
+    if not found:
+        raise RuntimeError("the pipeline did not call scheduler.step")
+    return found[0].detach().clone()
+
+
 def usual_times(
     pipe: Any,
     spaced: Any,
@@ -305,6 +334,8 @@ def usual_times(
     def set_timesteps(self: Any, *args: Any, **options: Any) -> None:
         base.set_timesteps(self, *args, **options)
         if asked:  # diffusers' own __init__ calls it, too
+            if isinstance(self, Flow):
+                self.check_told()
             found.extend(dict.fromkeys(self.time(k) for k in range(len(self.timesteps))))
             raise _Ended
 

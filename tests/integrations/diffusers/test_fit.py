@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -232,18 +233,22 @@ class FlowPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
         output_type: str = "latent",
     ) -> Any:  # fmt: skip
         x = torch.cat([torch.randn(1, 4, 8, 8, generator=one) for one in generator])
-        even = [1 - k / num_inference_steps for k in range(num_inference_steps)]
-        asked = {"sigmas": even} if self.even else {"num_inference_steps": num_inference_steps}
-        self.scheduler.set_timesteps(**asked)
-        scale = self.factor(num_inference_steps)
-        for time in self.scheduler.timesteps:
-            predicted = scale * self.transformer(x, time)
+        for time in self.times(num_inference_steps):
+            predicted = self.guided(self.transformer(x, time), num_inference_steps)
             x = self.scheduler.step(predicted, time, x, return_dict=False)[0]
         return (x,)
 
-    def factor(self, steps: int) -> float:
-        """Return what the network's answers are multiplied by."""
-        return 1.0
+    def times(self, steps: int) -> torch.Tensor:
+        """Set the timesteps of the scheduler and return those of the loop."""
+        even = [1 - k / steps for k in range(steps)]
+        asked = {"sigmas": even} if self.even else {"num_inference_steps": steps}
+        self.scheduler.set_timesteps(**asked)
+        found: torch.Tensor = self.scheduler.timesteps
+        return found
+
+    def guided(self, predicted: torch.Tensor, steps: int) -> torch.Tensor:
+        """Return what the loop makes of the network's answer."""
+        return predicted
 
 
 class Inverted(Curved):
@@ -253,10 +258,42 @@ class Inverted(Curved):
         return -super().forward(x, 1000 - time)
 
 
-def flow_of(kind: str = "plain") -> Any:
+class Momentum(FlowPipeline):
+    """Guidance that remembers the step before, and that shows only where answers differ."""
+
+    def times(self, steps: int) -> torch.Tensor:
+        self.last: torch.Tensor | None = None
+        return super().times(steps)
+
+    def guided(self, predicted: torch.Tensor, steps: int) -> torch.Tensor:
+        last = predicted if self.last is None else self.last
+        self.last = predicted
+        return predicted + 0.3 * (predicted - last)
+
+
+class TellsOthers(FlowPipeline):
+    """Names timesteps and levels, and its scheduler shifts the levels alone, as CogView 4's."""
+
+    def times(self, steps: int) -> torch.Tensor:
+        times = np.linspace(1000, 1, steps)
+        self.scheduler.set_timesteps(sigmas=times / 1000, timesteps=times)
+        found: torch.Tensor = self.scheduler.timesteps
+        return found
+
+
+class SetsTwice(FlowPipeline):
+    """Sets its timesteps twice and goes over the first ones, as Allegro's."""
+
+    def times(self, steps: int) -> torch.Tensor:
+        first = super().times(steps)
+        super().times(steps)
+        return first
+
+
+def flow_of(kind: str = "plain", pipeline: type[FlowPipeline] = FlowPipeline, **given: Any) -> Any:
     inverted = kind == "inverted"
     network = Inverted() if inverted else Curved()
-    pipe = FlowPipeline(network, FlowMatchEulerDiscreteScheduler(invert_sigmas=inverted))
+    pipe = pipeline(network, FlowMatchEulerDiscreteScheduler(invert_sigmas=inverted, **given))
     pipe.even = kind == "even"
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -317,14 +354,13 @@ class ByNumber(FlowPipeline):
 
     of_timesteps = False
 
-    def factor(self, steps: int) -> float:
-        return 1 + 4 / (len(self.scheduler.timesteps) if self.of_timesteps else steps)
+    def guided(self, predicted: torch.Tensor, steps: int) -> torch.Tensor:
+        number = len(self.scheduler.timesteps) if self.of_timesteps else steps
+        return (1 + 4 / number) * predicted
 
 
 def by_number() -> Any:
-    pipe = ByNumber(Curved(), FlowMatchEulerDiscreteScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return flow_of(pipeline=ByNumber)
 
 
 @pytest.mark.parametrize("solver", ["modal", "heun"])
@@ -350,6 +386,29 @@ def test_guidance_that_depends_on_the_number_of_steps(solver: str) -> None:
     pipe.of_timesteps = True
     with pytest.raises(ValueError, match="depends on how many timesteps its scheduler has"):
         fit(pipe, None, steps=4, solver=chosen, samples=16, batch=8, trials=4)
+
+
+@pytest.mark.parametrize("solver", ["modal", "heun"])
+def test_a_pipeline_that_remembers_its_steps_is_refused(solver: str) -> None:
+    # Before: levels for an ODE that this pipeline does not solve, and errors that it does not have.
+    pipe = flow_of(pipeline=Momentum)
+    with pytest.raises(ValueError, match="Momentum with its own levels ends elsewhere"):
+        fit(pipe, None, steps=4, solver=solver, samples=16, batch=8, trials=2)
+
+
+def test_a_pipeline_whose_network_is_told_other_times_is_refused() -> None:
+    pipe = flow_of(pipeline=TellsOthers, shift=3.0)
+    with pytest.raises(ValueError, match="tells its network other times than those of its noise"):
+        fit(pipe, None, steps=4, samples=16, batch=8, trials=2)
+
+
+def test_a_loop_over_the_timesteps_of_an_earlier_call() -> None:
+    # Before: refused, since the network was told the first time at every step.
+    twice, once = (
+        fit(flow_of(pipeline=kind), None, steps=4, solver=Modal(2), samples=16, batch=8, trials=2)
+        for kind in (SetsTwice, FlowPipeline)
+    )
+    assert twice.settings.made_for == once.settings.made_for
 
 
 def test_a_network_with_a_cache_is_refused() -> None:

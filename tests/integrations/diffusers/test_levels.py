@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 pytest.importorskip("diffusers", reason="needs the package diffusers (extra diffusers)")
 
@@ -72,6 +73,7 @@ TIMES = np.linspace(1000, 1, 4).astype(np.int64)
     ({"sigmas": np.linspace(0.999, 0, 5)[:-1]}, True),  # OmniGen 2
     ({"sigmas": torch.linspace(0, 1, 4)}, True),  # Cosmos 2. Before: its own levels were refused
     ({"sigmas": TIMES / 1000, "timesteps": TIMES}, True),  # CogView 4. Before: refused
+    ({"sigmas": np.array([1, 0.667, 0.334, 0.001])}, True),  # Bria. Before: refused
     ({"sigmas": [1.0, 0.7, 0.4, 0.1]}, False),
     ({"sigmas": [1.0, 0.9, 0.5, 0.25]}, False),
     ({"sigmas": [0.8, 0.6, 0.4, 0.2]}, False),
@@ -91,6 +93,24 @@ def test_fitted_levels_stand_before_lists_that_pipelines_name(
     else:
         with pytest.raises(ValueError, match="this scheduler has 4 fitted levels"):
             scheduler.set_timesteps(**lists)
+
+
+@pytest.mark.parametrize("kind", [FlowMatchERKGuidHeunScheduler, FlowMatchModalScheduler])
+@pytest.mark.parametrize("shift", [{"shift": 3.0}, {"use_dynamic_shifting": True}], ids=str)
+def test_levels_do_not_stand_before_timesteps_that_are_not_theirs(
+    kind: Any, shift: dict[str, Any]
+) -> None:
+    # CogView 4 and GLM-Image name both, and the scheduler shifts the levels alone: at the level
+    # 0.75 the network is told 500. Before: with fitted levels it was told 750.
+    lists: dict[str, Any] = {"sigmas": TIMES / 1000, "timesteps": TIMES}
+    lists |= {"mu": 1.1} if "shift" not in shift else {}
+    with pytest.raises(ValueError, match="tells its network other times than those of its noise"):
+        kind(**shift, levels=[1.0, 0.8, 0.5, 0.1, 0.0]).set_timesteps(**lists)
+    ours, theirs = kind(**shift), FlowMatchEulerDiscreteScheduler(**shift)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(**lists)
+    told = list(dict.fromkeys(ours.timesteps.tolist()))
+    assert told == theirs.timesteps.tolist() == TIMES.tolist()
 
 
 @pytest.mark.parametrize("kind", [ERKGuidHeunScheduler, ModalScheduler])
