@@ -448,7 +448,9 @@ class Flow(Family):
         timesteps: Sequence[float] | None,
     ) -> None:
         """Set sigmas and timesteps of a run with one call a step."""
-        fitted = chosen_levels(self.config.levels, num_inference_steps, sigmas, timesteps)
+        fitted = chosen_levels(
+            self.config.levels, num_inference_steps, sigmas, timesteps, self.config.own_lists
+        )
         if fitted is not None:
             if sigmas is not None and timesteps is not None:
                 FlowMatchEulerDiscreteScheduler.set_timesteps(

@@ -387,6 +387,8 @@ class FlowMatchERKGuidHeunScheduler(Flow, _Heun, FlowMatchEulerDiscreteScheduler
     Args:
         w_stiff, w_con, bound, gate: see `ERKGuidHeunScheduler`; w_con has the unit 1/t.
         levels: times in place of the spacing, the end included, as `fit` finds them.
+        own_lists: whether sigmas that the pipeline passes are never its user's, so that `levels`
+            stand before them (Mochi; `for_pipeline` sees to that).
         spaced_by: `UniPCMultistepScheduler` or `DPMSolverMultistepScheduler`, if that one's
             spacing is wanted (its `use_flow_sigmas`; `from_config` sees to that).
         sigma_min, sigma_max, final_sigmas_type: for the spacings that use them.
@@ -419,6 +421,7 @@ class FlowMatchERKGuidHeunScheduler(Flow, _Heun, FlowMatchEulerDiscreteScheduler
         bound: float | None = None,
         gate: Gate = ERKGuidance.gate,
         levels: list[float] | None = None,
+        own_lists: bool = False,
     ) -> None:
         make_guidance(w_stiff, w_con=w_con, bound=bound, gate=gate)
         check_fitted(levels)

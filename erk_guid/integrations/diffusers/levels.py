@@ -19,6 +19,7 @@ def chosen_levels(
     num_inference_steps: int | None,
     sigmas: Any = None,
     timesteps: Any = None,
+    own_lists: bool = False,
 ) -> list[float] | None:
     """Return the levels of the config if a run takes them; None if there are none.
 
@@ -26,6 +27,7 @@ def chosen_levels(
         levels: of the config, the end included.
         num_inference_steps, sigmas, timesteps: what the pipeline asks for. Many name evenly spaced
             sigmas where the user names none; those make way for the levels.
+        own_lists: whether sigmas are never the user's.
 
     Raises:
         ValueError: the pipeline asks for nothing, for no whole number of steps, for another one
@@ -43,7 +45,8 @@ def chosen_levels(
             raise ValueError("say how many steps to take: num_inference_steps, or a list of levels")
         return None
     steps = len(levels) - 1
-    if not _named_by_the_pipeline(sigmas, timesteps):
+    own = own_lists and timesteps is None
+    if not own and not _named_by_the_pipeline(sigmas, timesteps):
         raise ValueError(
             f"this scheduler has {steps} fitted levels: leave sigmas and timesteps out, or make "
             "it with levels=None"

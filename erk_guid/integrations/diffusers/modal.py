@@ -304,7 +304,8 @@ class FlowMatchModalScheduler(Flow, _Modal, FlowMatchEulerDiscreteScheduler):  #
         modal_order, modal_response, levels: see `ModalScheduler`.
         eta: noise in each step, from 0 (none) to 1. FLUX's and SD3's pipelines pass no `generator`
             to the scheduler: seed torch for the same images again.
-        spaced_by, sigma_min, sigma_max, final_sigmas_type: see `FlowMatchERKGuidHeunScheduler`.
+        spaced_by, sigma_min, sigma_max, final_sigmas_type, own_lists: see
+            `FlowMatchERKGuidHeunScheduler`.
 
     The other arguments are those of `FlowMatchEulerDiscreteScheduler`.
     """
@@ -333,6 +334,7 @@ class FlowMatchModalScheduler(Flow, _Modal, FlowMatchEulerDiscreteScheduler):  #
         eta: float = Modal.eta,
         modal_response: list[float] | None = None,
         levels: list[float] | None = None,
+        own_lists: bool = False,
     ) -> None:
         _modal(modal_order, modal_response, eta)
         check_fitted(levels)

@@ -126,6 +126,10 @@ def for_pipeline(
             f"{type(pipe).__name__} counts calls in skip_layer_guidance_start and _stop: with "
             "Heun's two calls a step give twice their values"
         )
+    if family == "flow" and options.get("levels") and hasattr(pipe, "scheduler"):
+        # Mochi and Stable Audio 3 name noise levels that are not evenly spaced.
+        own = "sigmas" not in inspect.signature(type(pipe).__call__).parameters
+        options = {"own_lists": own} | options
     scheduler = _class(family, solver).from_config(config, **options)
     if "shift" not in options:
         keep_shift(getattr(pipe, "scheduler", pipe), scheduler)

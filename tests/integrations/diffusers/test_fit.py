@@ -281,6 +281,15 @@ class TellsOthers(FlowPipeline):
         return found
 
 
+class NamesOwn(FlowPipeline):
+    """Names levels that are not evenly spaced, as Mochi's and Stable Audio 3's."""
+
+    def times(self, steps: int) -> torch.Tensor:
+        self.scheduler.set_timesteps(sigmas=[1 - (k / steps) ** 2 for k in range(steps)])
+        found: torch.Tensor = self.scheduler.timesteps
+        return found
+
+
 class SetsTwice(FlowPipeline):
     """Sets its timesteps twice and goes over the first ones, as Allegro's."""
 
@@ -400,6 +409,21 @@ def test_a_pipeline_whose_network_is_told_other_times_is_refused() -> None:
     pipe = flow_of(pipeline=TellsOthers, shift=3.0)
     with pytest.raises(ValueError, match="tells its network other times than those of its noise"):
         fit(pipe, None, steps=4, samples=16, batch=8, trials=2)
+
+
+@pytest.mark.parametrize("solver", ["modal", "heun"])
+def test_levels_for_a_pipeline_that_names_its_own(solver: str) -> None:
+    # Before: found, and refused where they were to be used.
+    pipe = flow_of(pipeline=NamesOwn)
+    found = fit(pipe, None, steps=4, solver=solver, samples=16, batch=8, trials=2)
+    pipe.scheduler = for_pipeline(pipe, settings=found)
+    pipe(1, 4, [torch.Generator().manual_seed(0)])
+    used = list(dict.fromkeys(pipe.scheduler.sigmas.tolist()))
+    assert used == pytest.approx(found.fitted.sigmas.tolist())
+    # A list of a user's, who may give one, is not passed over.
+    scheduler = for_pipeline(FlowMatchEulerDiscreteScheduler(), settings=found)
+    with pytest.raises(ValueError, match="this scheduler has 4 fitted levels"):
+        NamesOwn(Curved(), scheduler)(1, 4, [torch.Generator().manual_seed(0)])
 
 
 def test_a_loop_over_the_timesteps_of_an_earlier_call() -> None:
