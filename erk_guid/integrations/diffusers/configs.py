@@ -19,6 +19,10 @@ SOLVERS_OWN = frozenset({
     "bound", "eta", "gate", "modal_order", "modal_response", "w_con", "w_stiff",
 })  # fmt: skip
 """Options of one of our solvers, which the config of another has no use for."""
+TOLD = SOLVERS_OWN | {"levels"}
+"""What `for_pipeline` is told anew each time."""
+OURS_ALONE = TOLD | {"own_lists", "spaced_by", "unit_variance"}
+"""Options that none of diffusers' schedulers has; from ours they may be left in its config."""
 OWN = {name: family for family, names in CLASSES.items() for name in names.values()}
 
 REPLACED = frozenset(
@@ -99,6 +103,8 @@ DISTILLED = ("LCM", "TCD", "SCM", "CMStochastic", "Consistency", "HeliosDMD", "F
 ONLY_DISTILLED = "original_inference_steps"
 """Setting that only they have; a config need not name its class."""
 FLOW_PREDICTION = "flow_prediction"
+SPACINGS = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler")
+"""Schedulers whose spacing of flow-matching times `spaced_by` may name."""
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 """Values of beta_schedule that diffusers' Euler and Heun know."""
 
@@ -170,7 +176,7 @@ def carried_over(
         )
     # The values of this scheduler, even those that it left at their defaults: ours differ.
     found = {key: value for key, value in config.items() if key != "_use_default_values"}
-    if family == "flow" and name not in OWN:
+    if family == "flow":
         found = _flow(found, name)
     for key, value in list(found.items()):
         if key.startswith("_") or key in known:
@@ -185,6 +191,9 @@ def carried_over(
 
 def _flow(config: dict[str, Any], name: str) -> dict[str, Any]:
     """Return the config of a flow with the names of diffusers' flow-matching schedulers."""
+    if name.startswith("FlowMatch"):  # the rest is what it kept from a scheduler before it
+        left = ("use_flow_sigmas", "flow_shift", "trained_betas", "rescale_betas_zero_snr")
+        return {key: value for key, value in config.items() if key not in left}
     if not config.pop("use_flow_sigmas", False):
         if config.get("prediction_type") == FLOW_PREDICTION and "beta_start" in config:
             raise ValueError(
@@ -202,6 +211,11 @@ def _flow(config: dict[str, Any], name: str) -> dict[str, Any]:
     shift = config.pop("flow_shift", 1.0)
     config.pop("trained_betas", None)
     config.pop("rescale_betas_zero_snr", None)
+    if name and name not in SPACINGS:
+        raise ValueError(
+            f"{name} spaces the times of a flow in its own way; keep it, or take "
+            f"{' or '.join(SPACINGS)} first"
+        )
     if not name:
         name = "DPMSolver" if "algorithm_type" in config else "UniPC"
         name += "MultistepScheduler"

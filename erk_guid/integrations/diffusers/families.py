@@ -25,7 +25,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 )
 from torch import Tensor
 
-from erk_guid.integrations.diffusers.configs import SOLVERS_OWN, carried_over
+from erk_guid.integrations.diffusers.configs import SOLVERS_OWN, SPACINGS, carried_over
 from erk_guid.integrations.diffusers.levels import as_tensor, chosen_levels
 from erk_guid.integrations.diffusers.samples import Samples, UnitVariance, in_float32
 from erk_guid.processes import VE, Process, RectifiedFlow
@@ -67,6 +67,7 @@ class Family(Samples, ABC):
             TypeError: this class has no such option.
         """
         known = cls._get_init_keys(cls)  # type: ignore[attr-defined]
+        given = config
         if isinstance(config, Mapping):
             wanted = {key: value for key, value in options.items() if key in known}
             given = {**config, **wanted}
@@ -82,7 +83,14 @@ class Family(Samples, ABC):
                 f"{cls.__name__} has no option {', '.join(sorted(unknown))}; it has "
                 f"{', '.join(sorted(known - {'self'}))}"
             )
-        return super().from_config(config, return_unused_kwargs, **options)  # type: ignore[misc]
+        made = super().from_config(config, return_unused_kwargs, **options)  # type: ignore[misc]
+        if isinstance(given, Mapping):
+            scheduler: Any = made[0] if return_unused_kwargs else made
+            # As diffusers: what the class has no use for stays, for the way back.
+            left = {key: value for key, value in given.items() if key[:1] != "_"}
+            idle = SOLVERS_OWN | scheduler.config.keys()
+            scheduler.register_to_config(**{k: v for k, v in left.items() if k not in idle})
+        return made
 
     @property
     def process(self) -> Process:
@@ -521,8 +529,6 @@ class Flow(Family):
 
 TOLD_APART = 1.5e-3
 """How far timesteps may be from their levels, as a part of all: schedulers round to whole ones."""
-SPACINGS = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler")
-"""Schedulers whose spacing of flow-matching times `spaced_by` may name."""
 
 
 def spacing_of(config: Any) -> Any:

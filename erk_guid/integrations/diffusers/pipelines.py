@@ -16,8 +16,9 @@ from erk_guid.generation.settings import Settings, read_settings
 from erk_guid.integrations.diffusers import heun, modal
 from erk_guid.integrations.diffusers.configs import (
     CLASSES,
+    OURS_ALONE,
     OWN,
-    SOLVERS_OWN,
+    TOLD,
     UNDERSTOOD,
     check_understood,
     family_of,
@@ -72,9 +73,9 @@ def for_pipeline(
         ErkGuidError: the settings cannot be read.
     """
     config = config_of(pipe)
-    if config["_class_name"] in OWN:
-        # What an earlier call was told makes way for what is asked for now.
-        config = {k: v for k, v in config.items() if k not in (*SOLVERS_OWN, "levels")}
+    # What an earlier call was told makes way for what is asked for now.
+    left = TOLD if config["_class_name"] in OWN else OURS_ALONE
+    config = {key: value for key, value in config.items() if key not in left}
     check_understood(config)
     family = family_of(config)
     if settings is not None and not isinstance(settings, (str, Path, Settings, PipelineFit)):

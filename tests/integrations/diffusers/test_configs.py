@@ -29,6 +29,8 @@ HEUN = ("ERKGuidHeunScheduler", "EDMERKGuidHeunScheduler", "FlowMatchERKGuidHeun
 MODAL = ("ModalScheduler", "EDMModalScheduler", "FlowMatchModalScheduler")
 UNIPC_FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 UNIPC: Any = diffusers.UniPCMultistepScheduler
+EULER: Any = diffusers.EulerDiscreteScheduler
+FLOW_EULER: Any = diffusers.FlowMatchEulerDiscreteScheduler
 # Wan, Sana and Cosmos 2.5 have such configs.
 FLOWS = {
     "UniPC 3": lambda: diffusers.UniPCMultistepScheduler(**UNIPC_FLOW, flow_shift=3.0),
@@ -205,6 +207,64 @@ def test_spaced_levels_with_ends_of_their_own(ends: dict[str, float], spacing: s
     for each in (theirs, ours):
         each.set_timesteps(6)
     torch.testing.assert_close(levels(ours), levels(theirs), rtol=1e-4, atol=1e-6)
+
+
+WAN = {**UNIPC_FLOW, "flow_shift": 4.0}
+
+
+@pytest.mark.parametrize(("theirs", "again"), [
+    (UNIPC(**WAN, solver_type="bh1"), FLOW_EULER),
+    (diffusers.DPMSolverMultistepScheduler(**WAN, solver_order=3), FLOW_EULER),
+    (FLOW_EULER(shift=3.0), FLOW_EULER),
+    (diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1), EULER),
+    (diffusers.DDIMScheduler(set_alpha_to_one=False), EULER),
+    (diffusers.CogVideoXDDIMScheduler(snr_shift_scale=1.0), EULER),
+    (diffusers.DDPMScheduler(variance_type="fixed_large"), EULER),
+    (diffusers.EDMDPMSolverMultistepScheduler(solver_order=3), diffusers.EDMEulerScheduler),
+], ids=lambda given: getattr(given, "__name__", type(given).__name__))  # fmt: skip
+@pytest.mark.parametrize("solver", ["modal", "heun"])
+def test_the_way_back_by_from_config(theirs: Any, again: Any, solver: str) -> None:
+    # As between diffusers' own. Before: what ours have no use for was lost, so that Wan's UniPC
+    # came back with levels from betas, and another prediction.
+    kind = type(theirs)
+    ours = for_pipeline(theirs, solver)
+    other = for_pipeline(ours, "heun" if solver == "modal" else "modal")
+    longer = again.from_config(ours.config)  # by way of another one of diffusers'
+    for made in (ours, other, longer, for_pipeline(longer, solver)):
+        back = kind.from_config(made.config)
+        for name in kind._get_init_keys(kind) - {"self", "prediction_type"}:
+            assert back.config.get(name) == theirs.config.get(name), name
+    theirs.set_timesteps(8)
+    for made in (ours, other):
+        back = kind.from_config(made.config)
+        back.set_timesteps(8)
+        for name in ("timesteps", "sigmas", "betas", "alphas_cumprod"):
+            if hasattr(theirs, name):
+                torch.testing.assert_close(getattr(back, name), getattr(theirs, name))
+
+
+def test_what_ours_leave_in_another_config_is_not_taken_up_again() -> None:
+    # Before: fitted levels and UniPC's spacing came back out of a config of diffusers' Euler.
+    fitted = for_pipeline(FLOW_EULER(), levels=[0.9, 0.5, 0.2, 0.0])
+    spaced = for_pipeline(UNIPC(**WAN))
+    for each in (fitted, spaced):
+        euler = FLOW_EULER.from_config(each.config)
+        again = for_pipeline(euler)
+        for one in (euler, again):
+            one.set_timesteps(5)
+        torch.testing.assert_close(levels(again), levels(euler))
+    euler = EULER.from_config(for_pipeline(diffusers.DDIMScheduler()).config)
+    assert not for_pipeline(euler).config.unit_variance  # as its samples, of size sigma
+
+
+@pytest.mark.parametrize("kind", ["DEISMultistepScheduler", "DPMSolverSinglestepScheduler"])
+def test_flows_spaced_in_a_way_of_their_own_are_refused(kind: str) -> None:
+    theirs = getattr(diffusers, kind)(**UNIPC_FLOW)
+    with pytest.raises(ValueError, match=f"{kind} spaces the times of a flow in its own way"):
+        for_pipeline(theirs)
+    # The way that the message names.
+    through = for_pipeline(UNIPC.from_config(theirs.config))
+    assert type(through).__name__ == "FlowMatchModalScheduler"
 
 
 @pytest.mark.parametrize("predicted", ["epsilon", "sample", "v_prediction"])
