@@ -288,7 +288,7 @@ def _schedule(value: str, ctx: click.Context) -> str | tuple[float, ...]:
             )
         note_input(path)
         try:
-            text = path.read_text(errors="replace")
+            text = path.read_text(encoding="utf-8-sig", errors="replace")
         except OSError as error:
             raise click.BadParameter(f"cannot read {value}: {error.strerror}") from error
     try:

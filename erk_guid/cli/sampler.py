@@ -65,7 +65,7 @@ def config_fields(
             erk, options = _from_file(settings, options)
         else:
             _refuse_other_count(options)
-            erk = _erk(w_stiff, w_con, bound, gate, options["num_steps"], preset)
+            erk = _erk(w_stiff, w_con, bound, gate, preset, options)
         _refuse_idle(options)
         levels = _checked_levels(options)
         name = options.pop("solver")
@@ -282,13 +282,16 @@ def _from_file(
     if launched_rank() == 0:
         # Options it was made for are set; what it was measured on can only be reported.
         for name, what in (
-            ("net", "network"), ("guidance", "strength of model guidance"),
+            ("net", "network"), ("gnet", "guiding network"),
+            ("guidance", "strength of model guidance"),
             ("guidance_interval", "interval of model guidance"), ("precision", "precision"),
             ("class", "class"),
         ):  # fmt: skip
             here = options.get("class_idx" if name == "class" else name)
             there = found.measured.get(name, here)
             there = tuple(there) if isinstance(there, list) else there
+            if name == "gnet" and 1 in (options.get("guidance"), found.measured.get("guidance")):
+                continue  # it takes no part in one of them, which is said of the strength
             if there != here:
                 click.echo(
                     f"{path} was measured with the {what} {printable(there, 100)}, this is {here}",
@@ -325,8 +328,8 @@ def _erk(
     w_con: float | None,
     bound: float | None,
     gate: str | None,
-    num_steps: int,
     preset: str | None,
+    options: dict[str, Any],
 ) -> Guidance:
     """Return the guidance that the options ask for.
 
@@ -349,7 +352,7 @@ def _erk(
             raise ValueError(f"--w_con {w_con:g} has nothing to act on: give --w_stiff, too")
         chosen = ERKGuidance(float(w_stiff))
     else:
-        chosen = _by_word(w_stiff, w_con, num_steps, preset)
+        chosen = _by_word(w_stiff, w_con, preset, options)
     if not chosen.active:
         for name in ("bound", "gate"):
             if name in given:
@@ -357,8 +360,23 @@ def _erk(
     return replace(chosen, **given)  # type: ignore[arg-type]
 
 
-def _by_word(word: str, w_con: float | None, num_steps: int, preset: str | None) -> ERKGuidance:
+def _but_not(name: str | None, options: dict[str, Any]) -> str:
+    """Return what is said of options with which a preset's settings were not measured."""
+    if name is None:
+        return ""
+    preset = PRESETS[name]
+    own = {"net": (name, preset.net), "gnet": (preset.gnet,), "guidance": (preset.guidance,),
+           "guidance_interval": (None,)}  # fmt: skip
+    others = [option for option, values in own.items() if options.get(option) not in values]
+    spelled = ", ".join(f"--{option.replace('_', '-')}" for option in others)
+    return f" (not with the {spelled} that is given)" if others else ""
+
+
+def _by_word(
+    word: str, w_con: float | None, preset: str | None, options: dict[str, Any]
+) -> ERKGuidance:
     """Return the paper's settings, or those measured for a preset, and print which they are."""
+    num_steps = options["num_steps"]
     if word == "paper":
         chosen = ERKGuidance.paper(num_steps)
         whose = f"the paper's settings for {nearest_paper_steps(num_steps)} steps"
@@ -371,7 +389,7 @@ def _by_word(word: str, w_con: float | None, num_steps: int, preset: str | None)
                 f"for {known}; give a number, or 'paper'"
             )
         chosen = ERKGuidance(*measured)
-        whose = f"the settings measured for {preset}"
+        whose = f"the settings measured for {preset}{_but_not(preset, options)}"
     if launched_rank() == 0:
         click.echo(
             f"--w_stiff {word}: {whose}, w_stiff {chosen.w_stiff:g}, w_con {chosen.w_con:g}"

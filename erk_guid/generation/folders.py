@@ -113,9 +113,7 @@ class ImageFolder:
         todo = list(seeds)
         _remove(list(self._files(f".*{PARTIAL}*")))  # of killed runs
         if resume:
-            # Keep only images of recorded seeds: those of other seeds may be from an older run.
-            claimed = set(recorded)
-            todo = [s for s in seeds if s not in claimed or not self._has(s, run)]
+            todo = [seed for seed in seeds if not self._has(seed, run)]
         if not overwrite:
             self._refuse_foreign(todo, run)
         _remove(self.image(s) for s in todo)

@@ -47,6 +47,8 @@ def after_signal(ended: Ended) -> list[str]:
         return tracebacks(ended) if first.listening else []
     if not first.listening:
         return []  # Python itself was beginning
+    if first.ending and ended.code == -first.number:
+        return tracebacks(ended)  # it had come to its end, and Python itself was ending
     findings = tracebacks(ended)
     told = any(text in ended.err for text in MENDING)
     if DONE in ended.out or (told and len(ended.sent) > 1 and ended.code == -first.number):

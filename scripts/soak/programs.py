@@ -34,12 +34,14 @@ class Sent(NamedTuple):
         after: seconds since the process began.
         listening: the program had begun: it handled SIGTERM, or torch was loaded.
         begun: the process held the folder of the images.
+        ending: it had handled SIGTERM, and did no more: Python itself was ending.
     """
 
     number: int
     after: float
     listening: bool
     begun: bool
+    ending: bool = False
 
 
 class Ended(NamedTuple):
@@ -91,6 +93,7 @@ class Process:
         self._mark = secrets.token_hex(8)
         self._outputs = tuple(folder / f"{name}.{stream}" for stream in ("out", "err"))
         self._sent: list[Sent] = []
+        self._handled = False
         limited = ["prlimit", f"--fsize={limit}", *argv] if limit else argv
         with open(self._outputs[0], "wb") as out, open(self._outputs[1], "wb") as err:
             self._popen = subprocess.Popen(
@@ -116,7 +119,9 @@ class Process:
 
     def signal(self, number: int) -> bool:
         """Send a signal, and return whether the process was there to get it."""
-        sent = Sent(number, self.age, listens(self._popen.pid), self._holds())
+        handles = self._handles()
+        listening = handles or listens(self._popen.pid)
+        sent = Sent(number, self.age, listening, self._holds(), self._handled and not handles)
         if not self.running:
             return False
         self._popen.send_signal(number)
@@ -127,6 +132,7 @@ class Process:
         """Wait until `moment` or the end, and return whether the process is still running."""
         until = time.monotonic() + patience
         while self.running and not moment() and time.monotonic() < until:
+            self._handles()
             time.sleep(0.01)
         return self.running
 
@@ -147,6 +153,12 @@ class Process:
             self.kill()
         out, err = (path.read_text(errors="replace") for path in self._outputs)
         return Ended(self.name, code, out, err, tuple(self._sent))
+
+    def _handles(self) -> bool:
+        """Return whether it handles SIGTERM now, and remember that it did."""
+        handles = handles_signals(self._popen.pid)
+        self._handled |= handles
+        return handles
 
     def _holds(self) -> bool:
         return _holder(self._watched / LOCK) == self._popen.pid
@@ -181,13 +193,20 @@ def listens(pid: int) -> bool:
 
     A signal before that meets no code of the program.
     """
-    process = Path("/proc", str(pid))
     try:
-        caught = int(_after("SigCgt:", (process / "status").read_text()), 16)
-        loaded = "libtorch_cpu" in (process / "maps").read_text()
-    except (OSError, ValueError):
+        loaded = "libtorch_cpu" in Path("/proc", str(pid), "maps").read_text()
+    except OSError:
         return True
-    return loaded or bool(caught >> (signal.SIGTERM - 1) & 1)
+    return loaded or handles_signals(pid)
+
+
+def handles_signals(pid: int) -> bool:
+    """Return whether a process handles SIGTERM; False for one that is gone."""
+    try:
+        caught = int(_after("SigCgt:", Path("/proc", str(pid), "status").read_text()), 16)
+    except (OSError, ValueError):
+        return False
+    return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
 def _after(label: str, text: str) -> str:

@@ -326,6 +326,65 @@ def test_resume_with_more_seeds_extends_the_run(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run.json").read_text())["seeds"] == [0, 1, 2, 3, 4]
 
 
+def test_resume_keeps_what_another_machine_made_of_the_same_run(tmp_path: Path) -> None:
+    # Two halves put into one folder. Before: those that run.json does not list were made again
+    # and replaced, though they say that they are of this run.
+    args = ["--preset", "digits", "--steps", 2]
+    for name, seeds in (("one", "0-1"), ("two", "2-3")):
+        assert generate(*args, "--seeds", seeds, "--outdir", tmp_path / name).exit_code == 0
+    for path in (tmp_path / "two").glob("*.png"):
+        shutil.copy2(path, tmp_path / "one")
+    there = {p: p.stat().st_ino for p in (tmp_path / "one").glob("*.png")}
+    done = generate(*args, "--seeds", "0-4", "--outdir", tmp_path / "one", "--resume")
+    assert "1 image made" in done.output
+    assert {path: path.stat().st_ino for path in there} == there
+    assert json.loads((tmp_path / "one" / "run.json").read_text())["seeds"] == [0, 1, 2, 3, 4]
+
+
+def test_levels_that_windows_wrote_are_read(tmp_path: Path) -> None:
+    # Before: "could not convert string to float" of an invisible mark.
+    (tmp_path / "levels.txt").write_bytes("80\r\n5\r\n0.1\r\n".encode("utf-8-sig"))
+    done = generate("--preset=digits", f"--schedule={tmp_path / 'levels.txt'}", "--seeds=0",
+                    "--outdir", tmp_path / "o")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "o" / "run.json").read_text())["settings"]["schedule"] == [
+        80.0, 5.0, 0.1,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("typed", "said"), [
+    (["--gnet=uncond:digits"], "with the guiding network shipped:digits-weak.safetensors, this is "
+     "uncond:digits"),
+    (["--guidance-interval=1,3"], "with the interval of model guidance None, this is (1.0, 3.0)"),
+    (["--guidance=1"], "with the strength of model guidance 1.5, this is 1"),
+    ([], None),
+])  # fmt: skip
+def test_a_remark_where_levels_were_fitted_to_other_model_guidance(
+    typed: list[str], said: str | None, tmp_path: Path
+) -> None:
+    # Before: nothing was said of another guiding network, nor of an interval in four of the fits.
+    done = generate("--preset=digits-autog", "--schedule=fitted", "--steps=8", "--seeds=0", *typed,
+                    "--outdir", tmp_path / "o")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert done.output.count("was measured with") == (said is not None)
+    assert said is None or said in done.output
+
+
+@pytest.mark.parametrize(("typed", "said"), [
+    (["--net", COND], "measured for digits (not with the --net that is given)"),
+    (["--gnet=uncond:digits", "--guidance=3"], "(not with the --gnet, --guidance that is given)"),
+    ([], "measured for digits, w_stiff"),
+])  # fmt: skip
+def test_a_remark_where_strengths_were_measured_for_another_model(
+    typed: list[Any], said: str, tmp_path: Path
+) -> None:
+    # Before: "the settings measured for digits", whatever the network.
+    done = generate("--preset=digits", "--w_stiff=preset", "--seeds=0", "--steps=3", *typed,
+                    "--outdir", tmp_path / "o")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert said in done.output
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -754,6 +755,79 @@ class Mean:
 
 register_detector("{name}", lambda device, weights: Mean())
 """
+
+
+CLASS_ELSEWHERE = """
+from my_net import Pooled
+from erk_guid.metrics import register_detector
+
+register_detector("corner", lambda device, weights: Pooled(SCALE))
+SCALE = 1
+"""
+OF_TORCH = """
+import torch
+from erk_guid.metrics import register_detector
+
+def made(device, weights):
+    net = torch.nn.Sequential(Scaled())
+    net.name, net.feature_dim = "corner", 2
+    return net
+
+class Scaled(torch.nn.Module):
+    def forward(self, images):
+        return images.double().flatten(1)[:, :2] * SCALE
+
+SCALE = 1
+register_detector("corner", made)
+"""
+A_FUNCTION = """
+from my_helper import SCALE
+from erk_guid.metrics import register_detector
+
+def corner(images):
+    return images.double().flatten(1)[:, :2] * SCALE
+
+corner.name, corner.feature_dim = "corner", 2
+register_detector("corner", lambda device, weights: corner)
+"""
+MY_NET = """
+class Pooled:
+    name, feature_dim = "corner", 2
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, images):
+        return images.double().flatten(1)[:, :2] * self.scale
+"""
+
+
+@pytest.mark.parametrize(("plugin", "changed"), [
+    (CLASS_ELSEWHERE, "my_plugin.py"), (CLASS_ELSEWHERE, "my_net.py"),
+    (OF_TORCH, "my_plugin.py"), (A_FUNCTION, "my_plugin.py"), (A_FUNCTION, "my_helper.py"),
+])  # fmt: skip
+def test_a_reference_of_a_plugin_that_has_changed_is_refused(
+    plugin: str, changed: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Before: only the file of the detector's class was looked at, so that another network's
+    # distance came out without a word when anything else had changed.
+    from erk_guid.metrics.detectors import base
+
+    texts = {"my_plugin.py": plugin, "my_net.py": MY_NET, "my_helper.py": "SCALE = 1\n"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    common = ["--plugin", tmp_path / "my_plugin.py", "--metrics", "corner", "--device", "cpu"]
+    calc = ["calc", "--images", folder, "--ref", tmp_path / "r.npz", "--num", 60, *common]
+    for command in (["ref", "--data", folder, "--dest", tmp_path / "r.npz", *common], calc):
+        for module in ("my_net", "my_helper"):
+            sys.modules.pop(module, None)
+        monkeypatch.setattr(base, "_FACTORIES", {})
+        done = run(*command)
+        assert done.exit_code == 0, done.output
+    (tmp_path / changed).write_text(texts[changed] + "# other\n")
+    monkeypatch.setattr(base, "_FACTORIES", {})
+    fails_with(run(*calc), "its features of corner were made by another program (my_plugin.py")
 
 
 def test_a_detector_of_ones_own(

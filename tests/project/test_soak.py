@@ -79,19 +79,43 @@ def test_exit_codes_and_messages_are_judged(parts: Any) -> None:
     # Catches: a check that lets pass what a user would be misled by.
     checks, programs = parts["checks"], parts["programs"]
 
-    def found(code: int | None, err: str, number: int = signal.SIGTERM) -> list[str]:
-        sent = (programs.Sent(number, 1.0, True, True),)
+    def found(
+        code: int | None, err: str, number: int = signal.SIGTERM, ending: bool = False
+    ) -> list[str]:
+        sent = (programs.Sent(number, 1.0, True, True, ending),)
         return list(checks.after_signal(programs.Ended("one", code, "", err, sent)))
 
     told = "Error: stopped by SIGTERM: the same command with --resume makes the others"
     assert not found(143, told)
     assert not found(-9, "", signal.SIGKILL)
     assert "exit code -15 after SIGTERM" in found(-15, told)[0]
+    assert not found(-15, "", ending=True)  # a rank that left because another one did
     assert "how to go on" in found(143, "Error: stopped")[0]
     assert "exit code 143 after SIGINT" in found(143, told, signal.SIGINT)[0]
     assert found(None, told) == ["no end after SIGTERM"]
     trace = f"{checks.TRACEBACK}:\n  File ...\nValueError: of no use\n{told}"
     assert found(143, trace) == ["traceback: ValueError: of no use"]
+
+
+def test_a_process_that_python_itself_ends_is_known(parts: Any, tmp_path: Path) -> None:
+    # Before: exit code -15 of a process that had ended in silence, while Python still took its
+    # modules down, was a finding of the soak's.
+    code = (
+        "import pathlib, signal, time\n"
+        "signal.signal(signal.SIGTERM, lambda *a: None)\n"
+        "pathlib.Path('handled').touch(); time.sleep(1)\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_DFL)\n"  # as Python does at its end
+        "pathlib.Path('ending').touch(); time.sleep(30)\n"
+    )
+    programs = parts["programs"]
+    running = programs.Process([sys.executable, "-c", code], tmp_path, {}, "one", tmp_path)
+    assert running.when((tmp_path / "handled").exists)
+    assert running.when((tmp_path / "ending").exists)
+    assert running.signal(signal.SIGTERM)
+    ended = running.wait()
+    assert ended.code == -signal.SIGTERM
+    assert ended.sent[0].ending
+    assert not parts["checks"].after_signal(ended)
 
 
 def test_a_finished_job_is_compared(parts: Any, tmp_path: Path) -> None:

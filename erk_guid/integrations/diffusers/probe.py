@@ -124,6 +124,18 @@ class _Probe(Family):
     def _note(self, returned: Tensor) -> None:
         """Nothing: no sample is compared."""
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be copied.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "the pipeline copies its scheduler, to move a second sample beside the first (sound "
+            "beside a video, parts of a panorama): its network's answer depends on both, and fit "
+            "knows the one alone. for_pipeline works without a fit"
+        )
+
 
 def timestep_of(scheduler: Any, t: float) -> float:
     """Return what the network is told at a time: noise over signal, or t of a flow."""

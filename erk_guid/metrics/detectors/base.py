@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from types import FrameType
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from erk_guid.common.errors import ErkGuidError, printable
 from erk_guid.common.files import sha256_of, user_path
+from erk_guid.common.programs import OURS, files_of_program, is_installed, together
 
 OWN = "the detector's own"
 """Said of what a detector does not name."""
@@ -54,7 +57,15 @@ class Classifier(Detector, Protocol):
 Factory = Callable[[torch.device, "Path | None"], Detector]
 """Makes a detector on a device. The path is the user's file of weights, None for the usual."""
 
-_FACTORIES: dict[str, Factory] = {}
+
+class _Registered(NamedTuple):
+    """A factory, and the files of the modules that registered it."""
+
+    factory: Factory
+    files: tuple[Path, ...]
+
+
+_FACTORIES: dict[str, _Registered] = {}
 
 
 def register_detector(name: str, factory: Factory) -> None:
@@ -75,7 +86,26 @@ def register_detector(name: str, factory: Factory) -> None:
         raise ValueError(f"a detector's name has letters, digits, '_' and '-' only, got {name!r}")
     if name in _FACTORIES:
         raise ValueError(f"there is a detector {name!r} already")
-    _FACTORIES[name] = factory
+    _FACTORIES[name] = _Registered(factory, tuple(_registering()))
+
+
+def _registering() -> list[Path]:
+    """Return the files that call `register_detector`, up to that of the module that is imported.
+
+    Not that of the main program: two programs may register the same detector.
+    """
+    found: list[Path] = []
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        module, path = str(frame.f_globals.get("__name__")), Path(frame.f_code.co_filename)
+        if module == "__main__" or module.partition(".")[0] == OURS:
+            break
+        if path.is_file() and not is_installed(path):
+            found.append(path.absolute())
+        if frame.f_code.co_name == "<module>":
+            break
+        frame = frame.f_back
+    return found
 
 
 def detector_names() -> list[str]:
@@ -124,7 +154,7 @@ def load_detector(
     """
     check_detector_name(name)
     path = weights_file(name, weights) if weights is not None else None
-    detector = _FACTORIES[name](torch.device(device), path)
+    detector = _FACTORIES[name].factory(torch.device(device), path)
     if detector.name != name:
         raise DetectorError(f"the detector registered as {name!r} calls itself {detector.name!r}")
     if path is not None and not hasattr(detector, "weights"):
@@ -150,12 +180,21 @@ def describe(detector: Detector) -> dict[str, Any]:
 
 
 def _program_of(detector: Detector) -> dict[str, Any]:
-    """Return what identifies the file of a detector that is none of ours."""
-    code = getattr(type(detector).__call__, "__code__", None)
-    path = Path(getattr(code, "co_filename", ""))
-    if type(detector).__module__.startswith("erk_guid.") or not path.is_file():
+    """Return what identifies the program of a detector that is none of ours.
+
+    These are the files that register it, that of its class, and what they import.
+    """
+    registered = _FACTORIES.get(detector.name)
+    files = list(registered.files) if registered is not None else []
+    called = detector if hasattr(detector, "__code__") else type(detector).__call__
+    path = Path(getattr(getattr(called, "__code__", None), "co_filename", ""))
+    if type(detector).__module__.partition(".")[0] not in (OURS, "torch") and path.is_file():
+        files.append(path)
+    found = files_of_program(files)
+    if not found:
         return {}
-    return {"program": identify(path)}
+    names = ", ".join(dict.fromkeys(path.name for path in found))
+    return {"program": {"file": names, "sha256": together(found)}}
 
 
 def refuse_others(source: str, about: Mapping[str, Any], detector: Detector) -> None:

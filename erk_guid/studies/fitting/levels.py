@@ -84,7 +84,9 @@ def fit(
 
     Args:
         denoiser: called as ``denoiser(x, sigma)``, or as ``denoiser(x, sigma, labels)`` with the
-            labels of x's rows. With model guidance, the guided one (`erk_guid.ModelGuidance`).
+            labels of x's rows. With model guidance, the guided one: `erk_guid.ModelGuidance`,
+            with labels ``lambda x, sigma, y: ModelGuidance(partial(net, labels=y), guide, 3.0)(x,
+            sigma)``.
         x: where to start, [N, ...], already scaled by `sigma_max`; 128 samples serve well. Half
             of them are used for the report alone.
         evaluations: calls of the denoiser that a run may take.

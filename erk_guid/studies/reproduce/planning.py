@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import re
 import shlex
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from erk_guid.common.datasets import open_images
 from erk_guid.common.errors import ErkGuidError, printable
 from erk_guid.common.files import sha256_of, user_path
+from erk_guid.common.programs import files_of_plugin, together
 from erk_guid.generation.config import sampling_rules
 from erk_guid.generation.devices import choose_device
 from erk_guid.generation.fits import shipped_fit
@@ -419,30 +419,15 @@ def _fingerprints(options: Sequence[str]) -> dict[str, str]:
         if path is not None and os.path.isfile(path):
             found[value] = sha256_of(path)
         elif path is not None and os.path.isdir(path):
-            found[value] = _together(
+            found[value] = together(
                 each for suffix in ("json", "safetensors") for each in path.rglob(f"*.{suffix}")
             )
     return found
 
 
-def _together(files: Iterable[Path]) -> str:
-    """Return one digest of several files, wherever they lie."""
-    digests = sorted(sha256_of(path) for path in files if path.is_file())
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
 def _programs(plugins: Sequence[str]) -> dict[str, str]:
-    """Return the SHA-256 of plugins that are named as modules; of a package's files together."""
-    found = {}
-    for plugin in plugins:
-        spec = None if plugin.endswith(".py") else importlib.util.find_spec(plugin)
-        if spec is None:
-            continue  # a file, which is known by its path
-        folders = spec.submodule_search_locations
-        files = [Path(spec.origin)] if spec.origin is not None and not folders else []
-        files += [path for folder in folders or () for path in Path(folder).rglob("*.py")]
-        found[plugin] = _together(files)
-    return found
+    """Return the SHA-256 of plugins: of their files together, and of what these import."""
+    return {plugin: together(files_of_plugin(plugin)) for plugin in plugins}
 
 
 def _model_options(job: Reproduction, row: Row) -> list[str]:

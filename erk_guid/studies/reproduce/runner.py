@@ -376,11 +376,13 @@ def _run_row(job: Reproduction, one: Plan) -> None:
     }
     values = {**scored["scores"], **quality.get("scores", {})}
     text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+    precision = one.key.get("precision")
+    title = f"{one.row.title}, {precision}" if precision else one.row.title
     _append(job.outdir / RESULTS, json.dumps(result))
     _append(
         job.outdir / LINES,
         f"{result['finished']}  {one.row.id}: {' '.join(one.key['model'])}, steps "
-        f"{one.row.steps}, {one.row.title}, {scored['num']} images: {text}",
+        f"{one.row.steps}, {title}, {scored['num']} images: {text}",
     )
     print(f"  {text}", flush=True)
     if failure is not None:

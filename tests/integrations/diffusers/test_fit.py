@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +291,15 @@ class NamesOwn(FlowPipeline):
         return found
 
 
+class MovesTwo(FlowPipeline):
+    """Copies its scheduler for a second sample, as LTX 2's and Kandinsky 6's for sound."""
+
+    def times(self, steps: int) -> torch.Tensor:
+        found = super().times(steps)
+        copy.deepcopy(self.scheduler)
+        return found
+
+
 class SetsTwice(FlowPipeline):
     """Sets its timesteps twice and goes over the first ones, as Allegro's."""
 
@@ -433,6 +443,16 @@ def test_a_loop_over_the_timesteps_of_an_earlier_call() -> None:
         for kind in (SetsTwice, FlowPipeline)
     )
     assert twice.settings.made_for == once.settings.made_for
+
+
+@pytest.mark.parametrize("solver", ["modal", "heun"])
+def test_a_pipeline_that_moves_two_samples_is_refused(solver: str) -> None:
+    # Before: "cannot pickle '_thread.lock' object".
+    pipe = flow_of(pipeline=MovesTwo)
+    with pytest.raises(ValueError, match="the pipeline copies its scheduler, to move a second"):
+        fit(pipe, None, steps=4, samples=16, trials=5, solver=solver)
+    pipe.scheduler = for_pipeline(pipe, solver)  # runs
+    pipe(generator=[torch.Generator().manual_seed(0)])
 
 
 def test_a_network_with_a_cache_is_refused() -> None:

@@ -577,6 +577,24 @@ def test_a_plugin_that_changes_makes_another_row(
     assert plan(job, row).key["files"] != before
 
 
+@pytest.mark.parametrize("named", ["my_plugin.py", "my_plugin", "my_package"])
+def test_a_module_that_a_plugin_imports_makes_another_row(
+    named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Before: a row of a plugin whose helper had changed was kept as current.
+    (tmp_path / "my_package").mkdir()
+    for path in ("my_plugin.py", "my_package/__init__.py"):
+        (tmp_path / path).write_text("def make():\n    from my_helper import S\n    return S\n")
+    (tmp_path / "my_helper.py").write_text("S = 1\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (row,) = choose_rows([], ["2-8-plain"])
+    job = Reproduction(outdir=tmp_path, rows=[row], model="digits", plugin=(named,))
+    before = plan(job, row).key["files"]
+    (tmp_path / "my_helper.py").write_text("S = 2\n")
+    assert plan(job, row).key["files"] != before
+
+
 def test_a_model_in_a_folder_that_changes_makes_another_row(tmp_path: Path) -> None:
     # diffusers' layout. Before: only single files were looked at.
     files = ["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json"]
