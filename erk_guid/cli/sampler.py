@@ -19,6 +19,7 @@ from erk_guid.churn import NUMBERS, Churn
 from erk_guid.cli.common import note_input
 from erk_guid.cli.options import JOB, SOLVER_OPTIONS
 from erk_guid.common.errors import printable
+from erk_guid.denoisers import within
 from erk_guid.generation.fits import FITTED, shipped_fit
 from erk_guid.generation.peers import launched_rank
 from erk_guid.guidance import (
@@ -81,6 +82,10 @@ def config_fields(
         if options.get("afs") and len(plan) == 1 and not (solver.two_stages and levels[-1] > 0):
             raise ValueError("--afs with one step would never ask the network; take more --steps")
         churn = _churn(options, solver, erk, levels)
+        if options.get("guidance_interval") and not churn.active:
+            # Of commands that choose the number of steps themselves the range is known alone.
+            called = _called(plan) if _has("num_steps") else None
+            _refuse_interval(options["guidance_interval"], called, levels)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     return {**options, "solver": solver, "erk": erk, "churn": churn}
@@ -118,6 +123,46 @@ def _refuse_other_count(options: dict[str, Any]) -> None:
         raise ValueError(
             f"--steps {options['num_steps']} and {len(schedule)} noise levels in --schedule "
             "contradict each other; leave --steps out"
+        )
+
+
+def _called(plan: Sequence[Step]) -> list[float]:
+    """Return the noise levels at which a run calls its network."""
+    called: list[float] = []
+
+    def denoised(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        called.append(float(sigma))
+        return torch.zeros_like(x)
+
+    memory, x = None, torch.zeros(1, 1, dtype=torch.float64)
+    for step in plan:
+        _, memory = step(denoised, x, memory)
+    return called
+
+
+def _refuse_interval(
+    interval: tuple[float, float], called: list[float] | None, levels: Sequence[float]
+) -> None:
+    """Refuse an interval of model guidance in which a run never calls the network.
+
+    Args:
+        interval: (low, high).
+        called: the noise levels at which it does; None is not known.
+        levels: of a run over the same range.
+
+    Raises:
+        ValueError: naming the option at fault.
+    """
+    ends = [min(level for level in levels if level > 0), levels[0]]
+    if called is None:
+        acts = interval[0] < ends[1] and interval[1] >= ends[0]
+    else:
+        acts = any(within(interval, torch.tensor(s, dtype=torch.float64)) for s in called)
+        ends = [min(called), max(called)]
+    if not acts:
+        raise ValueError(
+            f"--guidance-interval {interval[0]:g},{interval[1]:g} has nothing to act on: the run "
+            f"calls its network from {ends[0]:.4g} to {ends[1]:.4g}, and at no noise level in it"
         )
 
 

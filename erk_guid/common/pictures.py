@@ -45,13 +45,14 @@ def save_png(
     write_bytes(path, buffer.getvalue(), make_folder)
 
 
-def is_whole_png(path: Path, text: str = "", run: str = "") -> bool:
+def is_whole_png(path: Path, text: str = "", run: str = "", sure: bool = False) -> bool:
     """Return whether `path` begins and ends like a PNG; finds truncated and empty files cheaply.
 
     Args:
         path: the file.
         text: what the text in it must begin with, see `save_png`.
         run: which run's it must be, where it says so; earlier versions did not.
+        sure: whether it must say so.
     """
     head, tail = _ends(path)
     if not head.startswith(PNG_START) or tail[4:8] != b"IEND":
@@ -59,7 +60,12 @@ def is_whole_png(path: Path, text: str = "", run: str = "") -> bool:
     if text and f"parameters\0{text}".encode("latin-1") not in head:
         return False
     said = f"{RUN_TEXT}\0".encode()
-    return not run or said not in head or said + run.encode() in head
+    return not run or (said not in head and not sure) or said + run.encode() in head
+
+
+def says_seed(path: Path) -> bool:
+    """Return whether a file says that it is the image of a seed."""
+    return b"parameters\0seed " in _ends(path)[0]
 
 
 def is_somebodys(path: Path) -> bool:

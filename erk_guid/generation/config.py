@@ -212,6 +212,8 @@ class GenerationConfig:
             check_networks(loaded.net, guide.net if guide else None, self.class_idx)
         except ValueError as error:
             raise ErkGuidError(str(error)) from error
+        if guide is not None:
+            self._refuse_same(loaded, guide)
         encoder = self._encoder(loaded)
         channels = loaded.net.img_channels
         if decoding and isinstance(encoder, StandardRGBEncoder) and channels not in (1, 3):
@@ -242,6 +244,21 @@ class GenerationConfig:
         if self.gnet.startswith(UNCONDITIONAL) and locate(self.gnet) == loaded.path:
             return loaded.without_classes(self.gnet)  # in memory once
         return self._load(self.gnet, device)
+
+    def _refuse_same(self, loaded: Checkpoint, guide: Checkpoint) -> None:
+        """Refuse model guidance of a network by itself, which changes nothing.
+
+        Raises:
+            ErkGuidError: naming both.
+        """
+        classless = not loaded.net.label_dim and guide.sha256 == loaded.sha256
+        if guide.fingerprint == loaded.fingerprint or classless:
+            remedy = f"--gnet={UNCONDITIONAL}{self.net} is classifier-free guidance; "
+            raise ErkGuidError(
+                f"--guidance {self.guidance:g} has nothing to act on: --gnet {self.gnet} is the "
+                f"network itself{', which has no classes' if classless else ''}; "
+                f"{'' if classless else remedy}leave both out, or name another guiding network"
+            )
 
     def _fetch(self, refresh: bool) -> None:
         locate(self.net, refresh)

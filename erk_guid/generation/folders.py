@@ -15,7 +15,7 @@ from typing import Any
 
 from erk_guid.common.errors import ErkGuidError
 from erk_guid.common.files import PARTIAL, write_bytes
-from erk_guid.common.pictures import is_somebodys, is_whole_png
+from erk_guid.common.pictures import is_somebodys, is_whole_png, says_seed
 from erk_guid.generation.locks import LOCK_FILE, FolderLock
 from erk_guid.generation.seeds import unique
 from erk_guid.generation.trace import part_files, restart_parts
@@ -113,7 +113,9 @@ class ImageFolder:
         todo = list(seeds)
         _remove(list(self._files(f".*{PARTIAL}*")))  # of killed runs
         if resume:
-            todo = [seed for seed in seeds if not self._has(seed, run)]
+            # Of other seeds only what says that it is this run's: earlier versions' do not.
+            claimed = set(recorded)
+            todo = [s for s in seeds if not self._has(s, run, sure=s not in claimed)]
         if not overwrite:
             self._refuse_foreign(todo, run)
         _remove(self.image(s) for s in todo)
@@ -151,9 +153,9 @@ class ImageFolder:
                     "choose another --outdir"
                 )
 
-    def _has(self, seed: int, run: str) -> bool:
+    def _has(self, seed: int, run: str, sure: bool = False) -> bool:
         """Return whether the image of a seed is there: whole, and this run's by its own words."""
-        return is_whole_png(self.image(seed), f"seed {seed},", run)
+        return is_whole_png(self.image(seed), f"seed {seed},", run, sure)
 
     def _refuse_foreign(self, seeds: Sequence[int], run: str) -> None:
         """Refuse to put images in the place of files that are none of this run's.
@@ -264,7 +266,14 @@ class ImageFolder:
                     "--overwrite to delete them"
                 )
             named = {path for path in there if re.fullmatch(r"\d{6,18}\.png", path.name)}
+            others = sum(is_somebodys(path) and not says_seed(path) for path in named)
             _remove(named)
+            if others:
+                print(
+                    f"Note: {others} of the {len(named)} pictures deleted in {self.path} did not "
+                    "say that they were made by this program",
+                    file=sys.stderr,
+                )
             there -= named
         ours = {self.image(seed) for seed in [*seeds, *(before["seeds"] if before else [])]}
         if there - ours:

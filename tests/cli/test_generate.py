@@ -21,7 +21,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import DATA, ROOT, golden
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
 from erk_guid.cli import main
@@ -341,6 +341,72 @@ def test_resume_keeps_what_another_machine_made_of_the_same_run(tmp_path: Path) 
     assert json.loads((tmp_path / "one" / "run.json").read_text())["seeds"] == [0, 1, 2, 3, 4]
 
 
+def test_resume_does_not_take_what_does_not_say_which_run_it_is(tmp_path: Path) -> None:
+    # As earlier versions' images: of which settings nothing says, unless run.json lists them.
+    args = ["--preset", "digits", "--outdir", tmp_path, "--steps", 2]
+    assert generate(*args, "--seeds", "0").exit_code == 0
+    for seed in (0, 1):
+        info = PngImagePlugin.PngInfo()
+        info.add_text("parameters", f"seed {seed}, of another version")
+        Image.new("L", (16, 16)).save(tmp_path / f"{seed:06d}.png", pnginfo=info)
+    done = generate(*args, "--seeds", "0-1", "--resume")
+    assert "1 image made" in done.output
+    assert np.asarray(Image.open(tmp_path / "000000.png")).max() == 0
+    assert np.asarray(Image.open(tmp_path / "000001.png")).max() > 0
+
+
+@pytest.mark.parametrize(("typed", "said"), [
+    (["--net=digits", "--gnet=digits"], "--gnet=uncond:digits is classifier-free guidance"),
+    (["--net=digits", "--gnet=digits-guid"], "--gnet digits-guid is the network itself;"),
+    (["--net=uncond:digits", "--gnet=uncond:digits"], "is the network itself"),
+])  # fmt: skip
+def test_model_guidance_of_a_network_by_itself_is_refused(
+    typed: list[str], said: str, tmp_path: Path
+) -> None:
+    # Before: images without guidance at twice the cost, recorded as guided.
+    done = generate(*typed, "--guidance=3", "--steps=2", "--seeds=0", "--outdir", tmp_path / "o")
+    assert done.exit_code == 1
+    assert "--guidance 3 has nothing to act on" in done.output
+    assert said in done.output
+    assert not list((tmp_path / "o").glob("*.png"))
+
+
+def test_classifier_free_guidance_without_classes_is_refused(tmp_path: Path) -> None:
+    net = Precond(16, 1, 0, model_channels=8, channel_mult=[1], channels_per_head=8)
+    save_network(tmp_path / "net.safetensors", net)
+    both = ["--net", tmp_path / "net.safetensors", "--gnet", f"uncond:{tmp_path}/net.safetensors"]
+    done = generate(*both, "--guidance=2", "--seeds=0", "--outdir", tmp_path / "o")
+    assert done.exit_code == 1
+    assert "is the network itself, which has no classes; leave both out" in done.output
+
+
+@pytest.mark.parametrize(("typed", "works"), [
+    (["--guidance-interval=100,200"], False), (["--guidance-interval=0,0.001"], False),
+    (["--guidance-interval=3,4", "--schedule=80,5,1"], False),
+    (["--guidance-interval=3,4", "--schedule=80,5,1", "--solver=dpm2"], False),
+    (["--guidance-interval=2,3", "--schedule=80,5,1", "--solver=dpm2"], True),
+    (["--guidance-interval=79,80", "--solver=euler"], True),
+    (["--guidance-interval=100,200", "--S_churn=2", "--steps=4"], True),
+])  # fmt: skip
+def test_an_interval_of_guidance_in_which_nothing_is_called(
+    typed: list[str], works: bool, tmp_path: Path
+) -> None:
+    # Before: images without guidance, recorded as guided.
+    more = [] if any("schedule" in one for one in typed) else ["--steps=4"]
+    done = generate("--preset=digits-guid", "--seeds=0", *typed, *more, "--outdir", tmp_path / "o")
+    assert done.exit_code == (0 if works else 2), done.output
+    assert ("has nothing to act on: the run calls its network from" in done.output) != works
+
+
+@pytest.mark.parametrize("command", ["calibrate", "fit", "accuracy"])
+def test_studies_refuse_such_an_interval_too(command: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, [
+        command, "--preset=digits-guid", "--guidance-interval=100,200", f"--outdir={tmp_path}/o",
+    ])  # fmt: skip
+    assert done.exit_code == 2, done.output
+    assert "from 0.002 to 80, and at no noise level in it" in done.output
+
+
 def test_levels_that_windows_wrote_are_read(tmp_path: Path) -> None:
     # Before: "could not convert string to float" of an invisible mark.
     (tmp_path / "levels.txt").write_bytes("80\r\n5\r\n0.1\r\n".encode("utf-8-sig"))
@@ -447,8 +513,11 @@ def test_images_of_an_older_run_are_not_adopted(tmp_path: Path) -> None:
     assert over.exit_code == 1
     assert "holds 2 images of other settings" in over.output
     (tmp_path / "photo.png").write_bytes(b"somebody's")
+    Image.new("L", (3, 2)).save(tmp_path / "000009.png")
     over = generate(*args, "--steps", 3, "--seeds", "0-1", "--overwrite")
     assert "holds 1 other images, which stay" in over.output
+    # Before: without a word.
+    assert "1 of the 3 pictures deleted in " in over.output
     assert sorted(p.name for p in tmp_path.glob("*.png")) == [
         "000000.png", "000001.png", "photo.png",
     ]  # fmt: skip

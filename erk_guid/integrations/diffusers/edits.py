@@ -35,7 +35,12 @@ class Given(NamedTuple):
         """Return where a sample that comes back differs: bool, like it; None is nowhere."""
         if sample is self.sample and self.version is not None and self.version == _version(sample):
             return None
-        return sample != self.values
+        values = self.values.to(sample.dtype)  # CogVideoX's loop casts each sample
+        edited = sample != values
+        for dtype in (torch.bfloat16, torch.float16):  # and others cast it there and back
+            if sample.dtype not in (torch.bfloat16, torch.float16):
+                edited &= sample != values.to(dtype).to(sample.dtype)
+        return edited
 
     def fits(self, sample: Tensor) -> bool:
         """Return whether a sample may be this one, edited or not."""

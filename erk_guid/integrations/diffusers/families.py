@@ -25,7 +25,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 )
 from torch import Tensor
 
-from erk_guid.integrations.diffusers.configs import SOLVERS_OWN, SPACINGS, carried_over
+from erk_guid.integrations.diffusers.configs import OWN, SOLVERS_OWN, SPACINGS, carried_over
 from erk_guid.integrations.diffusers.levels import as_tensor, chosen_levels
 from erk_guid.integrations.diffusers.samples import Samples, UnitVariance, in_float32
 from erk_guid.processes import VE, Process, RectifiedFlow
@@ -71,6 +71,9 @@ class Family(Samples, ABC):
         if isinstance(config, Mapping):
             wanted = {key: value for key, value in options.items() if key in known}
             given = {**config, **wanted}
+            if given.get("_class_name") == cls.__name__:  # a class derived from ours, saved
+                known_as = (base.__name__ for base in cls.__mro__ if base.__name__ in OWN)
+                given["_class_name"] = next(known_as, cls.__name__)
             config = carried_over(given, cls.name, cls.__name__, known)
             if cls.name == Discrete.name:
                 config |= _ends_of_spacing(given)

@@ -29,6 +29,13 @@ STEPS_AGREE = 1e-3
 """How far two answers to the same call may be apart, as a share of them."""
 
 
+SECOND = (
+    "the pipeline copies its scheduler, to move a second sample beside the first (sound beside a "
+    "video, parts of a panorama): its network's answer depends on both, and fit knows the one "
+    "alone. for_pipeline works without a fit"
+)
+
+
 class _Ended(BaseException):
     """Leaves a pipeline's loop; not an Exception, which the pipeline may catch."""
 
@@ -84,7 +91,13 @@ class _Probe(Family):
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
     ) -> None:
-        """Begin at the first level, whatever the pipeline asks for."""
+        """Begin at the first level, whatever the pipeline asks for.
+
+        Raises:
+            ValueError: the pipeline has made this scheduler itself.
+        """
+        if not hasattr(self, "exchange"):
+            raise ValueError(SECOND)
         self.sigmas = torch.zeros(self.calls + 1)
         if len(self.timesteps) != self.calls or self.timesteps.device != torch.device(
             device or "cpu"
@@ -130,11 +143,7 @@ class _Probe(Family):
         Raises:
             ValueError: always.
         """
-        raise ValueError(
-            "the pipeline copies its scheduler, to move a second sample beside the first (sound "
-            "beside a video, parts of a panorama): its network's answer depends on both, and fit "
-            "knows the one alone. for_pipeline works without a fit"
-        )
+        raise ValueError(SECOND)
 
 
 def timestep_of(scheduler: Any, t: float) -> float:

@@ -382,11 +382,16 @@ def _run_row(job: Reproduction, one: Plan) -> None:
     _append(
         job.outdir / LINES,
         f"{result['finished']}  {one.row.id}: {' '.join(one.key['model'])}, steps "
-        f"{one.row.steps}, {title}, {scored['num']} images: {text}",
+        f"{one.row.steps}, {title}, {scored['num']} images, seeds {_shortened(one)}: {text}",
     )
     print(f"  {text}", flush=True)
     if failure is not None:
         raise failure
+
+
+def _shortened(one: Plan) -> str:
+    seeds: str = one.key["seeds"]
+    return seeds if len(seeds) < 60 else f"{seeds[:57]}..."
 
 
 def _quality_of_row(job: Reproduction, one: Plan) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from pathlib import Path
 from typing import Any, ClassVar
 
 import diffusers
@@ -241,6 +242,22 @@ def test_the_way_back_by_from_config(theirs: Any, again: Any, solver: str) -> No
         for name in ("timesteps", "sigmas", "betas", "alphas_cumprod"):
             if hasattr(theirs, name):
                 torch.testing.assert_close(getattr(back, name), getattr(theirs, name))
+
+
+class Derived(ours.ModalScheduler):  # type: ignore[misc]
+    """Somebody's own."""
+
+
+def test_a_class_derived_from_ours_is_saved_and_loaded(tmp_path: Path) -> None:
+    # Before: "none of the schedulers whose samples and times are known here".
+    made = Derived(beta_schedule="scaled_linear", modal_order=2)
+    made.save_pretrained(tmp_path)
+    again = Derived.from_pretrained(tmp_path)
+    assert type(again) is Derived
+    assert again.config.modal_order == 2
+    again.set_timesteps(5)
+    made.set_timesteps(5)
+    torch.testing.assert_close(again.sigmas, made.sigmas)
 
 
 def test_what_ours_leave_in_another_config_is_not_taken_up_again() -> None:

@@ -294,9 +294,14 @@ class NamesOwn(FlowPipeline):
 class MovesTwo(FlowPipeline):
     """Copies its scheduler for a second sample, as LTX 2's and Kandinsky 6's for sound."""
 
+    by_config = False
+
     def times(self, steps: int) -> torch.Tensor:
         found = super().times(steps)
-        copy.deepcopy(self.scheduler)
+        if self.by_config:
+            type(self.scheduler).from_config(self.scheduler.config).set_timesteps(steps)
+        else:
+            copy.deepcopy(self.scheduler)
         return found
 
 
@@ -445,10 +450,12 @@ def test_a_loop_over_the_timesteps_of_an_earlier_call() -> None:
     assert twice.settings.made_for == once.settings.made_for
 
 
+@pytest.mark.parametrize("by_config", [False, True])
 @pytest.mark.parametrize("solver", ["modal", "heun"])
-def test_a_pipeline_that_moves_two_samples_is_refused(solver: str) -> None:
-    # Before: "cannot pickle '_thread.lock' object".
+def test_a_pipeline_that_moves_two_samples_is_refused(solver: str, by_config: bool) -> None:
+    # Before: "cannot pickle '_thread.lock' object", and an attribute that is not there.
     pipe = flow_of(pipeline=MovesTwo)
+    pipe.by_config = by_config
     with pytest.raises(ValueError, match="the pipeline copies its scheduler, to move a second"):
         fit(pipe, None, steps=4, samples=16, trials=5, solver=solver)
     pipe.scheduler = for_pipeline(pipe, solver)  # runs
