@@ -21,7 +21,7 @@ from erk_guid.cli.common import (
     reporting_errors,
 )
 from erk_guid.cli.options import chosen_options
-from erk_guid.cli.sampler import preset_fields
+from erk_guid.cli.sampler import preset_fields, refuse_interval
 from erk_guid.common.errors import MissingExtraError
 from erk_guid.common.files import check_writable, write_bytes
 from erk_guid.generation.config import GenerationConfig
@@ -238,6 +238,11 @@ def accuracy_command(
             "guidance_interval": guidance_interval, "class_idx": class_idx,
         }  # fmt: skip
         fields = preset_fields(preset, given)
+        if guidance_interval is not None:
+            try:
+                refuse_interval(guidance_interval, None, [sigma_max, sigma_min])
+            except ValueError as error:
+                raise click.UsageError(str(error)) from error
     written = (*TABLE_FILES, *(NEARNESS_FILES if as_near_as else ()))
     for name in written:
         refuse_inputs(outdir=outdir / name)

@@ -85,7 +85,7 @@ def config_fields(
         if options.get("guidance_interval") and not churn.active:
             # Of commands that choose the number of steps themselves the range is known alone.
             called = _called(plan) if _has("num_steps") else None
-            _refuse_interval(options["guidance_interval"], called, levels)
+            refuse_interval(options["guidance_interval"], called, levels)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     return {**options, "solver": solver, "erk": erk, "churn": churn}
@@ -140,7 +140,7 @@ def _called(plan: Sequence[Step]) -> list[float]:
     return called
 
 
-def _refuse_interval(
+def refuse_interval(
     interval: tuple[float, float], called: list[float] | None, levels: Sequence[float]
 ) -> None:
     """Refuse an interval of model guidance in which a run never calls the network.

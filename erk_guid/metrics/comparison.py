@@ -109,6 +109,8 @@ def compare(job: Comparison) -> dict[str, Any]:
     real = _open(job.real, manifold, shipped=True) if compares else None
     try:
         _check_counts(job, generated, real, manifold)
+        if real is not None:
+            _tell_other_size(generated, real)
         detectors: dict[str, Detector] = {
             name: load_detector(name, device, job.detector_weights.get(name))
             for name in dict.fromkeys(used)
@@ -180,6 +182,18 @@ def _check_counts(job: Comparison, generated: _Set, real: _Set | None, manifold:
         raise ErkGuidError(
             f"{generated.path} has {_count(generated, manifold)} images; the inception score's "
             f"{SPLITS} splits need at least as many"
+        )
+
+
+def _tell_other_size(generated: _Set, real: _Set) -> None:
+    """Print a note if the images of two sets differ in size: a detector may resize them."""
+    sizes = ["x".join(map(str, side.images.read(0).shape[:0:-1])) for side in (generated, real)
+             if side.images is not None]  # fmt: skip
+    if len(set(sizes)) > 1:
+        print(
+            f"Note: {generated.path} has images of {sizes[0]}, {real.path} of {sizes[1]}: what "
+            "resizing does to them is compared, too",
+            file=sys.stderr,
         )
 
 

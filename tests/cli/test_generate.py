@@ -398,7 +398,7 @@ def test_an_interval_of_guidance_in_which_nothing_is_called(
     assert ("has nothing to act on: the run calls its network from" in done.output) != works
 
 
-@pytest.mark.parametrize("command", ["calibrate", "fit"])
+@pytest.mark.parametrize("command", ["calibrate", "fit", "accuracy"])
 def test_studies_refuse_such_an_interval_too(command: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(main, [
         command, "--preset=digits-guid", "--guidance-interval=100,200", f"--outdir={tmp_path}/o",

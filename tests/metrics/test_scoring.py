@@ -599,13 +599,22 @@ def test_other_files_among_the_images_are_mentioned(folder: Path, tmp_path: Path
     assert "run.json" not in done.output
 
 
-def test_counts_that_do_not_fit(folder: Path) -> None:
+def test_counts_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     done = run("calc", "--images", folder, *COMMON)
     fails_with(done, "has 60 images, --num asks for 50000")
     assert "--num 60" in done.output
     done = run("calc", "--images", folder, "--num", 1, *COMMON)
     assert done.exit_code == 2
     assert "--num" in done.output
+    # Before: nothing, and a number that is of the resizing, too.
+    (tmp_path / "large").mkdir()
+    for path in sorted(folder.rglob("*.png"))[:8]:
+        Image.open(path).resize((32, 48)).save(tmp_path / "large" / path.name)
+    for real, said in ((tmp_path / "large", True), (folder, False)):
+        done = prc(folder, "--real", real, "--detector", "fd_digits", "--device", "cpu",
+                   "--metrics", "precision")  # fmt: skip
+        assert done.exit_code == said, done.output  # this detector takes 32x32 alone
+        assert ("what resizing does to them is compared" in done.output) == said
     few = prc(folder, "--real", "digits", "--detector", "fd_digits", "--k", 60)
     fails_with(few, "has 60 images; --k 60 needs at least 61")
 
