@@ -3,8 +3,8 @@
 A pipeline calls the network at the predicted point of a step. The scheduler corrects the step with
 that evaluation and predicts the next one, as `erk_guid.solvers.Modal` does: that is one call of
 `step`. What it remembers is dropped when timesteps are set and when a run begins in mid-schedule.
-Where a pipeline edits the sample (in-painting, callbacks), x is what the pipeline gives, and the
-denoised values of past steps stay. Everything is kept in float32, whatever the pipeline's
+Where a pipeline edits the sample (in-painting, callbacks), x is moved as the pipeline has moved it,
+and what the solver remembers stays. Everything is kept in float32, whatever the pipeline's
 precision.
 """
 
@@ -111,11 +111,9 @@ class _Modal(Family):
             trust = _trust_where_left(edited, last, run.memory, run.predicted, found.x)
             found = found._replace(trust=trust)
         added = 0.0 if run.added is None else run.added
-        # Where the sample was edited there is no prediction to correct; the value is kept as it is.
-        run.memory = found._replace(
-            x=unless(edited, found.x + added, x),
-            values=(unless(edited, found.values[0], denoised), *found.values[1:]),
-        )
+        # An edit moves x, and leaves the correction of the step before as it is.
+        moved = x + (found.x - run.predicted)
+        run.memory = found._replace(x=unless(edited, found.x + added, moved))
         return run
 
     def _note(self, returned: Tensor) -> None:
@@ -148,7 +146,7 @@ def _trust_where_left(
     edited: Tensor, step: PredictorCorrectorStep, memory: Memory, predicted: Tensor,
     corrected: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Return the trust of a corrected step, measured where the sample was not edited.
+    """Return the trust of a corrected step, measured where the sample was not edited, if anywhere.
 
     Args:
         edited: where it was.
@@ -156,6 +154,8 @@ def _trust_where_left(
         predicted, corrected: the end of the step.
     """
     low = step.predict(memory._replace(trust=predicted.new_zeros(len(predicted))))
+    whole = edited.flatten(1).all(1).reshape(-1, *[1] * (edited.ndim - 1))
+    edited = edited & ~whole
     return trust_in_past(low, unless(edited, predicted, low), unless(edited, corrected, low))
 
 

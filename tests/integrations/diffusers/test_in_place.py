@@ -18,6 +18,7 @@ from erk_guid.integrations.diffusers import (
     ModalScheduler,
 )
 
+MODAL = (ModalScheduler, EDMModalScheduler, FlowMatchModalScheduler)
 HEUN = {"w_stiff": 0.5, "w_con": 0.0}
 SCHEDULERS: list[tuple[Any, dict[str, Any]]] = [
     (ERKGuidHeunScheduler, {"w_stiff": 0}), (ERKGuidHeunScheduler, HEUN),
@@ -95,5 +96,7 @@ def test_a_sample_that_is_cast_is_not_edited(
         assert apart < lost
         return
     assert apart < 0.02 * exact.norm()
-    if dtype == torch.float16 and options.get("w_stiff") != 0:
+    if issubclass(kind, MODAL):  # an edit of everything, too small to see: 5 to 18 % before
+        assert lost < 1e-4 * exact.norm()
+    elif dtype == torch.float16 and options.get("w_stiff") != 0:
         assert apart < 0.2 * lost
