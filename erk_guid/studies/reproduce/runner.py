@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from tqdm import tqdm
 
 from erk_guid.common.datasets import open_images
 from erk_guid.common.errors import ErkGuidError, printable
@@ -196,7 +197,8 @@ def _hash_of_real(real: str | None) -> str | None:
         if path.is_file():
             return sha256_of(path)
         digest = hashlib.sha256()
-        for name in open_images(path).names:
+        names = open_images(path).names
+        for name in tqdm(names, desc="reading the real images", unit="image", delay=2):
             # Names that are not UTF-8 have halves of characters in them.
             line = f"{name}\n{sha256_of(path / name)}\n"
             digest.update(line.encode(errors="surrogatepass"))
