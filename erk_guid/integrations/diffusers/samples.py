@@ -82,6 +82,25 @@ class UnitVariance(Samples):
         sigma: Tensor = add(torch.zeros_like(noise), torch.ones_like(noise), timesteps)
         return noisy / (1 + sigma**2).sqrt()
 
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return what a network of v-prediction is trained to answer, as diffusers' DDPM does.
+
+        It is alpha noise - sigma clean, where alpha clean + sigma noise is the noisy sample of unit
+        variance (Salimans and Ho 2022, appendix D). In training loops it is the target of the loss.
+
+        Args:
+            sample: clean data [N, ...].
+            noise: of the same shape, of unit variance.
+            timesteps: [N], of the scheduler or whole numbers in between, as `add_noise` takes them.
+        """
+        # diffusers' Euler takes the timestep's place in the list for the timestep itself.
+        one = torch.ones(1, *[1] * (sample.ndim - 1), device=sample.device)
+        one = one.expand(timesteps.numel(), *one.shape[1:])
+        alpha = self.add_noise(one, 0 * one, timesteps.reshape(-1))
+        sigma = self.add_noise(0 * one, one, timesteps.reshape(-1))
+        size = (alpha**2 + sigma**2).sqrt()  # 1 where samples are of unit variance
+        return ((alpha * noise.float() - sigma * sample.float()) / size).to(sample.dtype)
+
     def _noisy_between(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return clean samples with noise at timesteps that are none of a run's (FreeInit)."""
         kept = self.alphas_cumprod.to(clean.device)[timesteps.round().long().to(clean.device)]

@@ -156,6 +156,43 @@ def test_noise_at_a_time_that_is_none_of_the_runs(solver: str) -> None:
         torch.testing.assert_close(ours.add_noise(clean, noise, times), right)
 
 
+@pytest.mark.parametrize("solver", ["modal", "heun"])
+@pytest.mark.parametrize("kind", ["DDIMScheduler", "EulerDiscreteScheduler"])
+def test_velocity_that_a_network_is_trained_to_answer(kind: str, solver: str) -> None:
+    # Catches: diffusers' Euler, which takes the place of a timestep in the list for the timestep.
+    # Outside: DDPM's get_velocity.
+    clean, noise = torch.randn(3, 4, 8, 8, generator=seeded(0)), torch.randn(3, 4, 8, 8)
+    options = {**SD, "prediction_type": "v_prediction"}
+    theirs = diffusers.DDPMScheduler(**options)
+    ours = for_pipeline(getattr(diffusers, kind)(**options), solver)
+    for steps in (50, 20):
+        ours.set_timesteps(steps)
+        listed = ours.timesteps[[0, 7, 12]]
+        assert torch.equal(listed, listed.round())
+        for times in (listed, listed.long(), torch.tensor([977, 311, 2])):
+            right = theirs.get_velocity(clean, noise, times.long())
+            torch.testing.assert_close(ours.get_velocity(clean, noise, times), right)
+        half = ours.get_velocity(clean.half(), noise.half(), listed)
+        assert half.dtype == torch.float16
+        assert torch.equal(
+            ours.get_velocity(clean, noise, listed[:1]), ours.get_velocity(clean, noise, listed[0])
+        )
+
+
+@pytest.mark.parametrize("solver", ["modal", "heun"])
+def test_velocity_at_timesteps_between_those_of_the_network(solver: str) -> None:
+    # Outside: its definition, from the level that a run has there.
+    options = {**SD, "use_karras_sigmas": True}
+    ours = for_pipeline(diffusers.EulerDiscreteScheduler(**options), solver)
+    ours.set_timesteps(6)
+    clean, noise = torch.randn(2, 4, generator=seeded(0)), torch.randn(2, 4)
+    at = [0, len(ours.timesteps) - 1]
+    assert not torch.equal(ours.timesteps[at], ours.timesteps[at].round())
+    sigma = ours.sigmas[at].reshape(2, 1)
+    right = (noise - sigma * clean) / (1 + sigma**2).sqrt()
+    torch.testing.assert_close(ours.get_velocity(clean, noise, ours.timesteps[at]), right)
+
+
 def test_a_pipeline_of_either_family_asks_a_flow_to_scale() -> None:
     # Catches: an AttributeError in BriaPipeline, which asks every scheduler but one by name.
     x = torch.randn(2, 4)
