@@ -158,3 +158,17 @@ def test_batches_and_dtypes() -> None:
         single = erk_guid.sample(tanh, x.float(), sigmas, solver=name)
         assert single.dtype == torch.float32
         torch.testing.assert_close(single.double(), whole, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "dpm2"])
+def test_weights_give_the_step(golden_solvers: dict[str, Any], name: str) -> None:
+    # What StepResult promises, and guidance of others may use: ours uses the last weight alone.
+    net = Mixture(golden_solvers)
+    y, memory = golden_solvers["latents"] * 80, None
+    for step in make_solver(name).plan(make_sigmas("polynomial", 5, 0.002, 80, 7)):
+        result, memory = step(net, y, memory)
+        drift = sum(w * s.drift for w, s in zip(result.weights, result.stages, strict=True))
+        again = result.stages[0].x + (result.sigma_next - result.sigma) * drift
+        torch.testing.assert_close(again, result.x, rtol=1e-12, atol=1e-12)
+        assert sum(result.weights) == pytest.approx(1)
+        y = result.x
