@@ -152,7 +152,7 @@ def compare(job: Comparison) -> dict[str, Any]:
 def _open(source: str, detector: str, shipped: bool = False) -> _Set:
     """Open images, or a file with features (an .npz from `ref` or `calc --features`)."""
     path = user_path(source)
-    features = shipped and source == SHIPPED and not path.exists()
+    features = shipped and source == SHIPPED  # a folder of that name is ./digits
     if path.suffix == ".npz" and path.is_file():
         features = not holds_images(path)
     if features:

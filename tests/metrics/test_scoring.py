@@ -422,6 +422,29 @@ def test_the_shipped_reference_serves_offline(folder: Path) -> None:
     assert "compare among equal ones only" in done.output
 
 
+def test_a_folder_named_as_the_shipped_reference_is_not_taken_for_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Catches: images in a folder "digits" compared with themselves, with precision 1.
+    right = prc(folder, "--real", "digits", "--detector", "fd_digits", "--device", "cpu")
+    shutil.copytree(folder, tmp_path / "digits")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "digits").write_bytes(b"no reference")
+    monkeypatch.chdir(tmp_path)
+    done = prc("digits", "--real", "digits", "--detector", "fd_digits", "--device", "cpu",
+               "--json", "found.json")  # fmt: skip
+    scores = [one.output[one.output.index("precision: ") :].split()[:4] for one in (right, done)]
+    assert scores[0] == scores[1]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["num_generated"], found["num_real"]) == (60, 2000)
+    assert found["real"]["sha256"] == sha256_of(locate_reference("digits"))
+    same = prc("digits", "--real", "./digits", "--detector", "fd_digits", "--device", "cpu")
+    assert "precision: 1.000" in same.output
+    monkeypatch.chdir(tmp_path / "here")
+    assert locate_reference("digits").suffix == ".npz"
+    assert locate_reference("./digits") == Path("digits")
+
+
 # --- the user's mistakes ----------------------------------------------------------------------
 
 

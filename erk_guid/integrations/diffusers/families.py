@@ -25,7 +25,13 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 )
 from torch import Tensor
 
-from erk_guid.integrations.diffusers.configs import OWN, SOLVERS_OWN, SPACINGS, carried_over
+from erk_guid.integrations.diffusers.configs import (
+    OWN,
+    SOLVERS_OWN,
+    SPACINGS,
+    UNDERSTOOD,
+    carried_over,
+)
 from erk_guid.integrations.diffusers.levels import as_tensor, chosen_levels
 from erk_guid.integrations.diffusers.samples import Samples, UnitVariance, in_float32
 from erk_guid.processes import VE, Process, RectifiedFlow
@@ -57,7 +63,8 @@ class Family(Samples, ABC):
         """Make a scheduler from the config of another one, as in diffusers.
 
         Args:
-            config: of any scheduler of this family.
+            config: of any scheduler of this family. What it leaves out is what the class that it
+                names has by default.
             return_unused_kwargs: as in diffusers.
             options: arguments of this class, in place of the config's.
 
@@ -70,7 +77,7 @@ class Family(Samples, ABC):
         given = config
         if isinstance(config, Mapping):
             wanted = {key: value for key, value in options.items() if key in known}
-            given = {**config, **wanted}
+            given = {**_defaults_of(str(config.get("_class_name"))), **config, **wanted}
             if given.get("_class_name") == cls.__name__:  # a class derived from ours, saved
                 known_as = (base.__name__ for base in cls.__mro__ if base.__name__ in OWN)
                 given["_class_name"] = next(known_as, cls.__name__)
@@ -279,6 +286,18 @@ Those of Euler's kind, as ours, space them between the first and the last of the
 BETA_SETTINGS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
          "rescale_betas_zero_snr")  # fmt: skip
 SPACED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+
+
+def _defaults_of(name: str) -> dict[str, Any]:
+    """Return what one of diffusers' schedulers does where its config says nothing.
+
+    The config of a scheduler is complete, but that of a file, which an old version wrote or
+    somebody, need not be.
+    """
+    if name not in UNDERSTOOD:
+        return {}
+    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
+    return {key: p.default for key, p in parameters.items() if p.default is not p.empty}
 
 
 def _ends_of_spacing(config: Mapping[str, Any]) -> dict[str, float]:

@@ -94,7 +94,8 @@ def locate_reference(source: str, refresh: bool = False) -> Path:
 
     Args:
         source: a path, a URL, 'digits' (shipped), 'img512' or 'img64'. The last two are EDM2's.
-            They are taken from `dataset-refs/` if they are there, and else downloaded.
+            They are taken from `dataset-refs/` if they are there, and else downloaded. A file of
+            such a name is ./digits.
         refresh: download again what is downloaded.
 
     Raises:
@@ -108,17 +109,17 @@ def _place(source: str) -> Path | str:
     """Return the local file of a reference, or the URL that it is downloaded from."""
     if is_url(source):
         return source
+    if source == SHIPPED:
+        return shipped_file("digits-refs.npz")
+    if source in PUBLISHED:
+        beside = FOLDER / f"{source}.pkl"
+        return beside if beside.is_file() else EDM2_URL.format(source)
     path = user_path(source)
     try:
         if path.is_file():
             return path
     except OSError as error:
         raise ReferenceFileError(f"{source[:60]}: {error.strerror}") from error
-    if source == SHIPPED:
-        return shipped_file("digits-refs.npz")
-    if source in PUBLISHED:
-        beside = FOLDER / f"{source}.pkl"
-        return beside if beside.is_file() else EDM2_URL.format(source)
     known = ", ".join([SHIPPED, *PUBLISHED])
     raise ReferenceFileError(
         f"{source!r} is no reference: give a .npz or .pkl file, a URL, or one of {known}"

@@ -26,7 +26,7 @@ from erk_guid.generation.fits import shipped_fit
 from erk_guid.guidance import FORMS
 from erk_guid.metrics.comparison import MANIFOLD_DETECTOR, REAL, SCORE_DETECTOR, SPLITS
 from erk_guid.metrics.detectors import check_detector_name
-from erk_guid.metrics.statistics.references import SHIPPED
+from erk_guid.metrics.statistics.references import PUBLISHED, SHIPPED
 from erk_guid.models.checkpoints.presets import PRESETS
 from erk_guid.models.encoders import PIXELS
 from erk_guid.studies.reproduce.tables import FIRST_SEED, PAPER_BATCH, PAPER_NUM, Row
@@ -216,7 +216,8 @@ def plan(job: Reproduction, row: Row) -> Plan:
         "detector_weights": dict(job.detector_weights),
         "device": device,  # each kind has its own random numbers
         "files": _fingerprints(
-            [*model, ref, *job.detector_weights.values(), *job.plugin, _levels(row)]
+            [option for option in (*model, ref) if not _is_name(option)]
+            + [*job.detector_weights.values(), *job.plugin, _levels(row)]
         )
         | _programs(job.plugin),
     }
@@ -407,6 +408,12 @@ def _weights(job: Reproduction, detectors: Sequence[str]) -> list[str]:
 
 def _device(job: Reproduction) -> list[str]:
     return [f"--device={job.device}"] if job.device else []
+
+
+def _is_name(option: str) -> bool:
+    """Return whether an option names a preset or a reference, which no file here takes away."""
+    name = option.partition("=")[2] if option.startswith("--") else option
+    return name.removeprefix("uncond:") in PRESETS or name in (SHIPPED, *PUBLISHED)
 
 
 def _fingerprints(options: Sequence[str]) -> dict[str, str]:

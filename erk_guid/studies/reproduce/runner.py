@@ -31,7 +31,7 @@ from erk_guid.generation.locks import locked
 from erk_guid.generation.stopping import StoppedError
 from erk_guid.metrics.comparison import REAL
 from erk_guid.metrics.detectors import weights_file
-from erk_guid.metrics.statistics.references import PUBLISHED, locate_reference
+from erk_guid.metrics.statistics.references import PUBLISHED, SHIPPED, locate_reference
 from erk_guid.models.checkpoints.download import is_url
 from erk_guid.models.checkpoints.loading import check_source
 from erk_guid.studies.reproduce.planning import (
@@ -191,7 +191,7 @@ def is_quality_of(quality: Mapping[str, Any], job: Reproduction, one: Plan) -> b
 @cache
 def _hash_of_real(real: str | None) -> str | None:
     """Return a hash of real images; None where they are not here, or ship with the package."""
-    if real is None or not (path := user_path(real)).exists():
+    if real is None or real == SHIPPED or not (path := user_path(real)).exists():
         return None
     try:
         if path.is_file():

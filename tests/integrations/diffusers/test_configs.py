@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -382,6 +383,38 @@ def test_defaults_of_the_other_class_are_carried_over() -> None:
     assert theirs.config.beta_end == 0.02
     assert for_pipeline(theirs, "heun").config.beta_end == 0.02
     assert for_pipeline(diffusers.PNDMScheduler()).config.timestep_spacing == "leading"
+
+
+SD_1_5 = {
+    "_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_end": 0.012,
+    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "num_train_timesteps": 1000,
+    "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None,
+    "clip_sample": False,
+}  # fmt: skip
+"""What Stable Diffusion 1.5's repository has: no spacing, for that came later."""
+SHORT = [SD_1_5] + [
+    {"_class_name": name}
+    for name in ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler",
+                 "HeunDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("solver", ["modal", "heun"])
+@pytest.mark.parametrize("short", SHORT, ids=lambda short: f"{short['_class_name']}-{len(short)}")
+def test_a_file_that_leaves_defaults_out(short: Any, solver: str, tmp_path: Path) -> None:
+    # Catches: our defaults (spacing, clipping, betas) for those of the class that the file names.
+    # Outside: what diffusers' own class makes of the file.
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(short))
+    theirs = getattr(diffusers, short["_class_name"]).from_pretrained(tmp_path)
+    kind = getattr(ours, CLASSES["discrete"][solver])
+    right, made = kind.from_config(theirs.config), kind.from_pretrained(tmp_path)
+    for one in (right, made, copied := kind.from_config(short)):
+        one.set_timesteps(10)
+        assert torch.equal(one.sigmas, right.sigmas)
+        assert torch.equal(one.timesteps, right.timesteps)
+    for name in ("clip_sample", "prediction_type", "timestep_spacing", "beta_start"):
+        if name in theirs.config:
+            assert made.config[name] == copied.config[name] == theirs.config[name], name
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])

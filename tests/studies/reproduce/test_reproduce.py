@@ -33,7 +33,7 @@ from erk_guid.common.errors import ErkGuidError
 from erk_guid.generation.config import GenerationConfig
 from erk_guid.studies.reproduce import TABLES, Reproduction, choose_rows, plan, runner, write_report
 from erk_guid.studies.reproduce.report import Findings
-from erk_guid.studies.reproduce.runner import _append, _mend, read_results, result_of
+from erk_guid.studies.reproduce.runner import _append, _hash_of_real, _mend, read_results, result_of
 from erk_guid.studies.reproduce.tables import Row, settings_row
 
 SCRIPT = ROOT / "scripts" / "reproduce.sh"
@@ -707,3 +707,20 @@ def test_half_a_line_is_not_continued(tmp_path: Path) -> None:
         path.write_text(before)
         _append(path, "next")
         assert path.read_text().splitlines() == [*before.splitlines(), "next"]
+
+
+def test_what_lies_in_the_working_folder_does_not_change_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Catches: a folder "digits" taken for the shipped model's reference and its real images.
+    monkeypatch.chdir(tmp_path)
+    rows = [row for row in TABLES["digits"] if row.id == "08-plain"]
+    assert rows
+    job = Reproduction(rows=rows, model="digits", num=20, outdir=tmp_path / "out")
+    before = plan(job, rows[0]).key
+    for name in ("digits", "img512"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (32, 32)).save(tmp_path / name / "0.png")
+    assert plan(job, rows[0]).key == before
+    assert _hash_of_real("digits") is None
+    assert _hash_of_real("./digits") is not None
