@@ -173,19 +173,18 @@ def _mean(values: list[float]) -> str:
     return f"{mean:.2f} ({spread:.2f})"
 
 
-def deviation(solver: Solver, size: float, evaluations: int) -> float:
+def deviation(solver: Solver, size: float, sigmas: Tensor) -> float:
     """Return the standard deviation that a solver gives data of one size, over the right one.
 
     The run is linear: the columns are what the start and each step's noise come to.
     """
-    sigmas = karras_sigmas(evaluations + 1)[:-1]
-    columns = torch.eye(evaluations + 1, dtype=torch.float64)
+    columns = torch.eye(len(sigmas) + 1, dtype=torch.float64)
     drawn = iter(columns[1:, None])
     end = sample(
-        lambda x, s: x * size**2 / (size**2 + s**2), columns[:1] * math.hypot(size, 80.0), sigmas,
+        lambda x, s: x * size**2 / (size**2 + s**2), columns[:1] * math.hypot(size, float(sigmas[0])), sigmas,
         solver=solver, randn_like=lambda x: next(drawn),
     )  # fmt: skip
-    return float(end.norm()) / math.hypot(size, 0.002)
+    return float(end.norm()) / math.hypot(size, float(sigmas[-1]))
 
 
 def variances() -> list[str]:
@@ -202,8 +201,41 @@ def variances() -> list[str]:
     ]
     for name, solver in rows:
         for n in EVALUATIONS:
-            cells = [f"{deviation(solver, size, n):.3f}" for size in SIZES]
+            sigmas = karras_sigmas(n + 1)[:-1]
+            cells = [f"{deviation(solver, size, sigmas):.3f}" for size in SIZES]
             lines.append(f"| {name}: {n} evaluations | " + " | ".join(cells) + " |")
+    return lines
+
+
+def variances_at_usual_levels() -> list[str]:
+    """Return the same on levels of diffusers, whose last step above 0 is far longer than others."""
+    from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+
+    levels: dict[str, Tensor] = {}
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    for spacing in ("linspace", "leading"):
+        for n in (20, 50):
+            theirs = EulerDiscreteScheduler(**betas, timestep_spacing=spacing, steps_offset=1)
+            theirs.set_timesteps(n)
+            levels[f"betas, {spacing}: {n} evaluations"] = theirs.sigmas.double()
+    flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    flow.set_timesteps(20)
+    times = flow.sigmas.double().clamp(max=0.999)
+    levels["flow, shift 3: 20 evaluations"] = times / (1 - times)
+    sizes = (0.1, 0.3, 0.5, 1.0, 3.0)
+    solvers: list[tuple[str, Solver]] = [
+        *((f"modal, eta {eta:g}", Modal(eta=eta)) for eta in (0.0, 0.5, 0.75, 1.0)),
+        ("modal order 2, eta 1", Modal(2, eta=1.0)),
+        ("dpmpp 2, eta 1 (2M SDE)", DPMpp(2, lower_order_final=False, eta=1.0)),
+    ]
+    lines = [
+        "| levels | | " + " | ".join(f"{size:g}" for size in sizes) + " |",
+        "|---|---|" + "---:|" * len(sizes),
+    ]
+    for where, sigmas in levels.items():
+        for name, solver in solvers:
+            cells = [f"{deviation(solver, size, sigmas):.3f}" for size in sizes]
+            lines.append(f"| {where} | {name} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -213,8 +245,8 @@ def variances() -> list[str]:
 @click.option("--draws", default=8, show_default=True, help="Runs, each with its own samples.")
 def main(outdir: Path, num: int, draws: int) -> None:
     print(machine())
-    parts, raw = [variances()], {}
-    print("\n".join(parts[0]), flush=True)
+    parts, raw = [variances(), variances_at_usual_levels()], {}
+    print("\n\n".join("\n".join(part) for part in parts), flush=True)
     for name in MIXTURES:
         lines, raw[name] = measure(name, num, draws)
         parts.append(lines)
