@@ -180,8 +180,9 @@ def deviation(solver: Solver, size: float, sigmas: Tensor) -> float:
     """
     columns = torch.eye(len(sigmas) + 1, dtype=torch.float64)
     drawn = iter(columns[1:, None])
+    start = columns[:1] * math.hypot(size, float(sigmas[0]))
     end = sample(
-        lambda x, s: x * size**2 / (size**2 + s**2), columns[:1] * math.hypot(size, float(sigmas[0])), sigmas,
+        lambda x, s: x * size**2 / (size**2 + s**2), start, sigmas,
         solver=solver, randn_like=lambda x: next(drawn),
     )  # fmt: skip
     return float(end.norm()) / math.hypot(size, float(sigmas[-1]))

@@ -200,12 +200,15 @@ class Family(Samples, ABC):
         return result, denoised.to(dtype)
 
     def _undo(self, index: int) -> None:
-        """Undo the last call if the pipeline has put the index back.
+        """Undo the last call if the pipeline has put the index back; begin anew if further.
 
         Cosmos 1 calls `step` to learn the clean data, sets the index back and calls `step` again.
+        Loops that add noise to go back (RePaint, restart sampling) go on from another sample.
         """
         if self._before is not None and self._before[0] == index:
             self._recall(self._before[1])
+        elif self._before is not None and self._before[0] != index - 1:
+            self._forget()
         self._before = (index, self._remembered())
 
 
