@@ -216,10 +216,10 @@ def variances_at_usual_levels() -> list[str]:
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     for spacing in ("linspace", "leading"):
         for n in (20, 50):
-            theirs = EulerDiscreteScheduler(**betas, timestep_spacing=spacing, steps_offset=1)
+            theirs: Any = EulerDiscreteScheduler(**betas, timestep_spacing=spacing, steps_offset=1)
             theirs.set_timesteps(n)
             levels[f"betas, {spacing}: {n} evaluations"] = theirs.sigmas.double()
-    flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    flow: Any = FlowMatchEulerDiscreteScheduler(shift=3.0)
     flow.set_timesteps(20)
     times = flow.sigmas.double().clamp(max=0.999)
     levels["flow, shift 3: 20 evaluations"] = times / (1 - times)

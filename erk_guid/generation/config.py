@@ -33,9 +33,11 @@ NEAR_NOISE = 2
 """Which rule near pure noise images were made by, see `erk_guid.quadrature.prior_response`."""
 LAST_STEP = 2
 """Which rule the modal solver's last step follows, see `erk_guid.solvers.Modal`."""
+NOISE = 2
+"""Which weights the modal solver has with noise, see `erk_guid.solvers.modal.NOISY_ORDER`."""
 
 
-def sampling_rules(*, modal: bool, parameter_free: bool) -> dict[str, int]:
+def sampling_rules(*, modal: bool, parameter_free: bool, noisy: bool) -> dict[str, int]:
     """Return which rules images were made by, where earlier versions had others.
 
     A run goes on only by the rules that it began with.
@@ -43,10 +45,12 @@ def sampling_rules(*, modal: bool, parameter_free: bool) -> dict[str, int]:
     Args:
         modal: whether the solver is modal.
         parameter_free: whether guidance is the parameter-free form.
+        noisy: whether the solver adds noise (`eta`).
     """
     return {
         **({"near_noise": NEAR_NOISE} if modal or parameter_free else {}),
         **({"last_step": LAST_STEP} if modal else {}),
+        **({"noise": NOISE} if modal and noisy else {}),
     }
 
 
@@ -135,6 +139,7 @@ class GenerationConfig:
             **sampling_rules(
                 modal=isinstance(self.solver, Modal),
                 parameter_free=isinstance(self.erk, ParameterFreeGuidance),
+                noisy=self.solver.noisy,
             ),
         }
 

@@ -725,10 +725,10 @@ def test_a_run_recorded_with_a_default_that_was_typed_is_continued(tmp_path: Pat
     assert "order was None, now 3" in refused.output
 
 
-@pytest.mark.parametrize("rule", ["near_noise", "last_step"])
+@pytest.mark.parametrize("rule", ["near_noise", "last_step", "noise"])
 def test_runs_by_an_earlier_rule_are_not_added_to(rule: str, tmp_path: Path) -> None:
     args = ["--preset", "digits", "--outdir", tmp_path, "--steps", 2, "--device", "cpu",
-            "--solver", "modal"]  # fmt: skip
+            "--solver", "modal", "--eta", 0.5 if rule == "noise" else 0]  # fmt: skip
     assert generate(*args, "--seeds", 0).exit_code == 0
     path = tmp_path / "run.json"
     run = json.loads(path.read_text())

@@ -23,6 +23,7 @@ from erk_guid.common.programs import files_of_plugin, together
 from erk_guid.generation.config import sampling_rules
 from erk_guid.generation.devices import choose_device
 from erk_guid.generation.fits import shipped_fit
+from erk_guid.generation.settings import read_settings
 from erk_guid.guidance import FORMS
 from erk_guid.metrics.comparison import MANIFOLD_DETECTOR, REAL, SCORE_DETECTOR, SPLITS
 from erk_guid.metrics.detectors import check_detector_name
@@ -209,7 +210,9 @@ def plan(job: Reproduction, row: Row) -> Plan:
         **({"precision": job.precision} if job.precision else {}),
         **({"compile": True} if job.compile else {}),
         **({"pixels": PIXELS} if _may_have_a_vae(job, row) else {}),
-        **sampling_rules(modal=row.solver == "modal", parameter_free=row.w_stiff in FORMS),
+        **sampling_rules(
+            modal=row.solver == "modal", parameter_free=row.w_stiff in FORMS, noisy=_is_noisy(row)
+        ),
         "seeds": seeds,
         "metrics": metrics,
         "ref": ref,
@@ -235,6 +238,11 @@ def plan(job: Reproduction, row: Row) -> Plan:
     made.score.extend(_score_command(job, made, metrics, ref))
     made.quality.extend(_precision_recall_command(job, made))
     return made
+
+
+def _is_noisy(row: Row) -> bool:
+    """Return whether a row's solver adds noise, which only a file of settings may ask for."""
+    return row.settings is not None and read_settings(Path(row.settings)).solver().noisy
 
 
 def _levels(row: Row) -> str:
