@@ -23,6 +23,7 @@ from erk_guid.generation.seeds import SeededNoise
 from erk_guid.guidance import ERKGuidance
 from erk_guid.solvers import name_of, names_of_solvers
 from erk_guid.studies.fitting.calibration import (
+    FEWEST,
     OBJECTIVES,
     REFERENCE_ERROR,
     Calibration,
@@ -62,7 +63,7 @@ NETWORK = ("net", "gnet", "guidance")
     type=SeedList(),
     default="50000-50063",
     show_default=True,
-    help="Seeds of the images; at least 4. Better not those that will be scored.",
+    help=f"Seeds of the images; at least {FEWEST}. Better not those that will be scored.",
 )
 @chosen_options("batch", "device", "dtype", "precision", "compile", "trust_pickle")
 @click.option(
@@ -108,6 +109,8 @@ def calibrate_command(
             f"--solver {options['solver']} has no embedded pair to guide with; solvers that have "
             f"one: {', '.join(guided)}"
         )
+    if len(seeds) < FEWEST:
+        raise click.UsageError(f"--seeds lists {len(seeds)}; a calibration needs at least {FEWEST}")
     # Any strength will do: the checks of the options are the same.
     config = GenerationConfig(**config_fields(w_stiff=1.0, w_con=None, **options))
     for name in FILES:

@@ -199,3 +199,9 @@ def test_guided_fits_are_not_refused_for_their_steps() -> None:
     # Catches: a check of --steps in a command that has none.
     done = run("fit", "--net=digits", "--solver=heun", "--w_stiff=0.5", "--seeds=0-3")
     assert "a fit needs at least" in done.output
+
+
+def test_too_few_seeds_to_calibrate_with_are_named() -> None:
+    done = run("calibrate", "--net=digits", "--steps=3", "--seeds=0-2")
+    assert done.exit_code == 2
+    assert "--seeds lists 3; a calibration needs at least 4" in done.output
