@@ -2,7 +2,7 @@
 # The paper's tables, measured: generate, score, append to output/result.txt, report.
 # All options are those of 'python -m erk_guid reproduce --help'.
 set -euo pipefail
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+here="$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)"
 # A checkout works without having been installed; PYTHON chooses another interpreter.
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 if [ -z "${PYTHON:-}" ]; then

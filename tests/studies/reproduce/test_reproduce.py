@@ -724,3 +724,15 @@ def test_what_lies_in_the_working_folder_does_not_change_a_row(
     assert plan(job, rows[0]).key == before
     assert _hash_of_real("digits") is None
     assert _hash_of_real("./digits") is not None
+
+
+def test_the_script_through_a_link_runs_its_own_checkout(tmp_path: Path) -> None:
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\necho "$PYTHONPATH"\n')
+    fake.chmod(0o755)
+    link = tmp_path / "there" / "reproduce.sh"
+    link.parent.mkdir()
+    link.symlink_to(SCRIPT)
+    env = {"PATH": os.environ["PATH"], "PYTHON": str(fake)}
+    done = subprocess.run(["bash", str(link)], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(ROOT)
