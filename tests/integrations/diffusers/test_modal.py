@@ -390,3 +390,12 @@ def test_a_loop_that_goes_back_begins_anew(flow: bool, solver: str, told: str) -
     fresh = made()
     fresh.set_begin_index(begin)
     assert torch.equal(found, calls(fresh, back, range(begin, end)))
+
+
+@pytest.mark.parametrize("solver", ["modal", "heun"])
+def test_the_number_of_a_call_is_no_timestep(solver: str) -> None:
+    # As in diffusers: enumerate's number in place of the timestep.
+    scheduler = for_pipeline(EulerDiscreteScheduler(), solver)
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match="timestep 0 is an index"):
+        scheduler.step(noise(), 0, noise())
