@@ -112,7 +112,7 @@ def test_calibrating_and_using_it(tmp_path: Path) -> None:
     [
         (["--net=digits", "--solver=modal"], "no embedded pair"),
         (["--net=digits", "--steps=2"], "Heun needs three"),
-        (["--net=digits", "--seeds=1-2"], "at least 4 samples"),
+        (["--net=digits", "--seeds=1-2"], "a calibration needs at least 4"),
         (["--net=digits", "--bound=-1"], "bound must not be negative"),
         ([], "name a network"),
     ],
