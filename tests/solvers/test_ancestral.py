@@ -262,7 +262,8 @@ def test_the_descent() -> None:
 @pytest.mark.parametrize("steps", [20, 50])
 def test_variances_where_the_last_step_is_long(steps: int, eta: float) -> None:
     # On Stable Diffusion's levels the last step above 0 divides sigma by 5 to 8, those before
-    # by 1.5 at most. Catches: past values, with their noise, extrapolated by order 4 (1.3 at eta 1).
+    # by about 1.5 at most. Catches: past values, with their noise, extrapolated by order 4 (1.3
+    # at eta 1).
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     kept = (1 - betas).cumprod(0)[torch.linspace(999, 0, steps).round().long()]
     sigmas = torch.cat([((1 - kept) / kept).sqrt(), torch.zeros(1, dtype=torch.float64)])
