@@ -93,6 +93,8 @@ class _Heun(Family):
     order = ORDER
     _step: _Step | None = None
     _left: _Left | None = None
+    _unlike: tuple[torch.Size, torch.Size] | None = None
+    """Shapes at the two calls of the last step, where they differ."""
 
     @property
     def guidance(self) -> Guidance:
@@ -106,13 +108,14 @@ class _Heun(Family):
 
     def _forget(self) -> None:
         super()._forget()
-        self._step = self._left = None
+        self._step = self._left = self._unlike = None
 
     def _remembered(self) -> tuple[_Step | None, _Left | None]:
         return self._step, self._left
 
     def _recall(self, remembered: tuple[_Step | None, _Left | None]) -> None:
         self._step, self._left = remembered
+        self._unlike = None
 
     def _lay_out(self, levels: Tensor, times: Tensor, listed: bool) -> None:
         """Begin a run over N + 1 noise levels.
@@ -134,9 +137,20 @@ class _Heun(Family):
     def _move(
         self, x: Tensor, denoised: Tensor, index: int, sample: Tensor, generator: Generators
     ) -> Tensor:
+        if self._unlike is not None:
+            first, second = self._unlike
+            raise ValueError(
+                f"a step began with samples of shape {list(first)} and went on with "
+                f"{list(second)}: both calls of a step of Heun need the same; take a modal scheduler"
+            )
         if index % 2 == 0:
             return self._begin(x, denoised, index, sample)
         if self._step is None:  # a run that begins between the calls of a step: wait for the next
+            return x
+        if self._step.x.shape != x.shape:
+            # Cosmos 1 asks for the clean data of both prompts first, and undoes that call. Were it
+            # not undone, the next call would say so.
+            self._unlike, self._step = (self._step.x.shape, x.shape), None
             return x
         return self._end(x, denoised, index, sample)
 

@@ -223,6 +223,23 @@ def test_a_fit_for_cosmos_is_refused() -> None:
         fit(case.pipe, ["a cat"], steps=4)
 
 
+@pytest.mark.parametrize("column", COLUMNS)
+def test_cosmos_with_two_videos(column: str) -> None:
+    # It asks for the clean data of both prompts at once, so with a batch of four, and undoes that.
+    # Catches: a step of Heun that takes the four for its own (an error of shapes; with one video
+    # the two were broadcast, and the result not used).
+    case, _ = prepared("CosmosTextToWorldPipeline", torch.float32)
+    made = COLUMNS[column]
+    alone, calls = found("CosmosTextToWorldPipeline", column)
+    two = Case(**vars(case) | {"call": case.call | {"num_videos_per_prompt": 2}})
+    both, calls_of_two = by_hand.run(two, for_pipeline(case.pipe, made.kind, **made.options))
+    assert len(both) == 2
+    assert calls == calls_of_two
+    assert not torch.equal(both[0], both[1])
+    if "eta" not in made.options:  # the noise of two videos is drawn as one
+        torch.testing.assert_close(both[:1], alone, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["modal", "heun"])
 def test_noise_that_a_call_asks_for_is_refused(kind: str) -> None:
     # DDIM's own eta. Catches: noise that is left out in silence.

@@ -88,3 +88,26 @@ def test_the_schedulers_own_list_given_back(kind: Callable[[], Any]) -> None:
     given = scheduler.sigmas if kind is ERKGuidHeunScheduler else scheduler.sigmas[:-1]
     with pytest.raises(ValueError, match="fall strictly"):
         scheduler.set_timesteps(sigmas=given.tolist())
+
+
+HEUN = [ERKGuidHeunScheduler, EDMERKGuidHeunScheduler, FlowMatchERKGuidHeunScheduler]
+
+
+@pytest.mark.parametrize("kind", HEUN)
+@pytest.mark.parametrize("counts", [(1, 2), (2, 1), (4, 2)])
+def test_a_batch_that_changes_within_a_step(
+    kind: Callable[..., Any], counts: tuple[int, int]
+) -> None:
+    # Catches: torch's words about sizes; and 1 against 2, which torch broadcasts to a step that is
+    # nobody's.
+    scheduler = kind(w_stiff=0.5)
+    scheduler.set_timesteps(3)
+    for t, count in zip(scheduler.timesteps[:2], counts, strict=True):
+        x = torch.randn(count, 3, 4, 4)
+        scheduler.step(torch.randn_like(x), t, x)
+    with pytest.raises(ValueError, match="both calls of a step of Heun need the same"):
+        scheduler.step(torch.randn_like(x), scheduler.timesteps[2], x)
+    scheduler.set_timesteps(3)  # another run is none the worse for it
+    for t in scheduler.timesteps:
+        x = scheduler.step(torch.zeros_like(x), t, x).prev_sample
+    assert x.isfinite().all()
