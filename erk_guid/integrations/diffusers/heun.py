@@ -141,7 +141,7 @@ class _Heun(Family):
             first, second = self._unlike
             raise ValueError(
                 f"a step began with samples of shape {list(first)} and went on with "
-                f"{list(second)}: both calls of a step of Heun need the same; take a modal scheduler"
+                f"{list(second)}: both calls of a step of Heun need the same; or take modal"
             )
         if index % 2 == 0:
             return self._begin(x, denoised, index, sample)
