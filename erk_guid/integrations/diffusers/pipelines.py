@@ -37,6 +37,11 @@ logger = logging.get_logger(__name__)
 DEFAULT_SOLVER = "modal"
 SPACING = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "timestep_spacing")
 """Options that space levels, which say nothing beside fitted ones."""
+_COUNTED = (
+    "i < int(num_inference_steps *", "guidance_schedule[i]", "edit_warmup_steps",
+    "max_iter_to_alter",
+)  # fmt: skip
+"""Parts of programs that count the calls of a run where they mean its steps."""
 _INDEXED = re.compile(r"(?<!inverse_scheduler\.)alphas_cumprod\[time")
 
 
@@ -116,8 +121,13 @@ def for_pipeline(
     if solver == "heun" and hasattr(pipe, "scheduler") and forgets_order(type(pipe)):
         raise ValueError(
             f"{type(pipe).__name__} counts calls where it means steps, so that with Heun's two "
-            "calls a step its strength (or how long its adapter acts) would be another one; take "
-            "'modal'"
+            "calls a step its strength (or how long an adapter or guidance acts) would be another "
+            "one; take 'modal'"
+        )
+    if solver == "heun" and has_guider(pipe):
+        raise ValueError(
+            f"the guider of {type(pipe).__name__} counts calls where it means steps, so that with "
+            "Heun's two calls a step guidance would end halfway; take 'modal'"
         )
     if family == "discrete" and (keeps_unit_variance(pipe) or scales_nothing(type(pipe))):
         options = {"unit_variance": True} | options
@@ -175,16 +185,27 @@ def scales_nothing(kind: type[Any]) -> bool:
     return not noise or "scale_model_input" not in program
 
 
+def has_guider(pipe: Any) -> bool:
+    """Return whether a modular pipeline has a guider, which is told calls and the number of steps.
+
+    Most of them (SDXL's, SD3's, Wan's) then guide the first N of Heun's 2 N - 1 calls alone. A few
+    tell it the number of calls; which, their program does not say in one place.
+    """
+    modular = any(kind.__name__ == "ModularPipeline" for kind in type(pipe).__mro__)
+    return modular and getattr(pipe, "guider", None) is not None
+
+
 def forgets_order(kind: type[Any]) -> bool:
     """Return whether a class of pipelines counts calls where it means steps.
 
-    Kandinsky's image-to-image pipelines do, and SDXL's with an adapter. With two calls a step
-    another strength comes out.
+    Kandinsky's image-to-image pipelines do, SDXL's with an adapter, and those with a list of
+    strengths or numbers of steps to act in (Ideogram 4, semantic guidance, Attend-and-Excite). With
+    two calls a step another strength comes out.
     """
     base = _loop(kind)
     program = "" if base is None else _program(base)
     strength = "timesteps[t_start" in program and "t_start * self.scheduler" not in program
-    return strength or "i < int(num_inference_steps *" in program
+    return strength or any(part in program for part in _COUNTED)
 
 
 def needs_whole_times(kind: type[Any]) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from integrations.diffusers.tiny import SD, tiny_conditional_unet, tiny_unet, tiny_vae
 
-from erk_guid.integrations.diffusers import for_pipeline
+from erk_guid.integrations.diffusers import FlowMatchModalScheduler, for_pipeline
 from erk_guid.integrations.diffusers.pipelines import (
     forgets_order,
     needs_whole_times,
@@ -107,6 +107,7 @@ def test_samples_keep_the_scale_that_they_had(scheduler: Any, unit: bool) -> Non
     [
         "KandinskyV22Img2ImgPipeline", "KandinskyV22ControlnetImg2ImgPipeline",
         "Kandinsky3Img2ImgPipeline", "StableDiffusionXLAdapterPipeline",
+        "SemanticStableDiffusionPipeline", "StableDiffusionAttendAndExcitePipeline",
     ],
 )  # fmt: skip
 def test_a_strength_that_two_calls_a_step_would_change(name: str) -> None:
@@ -122,6 +123,38 @@ def test_a_strength_that_two_calls_a_step_would_change(name: str) -> None:
                   "StableDiffusionXLInpaintPipeline", "KolorsImg2ImgPipeline",
                   "FluxImg2ImgPipeline", "KandinskyV22Pipeline"):  # fmt: skip
         assert not forgets_order(getattr(diffusers, other))
+
+
+def test_a_list_of_strengths_for_each_step() -> None:
+    # Before: Ideogram 4's list of strengths came to its end in the middle of Heun's run.
+    kind = getattr(diffusers, "Ideogram4Pipeline", None)
+    if kind is None:
+        pytest.skip("this diffusers has no Ideogram 4")
+    pipe = kind.__new__(kind)
+    object.__setattr__(pipe, "scheduler", diffusers.FlowMatchEulerDiscreteScheduler())
+    assert isinstance(for_pipeline(pipe), FlowMatchModalScheduler)
+    with pytest.raises(ValueError, match="Ideogram4Pipeline counts calls .*take 'modal'"):
+        for_pipeline(pipe, "heun")
+
+
+@pytest.mark.parametrize("blocks", ["StableDiffusionXLAutoBlocks", "StableDiffusion3AutoBlocks"])
+def test_a_guider_of_a_modular_pipeline(blocks: str) -> None:
+    # Catches: classifier-free guidance in the first half of Heun's calls alone (SD3's network was
+    # called 23 times in 8 steps, not 30; with diffusers' own Heun, too).
+    kind = getattr(diffusers, blocks, None)
+    if kind is None:
+        pytest.skip(f"this diffusers has no {blocks}")
+    pipe = kind().init_pipeline()
+    own = (
+        diffusers.FlowMatchEulerDiscreteScheduler() if "3" in blocks
+        else diffusers.EulerDiscreteScheduler()
+    )  # fmt: skip
+    pipe.update_components(scheduler=own)
+    assert "Modal" in type(for_pipeline(pipe)).__name__
+    with pytest.raises(ValueError, match="guidance would end halfway; take 'modal'"):
+        for_pipeline(pipe, "heun")
+    pipe.update_components(guider=None)
+    assert "Heun" in type(for_pipeline(pipe, "heun")).__name__
 
 
 @pytest.mark.parametrize("solver", ["modal", "heun"])
