@@ -204,11 +204,11 @@ class Pipeline:
             return found
 
         noted.__signature__ = inspect.signature(step)  # type: ignore[attr-defined]
+        torch.manual_seed(0)
         takes_device = inspect.signature(self.test.get_dummy_inputs).parameters
         inputs = dict(self.test.get_dummy_inputs(*["cpu"][: len(takes_device)]))
         inputs["generator"] = torch.Generator().manual_seed(3)
         self.pipe.scheduler = scheduler
-        torch.manual_seed(0)
         kind.step = noted  # on the class: some pipelines copy their scheduler
         try:
             with torch.no_grad():

@@ -133,7 +133,7 @@ def test_a_list_of_strengths_for_each_step() -> None:
     pipe = kind.__new__(kind)
     object.__setattr__(pipe, "scheduler", diffusers.FlowMatchEulerDiscreteScheduler())
     assert isinstance(for_pipeline(pipe), FlowMatchModalScheduler)
-    with pytest.raises(ValueError, match="Ideogram4Pipeline counts calls .*take 'modal'"):
+    with pytest.raises(ValueError, match=r"Ideogram4Pipeline counts calls .*take 'modal'"):
         for_pipeline(pipe, "heun")
 
 
