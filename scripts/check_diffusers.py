@@ -49,6 +49,9 @@ PLAIN = ("modal", "Heun")
 """Forms that solve the pipeline's ODE, so that they must end where its own scheduler does."""
 FACTOR, FLOOR = 4.0, 1e-3
 SAME, SHORT = 2e-4, 5
+IN_A_BATCH = 1e-2
+"""How far the first of two may be from that of one alone: rounding differs, and guidance may divide
+by small numbers."""
 
 
 @dataclasses.dataclass
@@ -302,7 +305,7 @@ def unlike(case: Pipeline, make: Callable[[], Any], own: Any, many: str | None) 
         return
     generators[:] = [torch.Generator().manual_seed(seed) for seed in (3, 9)]
     try:
-        if apart(case.run(scheduler, SHORT, **two)[:1], first) > SAME:
+        if apart(case.run(scheduler, SHORT, **two)[:1], first) > IN_A_BATCH:
             yield "the first of two is not that of one alone"
     except (ValueError, RuntimeError, IndexError) as error:
         yield f"two at once: {type(error).__name__}: {error}"

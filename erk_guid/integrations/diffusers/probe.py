@@ -162,14 +162,40 @@ def timestep_of(scheduler: Any, t: float) -> float:
 
 
 class _Session:
-    """One run of a pipeline's loop for some prompts, as often as it takes."""
+    """One run of a pipeline's loop for some prompts, as often as it takes.
 
-    def __init__(self, run: Callable[[_Exchange], None]) -> None:
-        self._run = run
+    Args:
+        run: the loop.
+        count: of the prompts.
+    """
+
+    def __init__(self, run: Callable[[_Exchange], None], count: int) -> None:
+        self._run, self._count, self._copies = run, count, 1
         self._exchange = _Exchange()
         self._thread = threading.Thread(target=self._loop, name="erk_guid pipeline", daemon=True)
         self._thread.start()
-        self.start = self._answer()
+        self.start = self._once_each(self._answer())
+
+    def _once_each(self, start: _Point) -> _Point:
+        """Return where the loop begins, with each sample once.
+
+        DiT moves a copy of all samples beside them, for classifier-free guidance.
+
+        Raises:
+            ValueError: there are more or fewer samples than prompts, and they are no copies.
+        """
+        x, t, denoised = start
+        assert denoised is not None
+        once = x[: self._count]
+        copies = len(x) // max(len(once), 1)
+        if not torch.equal(once.repeat(copies, *[1] * (x.ndim - 1)), x) or len(once) < self._count:
+            self.close()
+            raise ValueError(
+                f"the pipeline moves {len(x)} samples for {self._count} prompts, and fit does not "
+                "know which are whose"
+            )
+        self._copies = copies
+        return _Point(once, t, denoised[: self._count])
 
     def _loop(self) -> None:
         while not self._exchange.closed:
@@ -193,10 +219,10 @@ class _Session:
 
     def denoised(self, x: Tensor, t: float) -> Tensor:
         """Return what the pipeline's network, with its guidance, makes of x."""
-        self._exchange.asked.put(_Point(x, t))
+        self._exchange.asked.put(_Point(x.repeat(self._copies, *[1] * (x.ndim - 1)), t))
         found = self._answer().denoised
         assert found is not None
-        return found
+        return found[: self._count]
 
     def close(self) -> None:
         """End the loop."""
@@ -235,7 +261,7 @@ class PipelineDenoiser:
 
     def _session(self, rows: tuple[int, ...]) -> _Session:
         if rows not in self._sessions:
-            self._sessions[rows] = _Session(lambda exchange: self._run(rows, exchange))
+            self._sessions[rows] = _Session(lambda exchange: self._run(rows, exchange), len(rows))
         return self._sessions[rows]
 
     def _run(self, rows: tuple[int, ...], exchange: _Exchange) -> None:

@@ -17,6 +17,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DModel,
 )
+from integrations.diffusers import by_hand
 from integrations.diffusers.test_pipelines import (  # noqa: F401 (a fixture)
     SD,
     flux_pipeline,
@@ -367,6 +368,61 @@ def test_the_reported_errors_are_those_of_the_pipeline(
     at_own_levels = error(solver=solver, **own)
     assert at_own_levels == pytest.approx(found.fitted.usual["pipeline"], rel=0.03)
     assert with_settings < (0.9 if kind == "even" else 1.03) * at_own_levels
+
+
+def test_samples_that_the_pipeline_doubles() -> None:
+    # DiT moves a copy of all samples beside them, for classifier-free guidance. Before: "16 labels
+    # for 32 samples". The errors are those of runs of the pipeline, for the last half.
+    case = by_hand.seeded(by_hand.dit, dtype=torch.float32)
+    pipe, call = case.pipe, {"guidance_scale": 3.0}
+    found = fit(
+        pipe, [3, 1], steps=4, solver=Modal(2), samples=16, batch=4, trials=6,
+        argument="class_labels", call=call,
+    )  # fmt: skip
+
+    def end(steps: int, **options: Any) -> torch.Tensor:
+        copied = copy.copy(pipe)
+        copied.scheduler = for_pipeline(pipe, **options)
+        last: list[torch.Tensor] = []
+        step = copied.scheduler.step
+        copied.scheduler.step = lambda *a, **k: last.append(step(*a, **k)) or last[-1]
+        generators = [torch.Generator().manual_seed(seed) for seed in range(8, 16)]
+        copied([3, 1] * 4, generator=generators, num_inference_steps=steps, **call)
+        kept: torch.Tensor = last[-1].prev_sample[:8]
+        return kept
+
+    own = for_pipeline(pipe)
+    own.set_timesteps(1000)
+    lowest = float(own.sigmas[-2])
+    own.set_timesteps(4)
+    fine = np.geomspace(float(own.sigmas[0]), lowest, 300).tolist()
+    right = end(300, levels=[*fine, 0.0])
+
+    def error(**options: Any) -> float:
+        return float((end(4, **options) - right).flatten(1).norm(dim=1).mean())
+
+    assert error(settings=found) == pytest.approx(found.fitted.after.mean, rel=0.03)
+    assert error(modal_order=2) == pytest.approx(found.fitted.usual["pipeline"], rel=0.03)
+
+
+class MovesMore(FlowPipeline):
+    """Moves samples beside those of the prompts, of its own."""
+
+    @torch.no_grad()
+    def __call__(
+        self, batch_size: int = 1, num_inference_steps: int = 5, generator: Any = None,
+        output_type: str = "latent",
+    ) -> Any:  # fmt: skip
+        x = torch.cat([torch.randn(1, 4, 8, 8, generator=one) for one in generator])
+        x = torch.cat([x, x + 1])
+        for time in self.times(num_inference_steps):
+            x = self.scheduler.step(self.transformer(x, time), time, x, return_dict=False)[0]
+        return (x,)
+
+
+def test_more_samples_than_prompts() -> None:
+    with pytest.raises(ValueError, match="moves 2 samples for 1 prompts"):
+        fit(flow_of(pipeline=MovesMore), None, steps=4, samples=16, batch=8, trials=1)
 
 
 class ByNumber(FlowPipeline):
